@@ -66,99 +66,108 @@ class UserError(Exception):
         self.code = code
 
 
+def require(ok, message, code=2):
+    if not ok:
+        raise UserError(message, code)
+
+
+def reason(error):
+    """The first line of an exception's message, or its name."""
+    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def paper_settings(model, optimizer=None):
     """The paper's options for `model` (str) under `optimizer` ("adam", "sgd" or None: the paper's own for it)."""
     optimizer = optimizer or ("sgd" if model in ("resnet20", "resnet56") else "adam")
+    n = PRUNABLE_BLOCKS[model]
+    pruning = dict(s=[40] * n, e=[100] * n, p=[0.1] * n, r=30, score="l1", save_epoch=0)
     if optimizer == "adam":
         pruning = ADAM_PRUNING[model.rstrip("0123456789")]
-    else:
-        n = PRUNABLE_BLOCKS[model]
-        pruning = dict(s=[40] * n, e=[100] * n, p=[0.1] * n, r=30, score="l1", save_epoch=0)
     return dict(optimizer=optimizer, **OPTIMIZERS[optimizer], **pruning)
+
+
+def short(value):
+    """A value as it stands in names and messages: 0.25, 3,4,5,6, 0.1x16."""
+    if isinstance(value, (list, tuple)):
+        return f"{short(value[0])}x{len(value)}" if len(value) > 1 == len(set(value)) else ",".join(map(short, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def repeated(kind):
     """An argparse type for list options: `V` is one value, `VxN` is V repeated N times; gives a list."""
     def parse(text):
         value, _, times = text.partition("x")
-        return [kind(value)] * (int(times) if times else 1)
-    parse.__name__ = f"{kind.__name__} (or VxN, V repeated N times)"
+        if not 1 <= int(times or 1) <= 1000:
+            raise ValueError
+        return [kind(value)] * int(times or 1)
+    parse.__name__ = f"{kind.__name__} or VxN"
     return parse
 
 
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(f"{message} (train.py --help lists every option)")
+        raise UserError(f"{message} ({self.prog} --help lists every option)")
 
 
 def make_parser():
     table = ["the paper's settings, used for whatever is not given:"]
     for model, optimizer in [("vgg11", "adam"), ("resnet18", "adam"), ("resnet20", "sgd")]:
         options = paper_settings(model, optimizer)
-        table.append(f"  {model}, {optimizer}: " + " ".join(f"{k}={short(v)}" for k, v in options.items()))
-    table.append("  vgg19 is as vgg11; resnet56 as resnet20; --optimizer sgd or adam takes the other's settings along.")
+        table.append(f"  {model}: " + " ".join(f"{name}={short(value)}" for name, value in options.items()))
+    table.append("  vgg19 is as vgg11, resnet56 as resnet20; --optimizer brings the other settings of its kind along.")
     parser = OneLineParser(prog="train.py", description=__doc__, epilog="\n".join(table), allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = argparse.BooleanOptionalAction
-    group = parser.add_argument_group("network and data")
-    group.add_argument("--model", choices=PRUNABLE_BLOCKS, default="vgg11", help="(default: vgg11)")
-    group.add_argument("--width", type=float, default=1.0, help="multiplies every channel count (default: 1)")
-    group.add_argument("--dataset", default="cifar10",
-                       help="cifar10, cifar100, digits, a .npz file, or a folder with train/ and test/ class folders "
-                            "(default: cifar10)")
-    group.add_argument("--data-dir", default="data", help="where <dataset>.npz lies or is put (default: data)")
-    group.add_argument("--val-split", type=int, default=0, metavar="N",
-                       help="hold N training images out for validation (default: 0)")
-    group.add_argument("--augment", action=flag, help="random crop and flip (default: the paper's)")
+    add = parser.add_argument_group("network and data").add_argument
+    add("--model", choices=PRUNABLE_BLOCKS, default="vgg11", help="(default: vgg11)")
+    add("--width", type=float, default=1.0, help="multiplies every channel count (default: 1)")
+    add("--dataset", default="cifar10", help="cifar10, cifar100, digits, a .npz file, or a folder with train/ and "
+        "test/ class folders of images (default: cifar10)")
+    add("--data-dir", default="data", help="where <dataset>.npz lies or is put (default: data)")
+    add("--val-split", type=int, default=0, metavar="N", help="hold N training images out to validate (default: 0)")
+    add("--augment", action=flag, help="random crop and flip (default: the paper's)")
 
-    group = parser.add_argument_group("pruning (defaults: the paper's for the model, listed below)")
-    group.add_argument("--target", choices=("none", "S", "L", "R"), default="none",
-                       help="prune the filters with the Smallest or Largest score, or Random ones (default: none)")
-    group.add_argument("--r", type=int, help="retrain period: epochs between pruning iterations")
+    add = parser.add_argument_group("pruning (defaults: the paper's for the model, listed below)").add_argument
+    add("--target", choices=("none", "S", "L", "R"), default="none",
+        help="prune the filters with the Smallest or the Largest score, or Random ones (default: none)")
+    add("--r", type=int, help="retrain period: epochs between pruning iterations")
     for name, kind, what in (("s", int, "first epochs"), ("e", int, "last epochs"), ("p", float, "pruned fractions")):
-        group.add_argument(f"--{name}", type=repeated(kind), nargs="+", metavar=name,
-                           help=f"{what} of pruning, one value (or VxN) for each of the last n prunable layers")
-    group.add_argument("--score", choices=SCORES, help="what makes a filter small or large")
-    group.add_argument("--scratch", action=flag, default=False,
-                       help="prune everything once, before the first training step (default: no)")
-    group.add_argument("--prune-bn", choices=("drop", "keep"), default="drop",
-                       help="drop a pruned filter's batch norm and shortcut too, or keep them (default: drop)")
+        add(f"--{name}", type=repeated(kind), nargs="+", metavar=name,
+            help=f"{what} of pruning, one value (VxN: N times V) for each of the last n prunable layers")
+    add("--score", choices=SCORES, help="what makes a filter small or large")
+    add("--scratch", action=flag, default=False, help="prune everything once, before training (default: no)")
+    add("--prune-bn", choices=("drop", "keep"), default="drop",
+        help="drop a pruned filter's batch norm and shortcut too, or keep them (default: drop)")
 
-    group = parser.add_argument_group("noise in place of pruning (appendix D)")
-    group.add_argument("--noise", choices=("none", "zero", "gauss"), default="none",
-                       help="noise the targeted filters instead of removing them (default: none)")
-    group.add_argument("--noise-batches", type=int, metavar="K",
-                       help="end an event's noise after K noised training batches; 1 is a single application, on the "
-                            "first test batch (default: 1)")
-    group.add_argument("--noise-filters", choices=("newest", "all"),
-                       help="noise the event's own filters or all ever targeted (default: newest)")
-    group.add_argument("--noise-restore", action=flag,
-                       help="zero batch norm too, and put everything back afterwards, D.2 (default: no)")
+    add = parser.add_argument_group("noise in place of pruning (appendix D)").add_argument
+    add("--noise", choices=("none", "zero", "gauss"), default="none",
+        help="noise the targeted filters instead of removing them (default: none)")
+    add("--noise-batches", type=int, metavar="K", help="end an event's noise after K noised training batches; 1 is a "
+        "single application, on the first test batch (default: 1)")
+    add("--noise-filters", choices=("newest", "all"), help="only the event's filters, or all so far (default: newest)")
+    add("--noise-restore", action=flag, help="zero batch norm too, and put all back afterwards, D.2 (default: no)")
 
-    group = parser.add_argument_group("optimisation and schedule")
-    group.add_argument("--optimizer", choices=OPTIMIZERS, help="(default: the paper's for the model)")
-    group.add_argument("--lr", type=float, help="initial learning rate")
-    group.add_argument("--weight-decay", type=float)
-    group.add_argument("--batch-size", type=int, default=128, help="(default: 128)")
-    group.add_argument("--test-batch-size", type=int, default=128,
-                       help="(default: 128; shapes noise runs, as each test batch adds its noise)")
-    group.add_argument("--epochs", type=int)
-    group.add_argument("--lrs", type=repeated(int), nargs="*", metavar="epoch", help="epochs that divide lr by ten")
-    group.add_argument("--scale-epochs", type=float, default=1.0, metavar="F",
-                       help="multiply epochs, lrs, s, e and r by F, each rounded, r at least 1 (default: 1)")
-    group.add_argument("--seed", type=int, default=1, help="(default: 1)")
+    add = parser.add_argument_group("optimisation and schedule").add_argument
+    add("--optimizer", choices=OPTIMIZERS, help="(default: the paper's for the model)")
+    add("--lr", type=float, help="initial learning rate")
+    add("--weight-decay", type=float)
+    add("--batch-size", type=int, default=128, help="(default: 128)")
+    add("--test-batch-size", type=int, default=128, help="each adds its noise in a noise run (default: 128)")
+    add("--epochs", type=int)
+    add("--lrs", type=repeated(int), nargs="*", metavar="epoch", help="epochs that divide the learning rate by ten")
+    add("--scale-epochs", type=float, default=1.0, metavar="F",
+        help="multiply epochs, lrs, s, e and r by F, each rounded, r at least 1 (default: 1)")
+    add("--seed", type=int, default=1, help="(default: 1)")
 
-    group = parser.add_argument_group("machine and files")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
-    group.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="(default: fp32)")
-    group.add_argument("--deterministic", action=flag, default=False,
-                       help="CUDA: only deterministic kernels; CPU runs always repeat exactly (default: no)")
-    group.add_argument("--log-dir", default="logs", help="(default: logs)")
-    group.add_argument("--save-epoch", type=int, metavar="N",
-                       help="also keep the weights after the N-th epoch, as epoch<N>.pt (0: none)")
-    group.add_argument("--plan", metavar="FILE",
-                       help="train nothing: say how many of the runs listed in FILE (a line of options each) are left, "
-                            "and print those lines")
+    add = parser.add_argument_group("machine and files").add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="(default: fp32)")
+    add("--deterministic", action=flag, default=False,
+        help="CUDA: only deterministic kernels; CPU runs repeat exactly anyway (default: no)")
+    add("--log-dir", default="logs", help="(default: logs)")
+    add("--save-epoch", type=int, metavar="N", help="also keep the weights after the N-th epoch, as epoch<N>.pt; 0: no")
+    add("--plan", metavar="FILE", help="train nothing: say how many of the runs listed in FILE, one a line, are left, "
+        "fetch their data, and print their lines")
     return parser
 
 
@@ -168,115 +177,94 @@ def parse_options(argv):
     for name in ("s", "e", "p", "lrs"):
         if getattr(args, name) is not None:
             setattr(args, name, [value for values in getattr(args, name) for value in values])
-    lengths_given = {name: len(getattr(args, name)) for name in "sep" if getattr(args, name) is not None}
-    asked_to_save = args.save_epoch
+    given = {name for name, value in vars(args).items() if value is not None}
     for name, value in paper_settings(args.model, args.optimizer).items():
-        if getattr(args, name) is None:
+        if name not in given:
             setattr(args, name, value)
 
-    def check(ok, message):
-        if not ok:
-            raise UserError(message)
+    for name in ("epochs", "batch_size", "test_batch_size", "r", "noise_batches", "seed", "val_split", "save_epoch"):
+        value, least = getattr(args, name), 0 if name in ("seed", "val_split", "save_epoch") else 1
+        require(value is None or least <= value < 2**32, f"--{name.replace('_', '-')} {value}: give {least} or more")
+    for name in ("width", "scale_epochs", "lr", "weight_decay"):
+        value = getattr(args, name)
+        require(0 < value < 1e6 or value == 0 and name == "weight_decay",
+                f"--{name.replace('_', '-')} {value:g}: give a number above 0")
+    require(all(epoch >= 0 for epoch in args.lrs), f"--lrs {short(args.lrs)}: epochs count from 0")
 
-    check(0 < args.width <= 64, f"--width is {args.width:g}: give a factor above 0 and at most 64")
-    check(0 < args.scale_epochs < 1e6, f"--scale-epochs is {args.scale_epochs:g}: give a factor above 0")
-    check(0 < args.lr < 1e6, f"--lr is {args.lr:g}: give a learning rate above 0")
-    check(0 <= args.weight_decay < 1e6, f"--weight-decay is {args.weight_decay:g}: give 0 or more")
-    for name in ("epochs", "batch_size", "test_batch_size", "r"):
-        check(getattr(args, name) >= 1, f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least 1")
-    for name in ("val_split", "save_epoch"):
-        check(getattr(args, name) >= 0, f"--{name.replace('_', '-')} is {getattr(args, name)}: give 0 or more")
-    check(0 <= args.seed < 2**32, f"--seed is {args.seed}: give 0 to {2**32 - 1}")
-    check(all(x >= 0 for x in args.lrs), f"--lrs has a negative epoch: {short(args.lrs)}")
-    pruning = args.target != "none"
-    check(pruning or not args.scratch, "--scratch needs something to prune: give --target S, L or R too")
-    check(pruning or args.noise == "none", "--noise needs filters to noise: give --target S, L or R too")
-    check(args.noise == "none" or not args.scratch, "--noise and --scratch exclude each other: choose one")
-    check(args.noise == "none" or args.prune_bn == "drop", "--prune-bn keep is for pruning; noise never drops it")
-    for name in ("noise_batches", "noise_filters", "noise_restore"):
-        check(args.noise != "none" or getattr(args, name) is None,
-              f"--{name.replace('_', '-')} does nothing without --noise zero or gauss: add one of them")
-    check(not args.noise_restore or args.noise == "zero", "--noise-restore is for --noise zero")
-    if args.noise != "none":
-        args.noise_batches = 1 if args.noise_batches is None else args.noise_batches
-        args.noise_filters, args.noise_restore = args.noise_filters or "newest", bool(args.noise_restore)
-        check(args.noise_batches >= 1, f"--noise-batches is {args.noise_batches}: give at least 1")
+    pruning, noise = args.target != "none", args.noise != "none"
+    require(pruning or not (args.scratch or noise), "--scratch and --noise need filters: give --target S, L or R too")
+    require(not (noise and args.scratch), "--noise and --scratch exclude each other: choose one")
+    require(not noise or args.prune_bn == "drop", "--prune-bn keep is for pruning: noise never drops batch norm")
+    for name in {"noise_batches", "noise_filters", "noise_restore"} & given:
+        require(noise, f"--{name.replace('_', '-')} does nothing without --noise: add --noise zero or gauss")
+    require(not args.noise_restore or args.noise == "zero", "--noise-restore is for --noise zero")
+    if noise:
+        args.noise_batches, args.noise_filters = args.noise_batches or 1, args.noise_filters or "newest"
+        args.noise_restore = bool(args.noise_restore)
 
-    lengths = {name: len(getattr(args, name)) for name in "sep"}
-    check(len(set(lengths.values())) == 1, "--s, --e and --p need one value for each pruned layer: they have "
-          + ", ".join(str(n) + ("" if name in lengths_given else " (the default)") for name, n in lengths.items()))
+    lengths = {f"--{name}": len(getattr(args, name)) for name in "sep"}
+    counts = ", ".join(f"{n} ({k}{'' if k[2:] in given else ', the default'})" for k, n in lengths.items())
+    require(len(set(lengths.values())) == 1,
+            f"--s, --e and --p need one value for each pruned layer: there are {counts}")
     n_max = PRUNABLE_BLOCKS[args.model]
-    check(lengths["s"] <= n_max, f"{lengths['s']} layers to prune, but {args.model} has {n_max}: give fewer values")
-    check(all(0 <= p <= 1 for p in args.p), f"--p holds fractions from 0 to below 1, not {short(args.p)}")
-    check(all(p < 1 for p in args.p), "--p 1 prunes a whole layer, which cuts the network in two: give less than 1")
+    require(len(args.s) <= n_max,
+            f"--s has {len(args.s)} values, but {args.model} has {n_max} layers to prune: give fewer")
+    require(all(0 <= p <= 1 for p in args.p), f"--p {short(args.p)}: give fractions from 0 to below 1")
+    require(max(args.p) < 1, "--p 1 prunes a whole layer, which cuts the network in two: give less than 1")
     for s, e in zip(args.s, args.e):
-        check(0 <= s <= e, f"pruning starts at epoch {s} and ends at {e}: each s must be 0 or more and at most its e")
-    if pruning and not args.scratch:
-        check(max(args.e) < args.epochs, f"pruning ends at epoch {max(args.e)} but epochs count from 0 to "
-                                         f"{args.epochs - 1}: lower --e or raise --epochs")
-    if asked_to_save is None and args.save_epoch > args.epochs:
-        args.save_epoch = 0
-    check(args.save_epoch <= args.epochs, f"--save-epoch {args.save_epoch} is past the last of {args.epochs} epochs")
+        require(0 <= s <= e, f"pruning starts at epoch {s} and ends at {e}: each s must be 0 or more and at most its e")
     if not pruning or args.scratch:
         args.r = args.s = args.e = None
+    else:
+        require(max(args.e) < args.epochs, f"pruning ends at epoch {max(args.e)}, but epochs count from 0 to "
+                                           f"{args.epochs - 1}: lower --e or raise --epochs")
     if not pruning:
         args.p = args.score = None
+    require("save_epoch" not in given or args.save_epoch <= args.epochs,
+            f"--save-epoch {args.save_epoch} is past the last of {args.epochs} epochs")
+    if args.save_epoch > args.epochs:
+        args.save_epoch = 0
     return args
-
-
-def rounded(x):
-    return math.floor(x + Fraction(1, 2))
 
 
 def schedule(args):
     """The run's epochs after --scale-epochs: dict of epochs, lrs, s, e, r, save_epoch (None where not used)."""
-    scale = Fraction(str(args.scale_epochs))
-    scaled = {name: None if getattr(args, name) is None else [rounded(scale * x) for x in getattr(args, name)]
-              for name in ("lrs", "s", "e")}
-    scaled["epochs"] = max(1, rounded(scale * args.epochs))
-    scaled["save_epoch"] = rounded(scale * args.save_epoch)
-    scaled["r"] = None if args.r is None else max(1, rounded(scale * args.r))
-    if scaled["e"]:  # rounding up must not carry the last pruning iteration past the end
-        scaled["e"] = [min(e, scaled["epochs"] - 1) for e in scaled["e"]]
-    return scaled
+    def scaled(x):
+        return math.floor(Fraction(str(args.scale_epochs)) * x + Fraction(1, 2))
 
-
-def short(value):
-    """A value as it stands in names and messages: 0.25, 3,4,5,6, 0.1x16."""
-    if isinstance(value, (list, tuple)):
-        if len(value) > 1 and len(set(value)) == 1:
-            return f"{short(value[0])}x{len(value)}"
-        return ",".join(short(v) for v in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    times = {name: getattr(args, name) and [scaled(x) for x in getattr(args, name)] for name in ("lrs", "s", "e")}
+    times["epochs"], times["save_epoch"] = max(1, scaled(args.epochs)), scaled(args.save_epoch)
+    times["r"] = args.r and max(1, scaled(args.r))
+    if times["e"]:  # rounding up must not carry the last pruning iteration past the end
+        times["e"] = [min(e, times["epochs"] - 1) for e in times["e"]]
+        times["s"] = [min(s, e) for s, e in zip(times["s"], times["e"])]
+    return times
 
 
 def run_name(args):
     """(method, setting): what is done to the filters, and all else that differs from the paper's, "" if nothing."""
     paper = paper_settings(args.model, args.optimizer)
-    if args.target == "none":
-        method = ["none"]
-    elif args.noise != "none":
+
+    def differing(labels, defaults):
+        return [label + short(getattr(args, name)) for name, label in labels.items()
+                if getattr(args, name) not in (None, defaults[name])]
+
+    if args.noise != "none":
         method = [args.noise, str(args.noise_batches)] + [args.target] * (args.target != "L")
-        method += [f"r{args.r}"] * (args.r != paper["r"])
-        method += [args.noise_filters] * (args.noise_filters != "newest") + ["restore"] * args.noise_restore
-        method += [f"tb{args.test_batch_size}"] * (args.test_batch_size != 128)
+        method += differing({"r": "r"}, paper) + [args.noise_filters] * (args.noise_filters != "newest")
+        method += ["restore"] * args.noise_restore + differing({"test_batch_size": "tb"}, {"test_batch_size": 128})
     elif args.scratch:
         method = ["scratch", args.target]
     else:
-        method = [args.target, f"r{args.r}"]
-    if args.target != "none":
-        method += [args.score] * (args.score != paper["score"]) + ["bnkeep"] * (args.prune_bn == "keep")
-        method += [f"{k}{short(getattr(args, k))}" for k in "sep" if getattr(args, k) not in (None, paper[k])]
-    setting = [args.optimizer] * (args.optimizer != paper_settings(args.model)["optimizer"])
-    for name, label, default in (
-            ("width", "w", 1.0), ("scale_epochs", "x", 1.0), ("epochs", "epochs", paper["epochs"]),
-            ("lrs", "lrs", paper["lrs"]), ("lr", "lr", paper["lr"]), ("weight_decay", "wd", paper["weight_decay"]),
-            ("batch_size", "batch", 128), ("val_split", "val", 0)):
-        if getattr(args, name) != default:
-            setting.append(f"{label}{short(getattr(args, name))}")
+        method = [args.target] + [f"r{args.r}"] * (args.target != "none")
+    method += differing({"score": ""}, paper) + ["bnkeep"] * (args.prune_bn == "keep")
+    method += differing({name: name for name in "sep"}, paper)
+    setting = differing({"optimizer": ""}, paper_settings(args.model))
+    setting += differing({"width": "w", "scale_epochs": "x", "epochs": "epochs", "lrs": "lrs", "lr": "lr",
+                          "weight_decay": "wd", "batch_size": "batch", "val_split": "val", "precision": ""},
+                         paper | dict(width=1, scale_epochs=1, batch_size=128, val_split=0, precision="fp32"))
     setting += ["augment" if args.augment else "noaugment"] * (args.augment != paper["augment"])
-    setting += [args.precision] * (args.precision != "fp32") + ["deterministic"] * args.deterministic
-    return "-".join(method), "-".join(setting)
+    return "-".join(method), "-".join(setting + ["deterministic"] * args.deterministic)
 
 
 def run_directory(args):
@@ -300,39 +288,30 @@ def load_data(name, data_dir="data"):
     if name in ("cifar10", "cifar100"):
         path = pathlib.Path(data_dir, f"{name}.npz")
         if not path.exists():
-            save_npz(path, download_cifar(name, data_dir))
-        data = read_npz(path)
-    elif name == "digits":
-        path, data = "digits", load_digits()
-    elif name.endswith(".npz"):
-        data = read_npz(path)
-    elif path.is_dir():
-        data = read_image_folder(path)
-    else:
-        raise UserError(f"--dataset {name}: no such file or folder; give cifar10, cifar100, digits, a .npz file, or a "
-                        "folder with train/ and test/")
-    return check_data(data, path)
-
-
-def check_data(data, path):
-    """The arrays of `data` in their final types, or UserError naming what is wrong with the one at `path`."""
-    def check(ok, message):
-        if not ok:
-            raise UserError(f"{path}: {message}")
+            with lock_directory(path.parent, wait=True):
+                if not path.exists():
+                    buffer = io.BytesIO()
+                    np.savez(buffer, **download_cifar(name, data_dir))
+                    write_atomically(path, buffer.getbuffer())
+    elif name != "digits":
+        require(name.endswith(".npz") or path.is_dir(), f"--dataset {name}: no such thing; give cifar10, cifar100, "
+                "digits, a .npz file, or a folder with train/ and test/ class folders of images")
+    data = load_digits() if name == "digits" else read_image_folder(path) if path.is_dir() else read_npz(path)
 
     missing = [k for k in ("train_x", "train_y", "test_x", "test_y", "classes") if k not in data]
-    check(not missing, f"lacks {', '.join(missing)}; it needs train_x, train_y, test_x, test_y and classes")
+    require(not missing, f"{path} lacks {', '.join(missing)}: it needs train_x, train_y, test_x, test_y and classes")
     k = len(data["classes"]) if data["classes"].ndim == 1 else 0
-    check(k >= 2, "classes must be a list of at least two names")
+    require(k >= 2, f"{path}: classes must be a list of at least two names")
     for split in ("train", "test"):
         x, y = data[f"{split}_x"], data[f"{split}_y"]
-        check(x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] == 3 and min(x.shape[1:3]) >= 32,
-              f"{split}_x is {x.dtype} {x.shape}; it must be uint8 (images, height, width, 3), at least 32x32")
-        check(len(x) > 0 and y.shape == (len(x),), f"{split}_y has shape {y.shape} for {len(x)} images; one label each")
-        check(y.dtype.kind in "iu", f"{split}_y is {y.dtype}; labels must be whole numbers")
-        check(0 <= y.min() and y.max() < k, f"{split}_y goes from {y.min()} to {y.max()}; {k} classes are 0 to {k - 1}")
+        require(x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] == 3 and min(x.shape[1:3]) >= 32,
+                f"{path}: {split}_x is {x.dtype} {x.shape}; it must be uint8 (n, height, width, 3), at least 32x32")
+        require(len(x) > 0 and y.shape == (len(x),) and y.dtype.kind in "iu",
+                f"{path}: {split}_y is {y.dtype} {y.shape}; it must hold one whole number for each of {len(x)} images")
+        require(0 <= y.min() and y.max() < k,
+                f"{path}: {split}_y goes from {y.min()} to {y.max()}; the labels of {k} classes are 0 to {k - 1}")
         data[f"{split}_y"] = y.astype(np.int64)
-    check(data["train_x"].shape[1:] == data["test_x"].shape[1:], "training and test images differ in size")
+    require(data["train_x"].shape[1:] == data["test_x"].shape[1:], f"{path}: training and test images differ in size")
     return data
 
 
@@ -340,17 +319,9 @@ def read_npz(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
     except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
-        raise UserError(f"{path} cannot be read as .npz ({str(error).splitlines()[0] if str(error) else 'damaged'}): "
-                        "make it again, or delete it to have it downloaded again") from None
-
-
-def save_npz(path, arrays):
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    write_atomically(path, buffer.getbuffer())
+        raise UserError(f"{path} cannot be read as .npz ({reason(error)}): make it again, or delete it if it came from "
+                        "a download") from None
 
 
 def download_cifar(name, data_dir):
@@ -359,16 +330,14 @@ def download_cifar(name, data_dir):
         kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
         train, test = (kind(data_dir, train=flag, download=True) for flag in (True, False))
     except Exception as error:
-        archive = {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz"}[name]
-        raise UserError(f"cannot download {name} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-                        f": put {name}.npz or the official {archive} into {data_dir}/, or use --dataset digits, which "
-                        "needs no download") from None
+        raise UserError(f"cannot download {name} ({reason(error)}): put {name}.npz into {data_dir}/, or the official "
+                        f"cifar-{name[5:]}-python.tar.gz, or use --dataset digits, which needs no download") from None
     return dict(train_x=train.data, train_y=np.array(train.targets), test_x=test.data, test_y=np.array(test.targets),
                 classes=np.array(train.classes))
 
 
 def load_digits():
-    """scikit-learn's 1,797 handwritten digits (8x8, 0 to 16) at 32x32 in three equal channels: 1,000 train, 797 test."""
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey, as 32x32 in three equal channels: 1,000 train, 797 test."""
     import sklearn.datasets
     from PIL import Image
     digits = sklearn.datasets.load_digits()
@@ -384,20 +353,18 @@ def load_digits():
 def read_image_folder(folder):
     from PIL import Image
     classes = sorted(p.name for p in (folder / "train").glob("*") if p.is_dir())
-    if not classes:
-        raise UserError(f"{folder}: no class folders under {folder / 'train'}; lay images out as train/<class>/<image>")
+    unknown = {p.name for p in (folder / "test").glob("*") if p.is_dir()} - set(classes)
+    require(classes, f"{folder}/train has no class folders: lay the images out as train/<class>/<image>")
+    require(not unknown, f"{folder}/test/{min(unknown, default='')} is no class of {folder}/train: rename or remove it")
     data = {"classes": np.array(classes)}
     for split in ("train", "test"):
-        unknown = {p.name for p in (folder / split).glob("*") if p.is_dir()} - set(classes)
-        if unknown:
-            raise UserError(f"{folder / split}: {sorted(unknown)[0]} is not a class of {folder / 'train'}")
         x, y = [], []
         for label, name in enumerate(classes):
             for path in sorted(p for p in (folder / split / name).glob("*") if not p.name.startswith(".")):
                 try:
                     x.append(np.asarray(Image.open(path).convert("RGB").resize((32, 32), Image.BILINEAR)))
                 except Exception:
-                    raise UserError(f"{path}: not a readable image; repair or remove it") from None
+                    raise UserError(f"{path} is not a readable image: repair or remove it") from None
                 y.append(label)
         data[f"{split}_x"] = np.stack(x) if x else np.empty((0, 32, 32, 3), np.uint8)
         data[f"{split}_y"] = np.array(y, np.int64)
@@ -411,8 +378,8 @@ def put_on_device(data, device, val_split=0):
     images are the same for every seed, so that runs differ in what they learn and not in what judges them.
     """
     train_x, train_y = data["train_x"], data["train_y"]
-    if val_split >= len(train_x):
-        raise UserError(f"--val-split {val_split} leaves nothing of {len(train_x)} training images: give fewer")
+    require(val_split < len(train_x), f"--val-split {val_split} leaves nothing of {len(train_x)} training images: give "
+            "fewer")
     splits = {"test": (data["test_x"], data["test_y"])}
     if val_split:
         order = np.random.RandomState(0).permutation(len(train_x))
@@ -422,12 +389,11 @@ def put_on_device(data, device, val_split=0):
     splits["train"] = (train_x, train_y)
     counts = np.stack([np.bincount(train_x[..., c].ravel(), minlength=256) for c in range(3)]) / train_x[..., 0].size
     mean = counts @ np.arange(256)
-    std = np.sqrt(counts @ np.arange(256) ** 2 - mean**2)
-    if not std.min() > 0:
-        raise UserError("the training images are constant in one channel: nothing can be learnt from it")
+    variance = counts @ np.arange(256) ** 2 - mean**2
+    require(variance.min() > 1e-9, "the training images are constant in one channel: nothing can be learnt from it")
     tensors = {k: tuple(torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in v) for k, v in splits.items()}
-    tensors["mean"], tensors["std"] = (torch.tensor(v, dtype=torch.float32, device=device) for v in (mean, std))
-    return tensors
+    return tensors | {k: torch.tensor(v, dtype=torch.float32, device=device)
+                      for k, v in (("mean", mean), ("std", np.sqrt(variance)))}
 
 
 def normalise(x, data):
@@ -576,7 +542,7 @@ def build_model(name, num_classes=10, width=1.0):
 # +--------------------------------------------------------------------------------------------------------------------+
 
 def prune_epochs(s, e, r):
-    """The epochs (from 0) after whose training a layer is pruned: s, s+r, … up to e (A.4, see README, Deviations)."""
+    """The epochs (from 0) after whose training a layer is pruned: s, s+r, … up to e (A.4; see README, Deviations)."""
     return range(s, e + 1, r)
 
 
@@ -587,6 +553,19 @@ def kept_filters(n, p, n_iter):
     """
     m = math.ceil((1 - Fraction(str(p))) * n)
     return [math.ceil(m + Fraction((n - m) * (n_iter - j), n_iter)) for j in range(1, n_iter + 1)]
+
+
+def pruning_plan(model, args, times):
+    """One entry per pruned layer: its index in model.prunable, and the survivors by epoch, {epoch: filters kept}.
+
+    --scratch prunes at epoch -1, before the first; without a target the list is empty.
+    """
+    plan = []
+    for i, p in enumerate(args.p or ()):
+        layer = len(model.prunable) - len(args.p) + i
+        epochs = [-1] if args.scratch else prune_epochs(times["s"][i], times["e"][i], times["r"])
+        plan.append((layer, dict(zip(epochs, kept_filters(len(model.prunable[layer].mask), p, len(epochs))))))
+    return plan
 
 
 def ebn_score(gamma, beta, signed=False):
@@ -608,7 +587,8 @@ def ebn_score(gamma, beta, signed=False):
 
 
 def filter_scores(block, method):
-    """The score of each filter of `block`, (c_out,); method: one of l1, l2 (of the weights, A.4), act, ebn, ebn-signed."""
+    """The score of each filter of `block`, (c_out,); method l1 or l2 (of the weights, A.4), act, ebn or ebn-signed."""
+    require(method in SCORES, f"no score {method}: choose from {', '.join(SCORES)}")
     weight = block.conv.weight.detach().flatten(1)
     if method == "l1":
         return weight.abs().sum(1)
@@ -616,9 +596,7 @@ def filter_scores(block, method):
         return weight.square().sum(1).sqrt()
     if method == "act":
         return block.act.clone()
-    if method in ("ebn", "ebn-signed"):
-        return ebn_score(block.bn.weight, block.bn.bias, signed=method == "ebn-signed")
-    raise UserError(f"no score {method}: choose from {', '.join(SCORES)}")
+    return ebn_score(block.bn.weight, block.bn.bias, signed=method == "ebn-signed")
 
 
 def select_filters(scores, mask, k, target, generator=None):
@@ -629,16 +607,13 @@ def select_filters(scores, mask, k, target, generator=None):
     """
     live = mask.cpu().nonzero().flatten()
     scores = scores.detach().cpu()[live]
-    if k > len(live):
-        raise UserError(f"cannot prune {k} of {len(live)} live filters")
-    if scores.isnan().any():
-        raise UserError("a filter's score is not a number: the run has diverged; lower --lr", 1)
+    require(target in ("S", "L", "R"), f"no target {target}: choose S, L or R")
+    require(k <= len(live), f"cannot prune {k} of {len(live)} live filters")
+    require(not scores.isnan().any(), "a filter's score is not a number, the run has diverged: lower --lr", 1)
     if target == "R":
         order = torch.randperm(len(live), generator=generator)
-    elif target in ("S", "L"):
-        order = torch.sort(scores, stable=True, descending=target == "L").indices
     else:
-        raise UserError(f"no target {target}: choose S, L or R")
+        order = torch.sort(scores, stable=True, descending=target == "L").indices
     return live[order[:k]].sort().values
 
 
@@ -646,46 +621,57 @@ def select_filters(scores, mask, k, target, generator=None):
 def prune_block(block, indices, keep_bn=False):
     """Removes filters `indices` of `block` for good: weights, bias, batch norm's scale and shift and shortcut become 0.
 
-    With keep_bn only the convolution weights go (D.1's Prune_L).
+    With keep_bn only the convolution's weights go (D.1's Prune_L).
     """
     indices = indices.to(block.mask.device)
     block.mask[indices] = False
     block.conv.weight[indices] = 0
     if not keep_bn:
         block.bn_mask[indices] = False
-        block.bn.weight[indices] = 0
-        block.bn.bias[indices] = 0
-        if block.conv.bias is not None:
-            block.conv.bias[indices] = 0
+        for param in (block.conv.bias, block.bn.weight, block.bn.bias):
+            if param is not None:
+                param[indices] = 0
 
 
-def forget_filters(optimizer, block, indices, keep_bn):
+def forget_filters(optimizer, block, indices, keep_bn=False):
     """Clears the optimiser's memory of pruned filters: what is left of their momentum would move the zeros again."""
-    params = [block.conv.weight] if keep_bn else [*block.conv.parameters(), *block.bn.parameters()]
-    for param in params:
+    for param in [block.conv.weight] if keep_bn else [*block.conv.parameters(), *block.bn.parameters()]:
         for value in optimizer.state[param].values():
             if torch.is_tensor(value) and value.shape == param.shape:
                 value[indices.to(value.device)] = 0
 
 
-def pruning_plan(model, args, times):
-    """One entry per pruned layer: its index in model.prunable, and survivors by epoch, {epoch: filters kept}.
+def filters_due(model, args, plan, epoch, noise):
+    """{index in plan: number of filters to go after this epoch}; nothing to remove is nothing due (A.4)."""
+    due = {}
+    for i, (layer, kept) in enumerate(plan):
+        live = int((~noise[i]["targeted"]).sum() if noise else model.prunable[layer].mask.sum())
+        if kept.get(epoch, live) < live:
+            due[i] = live - kept[epoch]
+    return due
 
-    --scratch prunes at epoch -1, before the first; no target gives no entries.
-    """
-    if args.target == "none":
-        return []
-    plan = []
-    for i, p in enumerate(args.p):
-        layer = len(model.prunable) - len(args.p) + i
-        epochs = [-1] if args.scratch else prune_epochs(times["s"][i], times["e"][i], times["r"])
-        n = len(model.prunable[layer].mask)
-        plan.append((layer, dict(zip(epochs, kept_filters(n, p, len(epochs))))))
-    return plan
+
+def prune_now(model, optimizer, args, plan, due, noise, generator):
+    """Removes (or starts to noise) the filters that are due; returns {layer: their indices}."""
+    gone = {}
+    for i, k in due.items():
+        layer, keep_bn = plan[i][0], args.prune_bn == "keep"
+        block = model.prunable[layer]
+        if noise:
+            end_noise(block, noise[i], args)  # scores are taken of the network itself
+        live = ~noise[i]["targeted"] if noise else block.mask
+        indices = select_filters(filter_scores(block, args.score), live, k, args.target, generator)
+        if noise:
+            start_noise(block, noise[i], indices, args)
+        else:
+            prune_block(block, indices, keep_bn)
+            forget_filters(optimizer, block, indices, keep_bn)
+        gone[layer] = indices.tolist()
+    return gone
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
-# | Noise in place of pruning (D): the schedule picks filters as usual, but they stay and are noised for a while        |
+# | Noise in place of pruning (D): the schedule picks filters as usual, but they stay and are noised for a while       |
 # +--------------------------------------------------------------------------------------------------------------------+
 
 def new_noise(block):
@@ -695,7 +681,7 @@ def new_noise(block):
 
 
 def noised_tensors(block, args):
-    """What the noise changes in a block; all are indexed by filter. Restoring also covers the running statistics."""
+    """What the noise touches in a block, each indexed by filter: weights; to restore, batch norm as well (D.2)."""
     bn = block.bn
     return [block.conv.weight] + ([bn.weight, bn.bias, bn.running_mean, bn.running_var] if args.noise_restore else [])
 
@@ -722,7 +708,7 @@ def noise_pass(block, state, args, generator, training):
         noise = torch.randn((len(active), *weight.shape[1:]), generator=generator, device=weight.device)
         weight[active] += weight[state["calm"]].std() * noise
     else:
-        for tensor in noised_tensors(block, args)[:3]:
+        for tensor in noised_tensors(block, args)[:3]:  # not the running statistics
             tensor.index_fill_(0, active, 0)
 
 
@@ -744,22 +730,31 @@ def end_noise(block, state, args):
 # | Files: all writes are atomic, one process per run directory                                                        |
 # +--------------------------------------------------------------------------------------------------------------------+
 
+@contextlib.contextmanager
+def writing(path):
+    """Turns a full disk, a read-only folder and their kind into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({reason(error)}): make room or choose another folder, then start the "
+                        "same command again", 1) from None
+
+
 def write_atomically(path, content):
     """Writes bytes to `path` so that a reader, or a crash, sees the old file or the new one and nothing between."""
     path = pathlib.Path(path)
     partial = path.with_name(path.name + ".partial")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise UserError(f"cannot write {path} ({error.strerror}): make room or choose another folder, then start the "
-                        "same command again", 1) from None
+        try:
+            with open(partial, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def write_json(path, value):
@@ -767,23 +762,17 @@ def write_json(path, value):
 
 
 def append_line(path, line):
-    try:
-        with open(path, "a") as file:
-            file.write(line + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): make room, then start the same command again; the "
-                        "checkpoint holds what is missing", 1) from None
+    with writing(path), open(path, "a") as file:
+        file.write(line + "\n")
 
 
-def lock_directory(directory):
-    """Takes the run directory for this process; the lock goes with the process, however it ends."""
-    try:
+def lock_directory(directory, wait=False):
+    """Takes a directory for this process, and returns the lock, which goes with the process, however it ends."""
+    with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         lock = open(directory / ".lock", "w")
-    except OSError as error:
-        raise UserError(f"cannot write to {directory} ({error.strerror}): choose another --log-dir", 1) from None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         raise UserError(f"{directory} is in use by another process: wait for it, or choose another --seed", 1) from None
     return lock
@@ -792,42 +781,40 @@ def lock_directory(directory):
 def describe_run(args, data, model, times, plan, device):
     """config.json: every option, the schedule it gives, the constants behind it, the data, machine and versions."""
     method, setting = run_name(args)
-    fractions = [Fraction(str(p)) / len(kept) for p, (_, kept) in zip(args.p or [], plan)]
-    here = pathlib.Path(__file__).resolve().parent
-    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    git = None
+    with contextlib.suppress(OSError):  # no git here
+        command = ["git", "-C", pathlib.Path(__file__).resolve().parent, "describe", "--always", "--dirty"]
+        git = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     return {
-        "method": method, "setting": setting, "options": options_of(args), "schedule": times,
-        "pruned_layers": [{"layer": layer, "filters": len(model.prunable[layer].mask), "kept": list(kept.values()),
-                           "epochs": list(kept)} for layer, kept in plan],
-        "iterative_rate": float(100 * max(fractions)) if fractions else 0.0,  # %, the largest of any layer (A.4)
+        "method": method, "setting": setting,
+        "options": {k: v for k, v in vars(args).items() if k not in NOT_THE_RESULT}, "schedule": times,
+        "pruned_layers": [{"layer": layer, "filters": len(model.prunable[layer].mask), "epochs": list(kept),
+                           "kept": list(kept.values())} for layer, kept in plan],
+        # in %, the largest of any layer (A.4)
+        "iterative_rate": max((100 * p / len(kept) for p, (_, kept) in zip(args.p or (), plan)), default=0.0),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "constants": {"momentum": MOMENTUM, "bn_momentum": BN_MOMENTUM, "bn_eps": BN_EPS, "act_keep": ACT_KEEP,
-                      "act_every": ACT_EVERY, "crop_padding": CROP_PADDING, "adam_betas": [0.9, 0.999],
-                      "adam_eps": 1e-8},
+        "constants": {"momentum": MOMENTUM, "adam_betas": [0.9, 0.999], "adam_eps": 1e-8, "bn_momentum": BN_MOMENTUM,
+                      "bn_eps": BN_EPS, "act_keep": ACT_KEEP, "act_every": ACT_EVERY, "crop_padding": CROP_PADDING},
         "data": {"train": len(data["train_x"]) - args.val_split, "val": args.val_split, "test": len(data["test_x"]),
                  "classes": len(data["classes"]), "image": list(data["train_x"].shape[1:]),
-                 "crc32": [zlib.crc32(np.ascontiguousarray(data[k])) for k in ("train_x", "train_y", "test_x", "test_y")]},
+                 "crc32": [zlib.crc32(np.ascontiguousarray(data[k])) for k in sorted(data) if k != "classes"]},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(), "machine": platform.machine(), "git": git.stdout.strip() or None,
+        "threads": torch.get_num_threads(), "machine": platform.machine(), "git": git,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
-
-
-def options_of(args):
-    return {k: v for k, v in vars(args).items() if k not in NOT_THE_RESULT}
 
 
 def check_same_run(directory, config):
     """Refuses to continue a directory whose config.json says another experiment or other data."""
     try:
         old = json.loads((directory / "config.json").read_text())
-        different = [k for k in config["options"] if old["options"].get(k) != config["options"][k]]
-        different += ["data"] * (old["data"] != config["data"]) + ["schedule"] * (old["schedule"] != config["schedule"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{directory}/config.json is damaged: move the directory away to train this run afresh") from None
-    if different:
-        raise UserError(f"{directory} holds a run with another {', '.join(different)}: move it away or choose another "
-                        "--log-dir")
+        different = [k for k, v in config["options"].items() if old["options"].get(k) != v]
+        different += [k for k in ("data", "schedule") if old[k] != config[k]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{directory}/config.json is missing or damaged: move the directory away to train this run "
+                        "afresh") from None
+    require(not different, f"{directory} holds a run with another {', '.join(different)}: move it away, or choose "
+            "another --log-dir")
 
 
 def save_checkpoint(path, state):
@@ -836,12 +823,23 @@ def save_checkpoint(path, state):
     write_atomically(path, buffer.getbuffer())
 
 
-def load_checkpoint(path):
+def resume(path, model, optimizer, generators, noise, device):
+    """Puts a run back to where its checkpoint was written; returns (next epoch, step, log lines)."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        for name, generator in generators.items():
+            generator.set_state(state["generators"][name])
+        for layer_state, saved in zip(noise, state["noise"], strict=True):
+            layer_state.update(saved)
+            if saved["active"] is not None:
+                layer_state["active"] = saved["active"].to(device)
+                layer_state["backup"] = saved["backup"] and [tensor.to(device) for tensor in saved["backup"]]
+        return state["epoch"], state["step"], state["log"]
     except Exception as error:  # zip, pickle and torch each have their own for a damaged file
-        raise UserError(f"{path} is damaged ({type(error).__name__}): delete it to train this run afresh; the lines in "
-                        "epochs.jsonl are kept until then", 1) from None
+        raise UserError(f"{path} is damaged or of another version ({reason(error)}): move it away to train this run "
+                        "afresh", 1) from None
 
 
 def summarize_epochs(records):
@@ -851,7 +849,7 @@ def summarize_epochs(records):
     minus test accuracy there; last_acc; val_chosen_acc: test accuracy at the best validation epoch (None without
     one); mean_stability: over the events that removed (or noised) at least one filter, 100 without any.
     """
-    events = [r for r in records if r["epoch"] >= 0 and any(r["removed"])]
+    events = [r for r in records if any(r["removed"])]
     stabilities = [r["stability"] for r in events if r["stability"] is not None]
     late = [r for r in records if r["epoch"] >= (events[-1]["epoch"] if events else 0)]
     best = max(late, key=lambda r: r["test_acc"])  # the first of equal ones
@@ -867,63 +865,55 @@ def summarize_epochs(records):
 # | Training                                                                                                           |
 # +--------------------------------------------------------------------------------------------------------------------+
 
+def predict(model, images, data, args):
+    """Logits in float32 for uint8 images (n, h, w, 3); under bf16, only the network runs in bfloat16."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        return model(normalise(images, data)).float()
+
+
 @torch.no_grad()
-def evaluate(model, data, split, args, noise_hooks=None):
+def evaluate(model, data, split, args, before_batch=None, after_batch=None):
     """Accuracy in % on a split, in eval mode; the value is read back from the device once."""
-    before, after = noise_hooks or (None, None)
     model.eval()
     x, y = data[split]
     correct = torch.zeros((), dtype=torch.int64, device=x.device)
     for start in range(0, len(x), args.test_batch_size):
         batch = slice(start, start + args.test_batch_size)
-        if before:
-            before(training=False)
-        with autocast(args, x.device):
-            logits = model(normalise(x[batch], data))
-        if after:
-            after()
-        correct += (logits.argmax(1) == y[batch]).sum()
+        if before_batch:
+            before_batch(training=False)
+        correct += (predict(model, x[batch], data, args).argmax(1) == y[batch]).sum()
+        if after_batch:
+            after_batch()
     return 100 * correct.item() / len(x)
 
 
-def autocast(args, device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-
-
-def train_epoch(model, data, optimizer, args, generators, noise_hooks, step, bar):
-    """One pass over the training data; returns (mean loss, accuracy in %, next step), read from the device at the end."""
-    before, after = noise_hooks or (None, None)
+def train_epoch(model, data, optimizer, args, generators, step, before_batch=None, after_batch=None):
+    """One pass over the training data; returns (mean loss, accuracy in %, next step), read back once, at the end."""
     model.train()
     x, y = data["train"]
     device, n = x.device, len(x)
     order = torch.randperm(n, generator=generators["order"]).to(device)
     if args.augment:
-        padded = data["padded"]
         offsets, flips = (t.to(device) for t in draw_crops(n, generators["augment"]))
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for start in range(0, n, args.batch_size):
-        index = order[start:start + args.batch_size]
-        if args.augment:
-            batch = slice(start, start + args.batch_size)
-            images = crop_and_flip(padded, index, offsets[:, batch], flips[batch])
-        else:
-            images = x[index]
+        batch = slice(start, start + args.batch_size)
+        index = order[batch]
+        images = crop_and_flip(data["padded"], index, offsets[:, batch], flips[batch]) if args.augment else x[index]
         labels = y[index]
         step += 1
         for block in model.prunable:
             block.measure = args.score == "act" and step % ACT_EVERY == 0
-        if before:
-            before(training=True)
-        with autocast(args, device):
-            logits = model(normalise(images, data))
-        loss = F.cross_entropy(logits.float(), labels)
+        if before_batch:
+            before_batch(training=True)
+        logits = predict(model, images, data, args)
+        loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        if after:
-            after()
+        if after_batch:
+            after_batch()
         totals += torch.stack([loss.detach() * len(index), (logits.detach().argmax(1) == labels).sum()])
-        bar.update()
     for block in model.prunable:
         block.measure = False
     loss, accuracy = (totals / n).tolist()
@@ -936,37 +926,17 @@ def make_optimizer(model, args):
     return torch.optim.SGD(model.parameters(), args.lr, MOMENTUM, weight_decay=args.weight_decay, fused=True)
 
 
-def prune_now(model, optimizer, args, plan, epoch, noise, generators):
-    """Runs the pruning (or noising) iterations of `epoch`; returns {layer: indices} of the filters that go now."""
-    gone = {}
-    for (layer, kept), state in zip(plan, noise):
-        block = model.prunable[layer]
-        live = block.mask.cpu() if args.noise == "none" else ~state["targeted"]
-        k = int(live.sum()) - kept.get(epoch, len(live))
-        if k <= 0:
-            continue
-        if args.noise != "none":
-            end_noise(block, state, args)  # scores are taken of the network itself
-        indices = select_filters(filter_scores(block, args.score), live, k, args.target, generators["target"])
-        if args.noise != "none":
-            start_noise(block, state, indices, args)
-        else:
-            prune_block(block, indices, args.prune_bn == "keep")
-            forget_filters(optimizer, block, indices, args.prune_bn == "keep")
-        gone[layer] = indices.tolist()
-    return gone
+def make_generators(args, device):
+    """One generator per source of randomness: runs with the same seed share initial weights, order and augmentation."""
+    torch.manual_seed(args.seed)  # the initial weights
+    generators = {}
+    for i, name in enumerate(("order", "augment", "target") + ("noise",) * (args.noise == "gauss")):
+        seed = int(np.random.SeedSequence((args.seed, i)).generate_state(1)[0])
+        generators[name] = torch.Generator(device if name == "noise" else "cpu").manual_seed(seed)
+    return generators
 
 
-def filters_due(model, args, plan, epoch, noise):
-    """Whether any filter goes after this epoch; an iteration with nothing to remove is a no-op (A.4)."""
-    for (layer, kept), state in zip(plan, noise):
-        live = int(model.prunable[layer].mask.sum() if args.noise == "none" else (~state["targeted"]).sum())
-        if kept.get(epoch, live) < live:
-            return True
-    return False
-
-
-def train(args, bar=None):
+def train(args):
     """Trains, prunes and logs one run as `args` (from parse_options) say; returns its summary (summarize_epochs)."""
     directory = run_directory(args)
     label = "/".join(directory.parts[-3:])
@@ -974,131 +944,99 @@ def train(args, bar=None):
         print(f"{directory}: finished already", flush=True)
         return None
     device = choose_device(args)
-    lock = lock_directory(directory)
     arrays = load_data(args.dataset, args.data_dir)
+    lock = lock_directory(directory)
     data = put_on_device(arrays, device, args.val_split)
     if args.augment:
         data["padded"] = F.pad(data["train"][0], (0, 0, *[CROP_PADDING] * 4))
-
-    # One generator per source of randomness: runs with the same seed share initial weights, order and augmentation.
-    torch.manual_seed(args.seed)
+    generators = make_generators(args, device)
     model = build_model(args.model, len(arrays["classes"]), args.width).to(device)
     optimizer = make_optimizer(model, args)
-    generators = {}
-    for i, name in enumerate(("order", "augment", "target", "noise")):
-        seed = int(np.random.SeedSequence((args.seed, i)).generate_state(1)[0])
-        generators[name] = torch.Generator(device if name == "noise" else "cpu").manual_seed(seed)
     times = schedule(args)
     plan = pruning_plan(model, args, times)
-    noise = [new_noise(model.prunable[layer]) for layer, _ in plan]
-    noise_hooks = None
+    noise, hooks = [], {}
     if args.noise != "none":
+        noise = [new_noise(model.prunable[layer]) for layer, _ in plan]
         noised = [(model.prunable[layer], state) for (layer, _), state in zip(plan, noise)]
-        noise_hooks = (lambda training: [noise_pass(b, s, args, generators["noise"], training) for b, s in noised],
-                       lambda: [end_noise_if_due(b, s, args) for b, s in noised])
+        hooks = {"before_batch": lambda training: [noise_pass(block, state, args, generators.get("noise"), training)
+                                                   for block, state in noised],
+                 "after_batch": lambda: [end_noise_if_due(block, state, args) for block, state in noised]}
 
     config = describe_run(args, arrays, model, times, plan, device)
-    del arrays
     first_epoch, step, lines = 0, 0, []
-    checkpoint_path = directory / "checkpoint.pt"
-    if checkpoint_path.exists():
+    if (directory / "checkpoint.pt").exists():
         check_same_run(directory, config)
-        first_epoch, step, lines = resume(checkpoint_path, model, optimizer, generators, noise, device)
+        first_epoch, step, lines = resume(directory / "checkpoint.pt", model, optimizer, generators, noise, device)
         print(f"{label}: continues after epoch {first_epoch} of {times['epochs']}", flush=True)
     else:
         write_json(directory / "config.json", config)
-        if args.scratch:
-            prune_now(model, optimizer, args, plan, -1, noise, generators)
+        scratch = filters_due(model, args, plan, -1, noise)
+        prune_now(model, optimizer, args, plan, scratch, noise, generators["target"])
     write_atomically(directory / "epochs.jsonl", "".join(line + "\n" for line in lines).encode())
     records = [json.loads(line) for line in lines]
 
-    batches = math.ceil(len(data["train"][0]) / args.batch_size)
-    bar = tqdm(total=times["epochs"] * batches, initial=first_epoch * batches, desc=label, leave=True, mininterval=0.5,
-               disable=not (sys.stderr.isatty() and sys.stdout.isatty()),
-               bar_format="{desc} |{bar:20}| {percentage:3.0f}% {postfix} {remaining} left")
-    started = time.monotonic()
-    for epoch in range(first_epoch, times["epochs"]):
-        clock = time.monotonic()
-        lr = args.lr * 0.1 ** sum(epoch >= x for x in times["lrs"])
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss, train_acc, step = train_epoch(model, data, optimizer, args, generators, noise_hooks, step, bar)
-        if not math.isfinite(loss):
-            raise UserError(f"{directory}: the loss is {loss} in epoch {epoch}: lower --lr (now {lr:g}); the checkpoint "
-                            "of the epoch before is kept", 1)
+    with progress_bar(label, times["epochs"], first_epoch) as bar:
+        for epoch in range(first_epoch, times["epochs"]):
+            clock = time.monotonic()
+            lr = args.lr * 0.1 ** sum(epoch >= x for x in times["lrs"])
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss, train_acc, step = train_epoch(model, data, optimizer, args, generators, step, **hooks)
+            require(math.isfinite(loss), f"{directory}: the loss is {loss} in epoch {epoch}: lower --lr (now {lr:g}); "
+                    "the checkpoint of the epoch before is kept", 1)
 
-        gone, due = {}, filters_due(model, args, plan, epoch, noise)
-        test_acc = before = evaluate(model, data, "test", args, noise_hooks)
-        if due:
-            gone = prune_now(model, optimizer, args, plan, epoch, noise, generators)
-        if due or noise_hooks:
-            test_acc = evaluate(model, data, "test", args, noise_hooks)
-        val_acc = evaluate(model, data, "val", args) if args.val_split else None
+            gone, due = {}, filters_due(model, args, plan, epoch, noise)
+            test_acc = before = evaluate(model, data, "test", args, **hooks)
+            if due:
+                gone = prune_now(model, optimizer, args, plan, due, noise, generators["target"])
+            if due or noise:
+                test_acc = evaluate(model, data, "test", args, **hooks)
+            val_acc = evaluate(model, data, "val", args) if args.val_split else None
 
-        record = {
-            "epoch": epoch, "lr": lr, "train_loss": loss, "train_acc": train_acc, "test_acc_before": before,
-            "test_acc": test_acc, "val_acc": val_acc,
-            "stability": 100 * test_acc / before if gone and before else None,
-            "removed": [len(gone.get(layer, ())) for layer, _ in plan],
-            "live": [int(block.mask.sum()) for block in model.prunable], "filters": gone,
-            "noised": [{"test": s["test"], "train": s["train"], "active": s["active"] is not None} for s in noise]
-            if noise_hooks else None,
-            "seconds": round(time.monotonic() - clock, 3)}
-        records.append(record)
-        lines.append(json.dumps(record))
-        save_checkpoint(checkpoint_path, {
-            "format": 1, "epoch": epoch + 1, "step": step, "model": model.state_dict(), "log": lines,
-            "optimizer": optimizer.state_dict(), "noise": noise,
-            "generators": {name: g.get_state() for name, g in generators.items()}})
-        append_line(directory / "epochs.jsonl", lines[-1])  # after the checkpoint, which can rebuild it
-        if epoch + 1 == times["save_epoch"]:
-            save_checkpoint(directory / f"epoch{epoch + 1}.pt", {"format": 1, "epoch": epoch + 1,
-                                                                 "model": model.state_dict()})
-        report(label, record, records, times["epochs"], started, first_epoch, bar)
-    bar.close()
+            records.append({
+                "epoch": epoch, "lr": lr, "train_loss": loss, "train_acc": train_acc, "test_acc_before": before,
+                "test_acc": test_acc, "val_acc": val_acc,
+                "stability": 100 * test_acc / before if gone and before else None,
+                "removed": [len(gone.get(layer, ())) for layer, _ in plan],
+                "live": [int(block.mask.sum()) for block in model.prunable], "filters": gone,
+                "noised": [{k: state[k] for k in ("test", "train")} for state in noise],
+                "seconds": round(time.monotonic() - clock, 3)})
+            lines.append(json.dumps(records[-1]))
+            if epoch + 1 == times["save_epoch"]:
+                save_checkpoint(directory / f"epoch{epoch + 1}.pt", {"epoch": epoch + 1, "model": model.state_dict()})
+            save_checkpoint(directory / "checkpoint.pt", {
+                "epoch": epoch + 1, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "noise": noise, "generators": {name: g.get_state() for name, g in generators.items()}, "log": lines})
+            append_line(directory / "epochs.jsonl", lines[-1])  # after the checkpoint, which can rebuild it
+            report(label, records, bar)
 
     summary = summarize_epochs(records)
     write_json(directory / "done.json", summary)
     lock.close()
     print(f"{label}: best accuracy {summary['best_acc']:.2f}% (epoch {summary['best_epoch']}), last "
-          f"{summary['last_acc']:.2f}%, mean stability {summary['mean_stability']:.2f}% over {summary['events']} pruning "
-          "events", flush=True)
+          f"{summary['last_acc']:.2f}%, mean stability {summary['mean_stability']:.2f}% over {summary['events']} "
+          "pruning events", flush=True)
     return summary
 
 
-def resume(path, model, optimizer, generators, noise, device):
-    """Puts a run back to where its checkpoint was written; returns (next epoch, step, log lines)."""
-    state = load_checkpoint(path)
-    try:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        for name, generator in generators.items():
-            with contextlib.suppress(RuntimeError if generator.device.type != "cpu" else ()):
-                generator.set_state(state["generators"][name])
-        for layer_state, saved in zip(noise, state["noise"], strict=True):
-            layer_state.update(saved)
-            for key in ("active", "backup"):
-                value = layer_state[key]
-                layer_state[key] = [t.to(device) for t in value] if isinstance(value, list) else \
-                    value if value is None else value.to(device)
-        return state["epoch"], state["step"], state["log"]
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise UserError(f"{path} does not fit this run or version ({str(error).splitlines()[0]}): delete it to train "
-                        "afresh", 1) from None
+def progress_bar(label, epochs, first_epoch):
+    on_a_terminal = sys.stderr.isatty() and sys.stdout.isatty()
+    return tqdm(total=epochs, initial=first_epoch, desc=label, disable=not on_a_terminal,
+                bar_format="{desc} |{bar:20}| epoch {n_fmt}/{total_fmt}{postfix} {remaining} left")
 
 
-def report(label, record, records, epochs, started, first_epoch, bar):
-    """One epoch for whoever watches: the bar on a terminal, a plain line in a file."""
-    done = record["epoch"] + 1
-    stability = summarize_epochs(records)["mean_stability"]
+def report(label, records, bar):
+    """The epoch just done, for whoever watches: the bar on a terminal, a plain line in a file."""
+    record, stability = records[-1], summarize_epochs(records)["mean_stability"]
+    bar.update()
     if not bar.disable:
-        bar.set_postfix_str(f"epoch {done}/{epochs} test {record['test_acc']:.2f}% stability {stability:.2f}%")
+        bar.set_postfix_str(f"test {record['test_acc']:.2f}% stability {stability:.2f}%")
         return
-    minutes = (time.monotonic() - started) / (done - first_epoch) * (epochs - done) / 60
     event = f" -> {record['test_acc']:.2f}% ({sum(record['removed'])} filters)" if any(record["removed"]) else ""
-    print(f"{label} epoch {done}/{epochs} lr {record['lr']:g} loss {record['train_loss']:.4f} train "
+    left = sum(r["seconds"] for r in records[-5:]) / len(records[-5:]) * (bar.total - len(records)) / 60
+    print(f"{label} epoch {len(records)}/{bar.total} lr {record['lr']:g} loss {record['train_loss']:.4f} train "
           f"{record['train_acc']:.2f}% test {record['test_acc_before']:.2f}%{event} stability {stability:.2f}% "
-          f"{record['seconds']:.1f} s, {minutes:.0f} min left", flush=True)
+          f"{record['seconds']:.1f} s, {left:.0f} min left", flush=True)
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -1107,17 +1045,17 @@ def report(label, record, records, epochs, started, first_epoch, bar):
 
 def choose_device(args):
     """The torch device, with precision and determinism set; UserError where the machine lacks what was asked."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no CUDA device here: use --device cpu, or check the driver")
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    if args.precision == "tf32" and device.type == "cpu":
-        raise UserError("--precision tf32 needs a CUDA device: use fp32 on the CPU")
+    cuda = torch.cuda.is_available()
+    require(cuda or args.device != "cuda", "--device cuda, but torch sees no CUDA device here: use --device cpu, or "
+            "check the driver")
+    device = torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
+    require(device.type == "cuda" or args.precision != "tf32", "--precision tf32 needs a CUDA device: use fp32 here")
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     torch.backends.cudnn.benchmark = not args.deterministic
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(args.deterministic)
     return device
 
 
@@ -1134,28 +1072,29 @@ def print_plan(path):
     try:
         lines = [line.strip() for line in open(path) if line.strip()]
     except OSError as error:
-        raise UserError(f"--plan {path}: {error.strerror}") from None
+        raise UserError(f"--plan {path}: {reason(error)}") from None
     finished = begun = epochs = 0
-    left = {}
+    left, data_sets = {}, set()  # directory: its line, None if finished
     for line in lines:
         args = parse_options(shlex.split(line))
         directory = run_directory(args)
         if directory in left:
             continue
-        left[directory] = None
-        if (directory / "done.json").exists():
-            finished += 1
-            continue
-        done = 0
-        if (directory / "epochs.jsonl").exists():
-            done = (directory / "epochs.jsonl").read_bytes().count(b"\n")
-        begun += done > 0
-        epochs += schedule(args)["epochs"] - done
-        left[directory] = line
+        left[directory] = None if (directory / "done.json").exists() else line
+        finished += left[directory] is None
+        if left[directory]:
+            log = directory / "epochs.jsonl"
+            done = log.read_bytes().count(b"\n") if log.exists() else 0
+            begun += done > 0
+            epochs += schedule(args)["epochs"] - done
+            data_sets.add((args.dataset, args.data_dir))
     todo = [line for line in left.values() if line]
     print(f"{len(left)} runs: {finished} finished, {begun} half-done; to do now: {len(todo)} runs, {epochs:,} epochs",
           file=sys.stderr)
-    print("\n".join(todo))
+    for dataset, data_dir in sorted(data_sets):
+        load_data(dataset, data_dir)  # a download that fails should fail here, once
+    if todo:
+        print(*todo, sep="\n")
 
 
 def main(argv=None):

@@ -1,0 +1,217 @@
+#!/usr/bin/env bash
+# Every experiment of the paper as a list of train.py commands, and what runs them.
+#
+#   bash runs.sh fig2 --quick          Figure 2 in minutes: handwritten digits, narrow networks, two seeds
+#   bash runs.sh fig2                  Figure 2 itself: CIFAR-10, 2 networks x 4 methods x 10 seeds, 325 epochs each
+#   bash runs.sh fig2 --seeds 1-3 --jobs 2 -- --device cpu --scale-epochs 0.08
+#   bash runs.sh test                  the tests (options go to pytest)
+#   bash runs.sh setup                 only the set-up, which every other target does by itself
+#
+#   targets   fig2 fig3 fig4 fig5 fig6 figB2 tabC1 figC3 figD2 tabF1
+#   --seeds   1-10, or 1,4,7            (default: the paper's number)
+#   --jobs    N runs at once            (default: 1; with --quick one per core, at most 4)
+#   --print   print the train.py commands and do nothing
+#   --quick   digits, width 0.25, two seeds, a scaled schedule
+#   -- ...    more options for every train.py command
+#
+# Finished runs are skipped and half-done ones continued, so the same command picks up after any interruption.
+# PYTHON=/path/to/python uses that interpreter as it is, without any set-up.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+# +------------------------------------------------------------------------------------------------------------------+
+# | The experiments: `run` adds one run for the seed at hand                                                         |
+# +------------------------------------------------------------------------------------------------------------------+
+
+fig2() {
+    for model in vgg11 resnet18; do
+        run --model $model --target none
+        run --model $model --target S --r 4
+        run --model $model --target S --r 40
+        run --model $model --target L --r 40
+    done
+}
+
+fig3() {  # C1 and C2 too
+    for r in 4 20 40 60 100 200 300; do
+        for target in S R L; do
+            run --model vgg11 --target $target --r $r
+        done
+    done
+}
+
+fig4() {
+    for model in resnet18 resnet20 resnet56; do
+        run --model $model --optimizer sgd --target none
+        run --model $model --optimizer sgd --target S --r 30
+        run --model $model --optimizer sgd --target S --r 60
+    done
+}
+
+fig5() {
+    run --model vgg11 --target none
+    run --model vgg11 --target L --r 40 --prune-bn keep
+    for k in 1 50 1105; do
+        run --model vgg11 --target L --r 40 --noise zero --noise-batches $k
+        run --model vgg11 --target L --r 40 --noise gauss --noise-batches $k
+    done
+}
+
+fig6() {  # E1 to E6 too
+    run --model vgg11 --target none
+    run --model vgg11 --target S --r 4
+    run --model vgg11 --target S --r 40
+    run --model vgg11 --target R --r 40
+    run --model vgg11 --target L --r 40
+    run --model vgg11 --target S --scratch
+}
+
+figB2() {
+    run --model vgg11 --target none
+    run --model vgg11 --score ebn --target S --r 4
+    run --model vgg11 --score ebn --target S --r 40
+    run --model vgg11 --score ebn --target L --r 40
+    run --model resnet18 --target none
+    run --model resnet18 --score ebn-signed --s 3 4 5 6 --target S --r 4
+    run --model resnet18 --score ebn-signed --s 3 4 5 6 --target S --r 40
+    run --model resnet18 --score ebn-signed --s 3 4 5 6 --target L --r 40
+}
+
+tabC1() {  # 46% of all parameters (Figure 2's runs), then 59%
+    for p in "0.25 0.4 0.25 0.95" "0.25 0.8 0.25 0.95"; do
+        run --model resnet18 --target S --r 4 --p $p
+        run --model resnet18 --target S --r 40 --p $p
+        run --model resnet18 --target L --r 40 --p $p
+    done
+}
+
+figC3() {
+    run --model resnet18 --optimizer sgd --target none
+    for p in 0.06 0.1; do
+        run --model resnet18 --optimizer sgd --target S --s 24x16 --e 100x16 --r 1 --p ${p}x16
+    done
+}
+
+figD2() {
+    run --model vgg11 --target none
+    run --model vgg11 --target L --r 40
+    for k in 89 630 1220 2480; do
+        run --model vgg11 --target L --r 40 --noise zero --noise-batches $k --noise-restore --noise-filters all \
+            --test-batch-size 256
+    done
+}
+
+tabF1() {
+    local base="--dataset cifar100 --model resnet18 --lr 0.0001 --epochs 4000 --lrs 2000 --augment"
+    local prune="--score ebn-signed --p 0 0 0 0.7"
+    run $base --target none
+    run $base --target S --scratch $prune
+    run $base --target S $prune --s 2500x4 --e 3250x4 --r 750
+    run $base --target L $prune --s 2500x4 --e 3250x4 --r 750
+}
+
+# +------------------------------------------------------------------------------------------------------------------+
+# | Set-up                                                                                                           |
+# +------------------------------------------------------------------------------------------------------------------+
+
+fail() { echo "runs.sh: $*" >&2; exit 2; }
+cores() { getconf _NPROCESSORS_ONLN; }
+
+setup() {  # makes .venv unless it is there and made from these requirements
+    [ -z "${PYTHON:-}" ] || return 0
+    PYTHON=.venv/bin/python
+    cmp -s requirements.txt .venv/requirements.done && return 0
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        fail "python3 is missing or older than 3.10: install a newer Python, or name one with PYTHON="
+    echo "set-up: installing requirements.txt into .venv (PyTorch is several GB; once)"
+    python3 -m venv .venv || fail "python3 cannot make a virtual environment: install its venv module (python3-venv)"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt ||
+        fail "the packages in requirements.txt cannot be installed: mend what pip says above, then start this again"
+    cp requirements.txt .venv/requirements.done
+}
+
+# +------------------------------------------------------------------------------------------------------------------+
+# | Running a target                                                                                                 |
+# +------------------------------------------------------------------------------------------------------------------+
+
+quick_schedule() {  # a few epochs in all, the last of them after the last pruning event
+    case $1 in
+        fig4 | figC3) echo "--scale-epochs 0.08" ;;
+        tabF1) echo "--scale-epochs 0.004" ;;
+        *) echo "--epochs 375 --lrs 350 --scale-epochs 0.0375" ;;
+    esac
+}
+
+run() { echo "$* --seed $seed$more" >> "$list"; }
+
+seeds_of() {  # 1-3,7 -> 1 2 3 7
+    local part
+    for part in ${1//,/ }; do
+        [[ $part =~ ^[0-9]+(-[0-9]+)?$ ]] || fail "--seeds $1: give a range or a list, such as 1-10 or 1,4,7"
+        seq "${part%-*}" "${part#*-}"
+    done
+}
+
+run_target() {
+    local target=$1 seeds="" jobs="" print="" quick="" more="" logs=logs seed line failed=0
+    shift
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --seeds | --jobs) [ $# -ge 2 ] || fail "$1 needs a value"; printf -v "${1#--}" %s "$2"; shift 2 ;;
+            --print) print=1; shift ;;
+            --quick) quick=1-2; shift ;;  # its seeds
+            --) shift; more=" $*"; break ;;
+            *) fail "unknown option $1: there are --seeds, --jobs, --print, --quick, and -- for train.py's own" ;;
+        esac
+    done
+    case $target in tabF1) seeds=${seeds:-${quick:-1-3}} ;; esac
+    seeds=$(seeds_of "${seeds:-${quick:-1-10}}")
+    if [ "$quick" ]; then
+        more=" --dataset digits --width 0.25 --batch-size 16 $(quick_schedule "$target")$more"
+        jobs=${jobs:-$(($(cores) < 4 ? $(cores) : 4))}
+    fi
+    [[ $more =~ --log-dir[=\ ]([^ ]+) ]] && logs=${BASH_REMATCH[1]}
+    jobs=${jobs:-1}
+    [[ $jobs =~ ^[1-9][0-9]*$ ]] || fail "--jobs $jobs: give a number of runs, 1 or more"
+
+    work=$(mktemp -d)
+    trap 'rm -rf "$work"' EXIT
+    list=$work/all
+    for seed in $seeds; do "$target"; done
+    if [ "$print" ]; then
+        sed 's/^/python train.py /' "$list"
+        return
+    fi
+    setup
+    "$PYTHON" train.py --plan "$list" > "$work/left" || exit $?
+    if [ "$jobs" = 1 ]; then
+        while read -r line <&3; do
+            $PYTHON train.py $line || { failed=1; echo "failed: train.py $line" >&2; }
+        done 3< "$work/left"
+    else
+        export PYTHON OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(cores) / jobs > 0 ? $(cores) / jobs : 1))}
+        xargs -P "$jobs" -I '{}' bash -c '$PYTHON train.py {} || { echo "failed: train.py {}" >&2; exit 1; }' \
+            < "$work/left" | cat || failed=1
+    fi
+    [ $failed = 0 ] || echo "some runs failed (above); start the same command again to continue them" >&2
+    draw "$target" "$logs" || failed=1
+    return $failed
+}
+
+draw() {
+    case $1 in
+        fig2) $PYTHON analyze.py --figure 2 --log-dir "$2" ;;
+        figB2) $PYTHON analyze.py --figure B2 --log-dir "$2" ;;
+        *) echo "$1: its runs are under $2/; this version draws Figures 2 and B2" ;;
+    esac
+}
+
+target=${1:-help}
+[ $# = 0 ] || shift
+case $target in
+    fig2 | fig3 | fig4 | fig5 | fig6 | figB2 | tabC1 | figC3 | figD2 | tabF1) run_target "$target" "$@" ;;
+    setup) setup ;;
+    test) setup; exec $PYTHON -m pytest -q tests "$@" ;;
+    help | --help | -h) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" ;;
+    *) fail "unknown target $target: bash runs.sh help lists them" ;;
+esac
