@@ -123,6 +123,11 @@ def interval(values):
     return mean, result.confidence_interval.low, result.confidence_interval.high
 
 
+def no_nan(values):
+    """An array as a list for JSON, which has no NaN: None stands for it."""
+    return [None if np.isnan(v) else float(v) for v in values]
+
+
 def correlations(x, y):
     """{"n", "pearson": [r, p], "kendall": [tau, p]}; None for either where it is undefined (n < 3, or no spread)."""
     result = {"n": len(x), "pearson": None, "kendall": None}
@@ -167,7 +172,7 @@ def draw_dynamics(axis, groups):
         stability = np.mean([run["mean_stability"] for run in runs])
         axis.plot(epochs, mean, line, color=colour, lw=1, label=f"{stability:.2f}% stable ({method_label(runs[0])})")
         axis.fill_between(epochs, low, high, color=colour, alpha=0.2, lw=0)
-        numbers[method] = {"epoch": epochs.tolist(), "mean": mean.tolist(), "low": low.tolist(), "high": high.tolist()}
+        numbers[method] = {"epoch": epochs.tolist(), "mean": mean.tolist(), "low": no_nan(low), "high": no_nan(high)}
         tops.append(np.nanmax([mean, high]))
         floors.append(np.percentile(mean[len(mean) // 4:], 15))
     # The axis shows what separates the methods; a drop below it is marked with its depth, as in the paper.

@@ -153,7 +153,7 @@ seeds_of() {  # 1-3,7 -> 1 2 3 7
 }
 
 run_target() {
-    local target=$1 seeds="" jobs="" print="" quick="" more="" logs=logs seed line failed=0
+    local experiment=$1 seeds="" jobs="" print="" quick="" more="" logs=logs seed line failed=0
     shift
     while [ $# -gt 0 ]; do
         case $1 in
@@ -164,10 +164,10 @@ run_target() {
             *) fail "unknown option $1: there are --seeds, --jobs, --print, --quick, and -- for train.py's own" ;;
         esac
     done
-    case $target in tabF1) seeds=${seeds:-${quick:-1-3}} ;; esac
+    case $experiment in tabF1) seeds=${seeds:-${quick:-1-3}} ;; esac
     seeds=$(seeds_of "${seeds:-${quick:-1-10}}")
     if [ "$quick" ]; then
-        more=" --dataset digits --width 0.25 --batch-size 16 $(quick_schedule "$target")$more"
+        more=" --dataset digits --width 0.25 --batch-size 16 $(quick_schedule "$experiment")$more"
         jobs=${jobs:-$(($(cores) < 4 ? $(cores) : 4))}
     fi
     [[ $more =~ --log-dir[=\ ]([^ ]+) ]] && logs=${BASH_REMATCH[1]}
@@ -177,7 +177,7 @@ run_target() {
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
     list=$work/all
-    for seed in $seeds; do "$target"; done
+    for seed in $seeds; do "$experiment"; done
     if [ "$print" ]; then
         sed 's/^/python train.py /' "$list"
         return
@@ -194,7 +194,7 @@ run_target() {
             < "$work/left" | cat || failed=1
     fi
     [ $failed = 0 ] || echo "some runs failed (above); start the same command again to continue them" >&2
-    draw "$target" "$logs" || failed=1
+    draw "$experiment" "$logs" || failed=1
     return $failed
 }
 

@@ -1,4 +1,4 @@
-"""Noise in place of pruning (D): which forward passes are noised, what the noise is, and what is put back afterwards."""
+"""Noise in place of pruning (D): which forward passes are noised, what the noise is, and what is put back after it."""
 import math
 
 import pytest

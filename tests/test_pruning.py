@@ -1,4 +1,4 @@
-"""Pruning follows A.4's schedule exactly, its scores are their closed forms, and its choice of filters is the target's."""
+"""Pruning keeps A.4's schedule exactly, scores are their closed forms, and the choice of filters is the target's."""
 import decimal
 import itertools
 import math
@@ -14,7 +14,7 @@ from conftest import make_arrays, read_lines, tiny_model
 
 import train
 
-# +-- Schedule: every one of DESIGN's section 9, in integers only -----------------------------------------------------+
+# +-- Schedule: every one of DESIGN's section 9, in integers only ----------------------------------------------------+
 
 VGG11, RESNET18 = [512] * 4, [512] * 4  # the filters of their last four layers
 ALL_RESNET18 = [c for c in (64, 128, 256, 512) for _ in range(4)]
@@ -84,8 +84,8 @@ def test_counts_worked_out_by_hand(n, p, s, e, r, expected):
     assert dict(zip(epochs, train.kept_filters(n, p, len(epochs)), strict=True)) == expected
 
 
-@pytest.mark.parametrize("n, p, left", [(10, 0.3, 7), (512, 0.3, 359), (512, 0.25, 384), (512, 0.9, 52), (100, 0.07, 93),
-                                        (100, 0.29, 71), (100, 0.9, 10), (1000, 0.1, 900), (7, 0.999, 1), (1, 0.5, 1)])
+@pytest.mark.parametrize("n, p, left", [(10, 0.3, 7), (512, 0.3, 359), (512, 0.25, 384), (512, 0.9, 52), (1, 0.5, 1),
+                                        (7, 0.999, 1), (100, 0.07, 93), (100, 0.29, 71), (100, 0.9, 10), (1000, 0.1, 900)])
 def test_ceilings_are_exact(n, p, left):
     for iterations in (1, 2, 3, 7, 68):
         assert train.kept_filters(n, p, iterations)[-1] == left
@@ -115,7 +115,7 @@ def test_the_removals_of_a_run_differ_by_one_at_most():
         assert max(steps) - min(steps) <= 1
 
 
-# +-- --scale-epochs ---------------------------------------------------------------------------------------------------+
+# +-- --scale-epochs --------------------------------------------------------------------------------------------------+
 
 def scaled(*options):
     return train.schedule(train.parse_options(["--target", "S", *map(str, options)]))
@@ -143,7 +143,8 @@ def test_scaling_by_hand():
     assert times["epochs"] == 163 and times["s"] == [1, 2, 3, 3] and times["e"] == [75, 75, 75, 138]
     times = scaled("--scale-epochs", 0.29, "--lrs", 50)
     assert times["lrs"] == [15], "14.5 exactly, though 0.29 * 50 is 14.499999999999998"
-    assert scaled("--scale-epochs", 0.5, "--epochs", 275 + 1)["e"][-1] == 137, "275 / 2 rounds to the epoch past the last"
+    times = scaled("--scale-epochs", 0.5, "--epochs", 276)
+    assert times["epochs"] == 138 and times["e"][-1] == 137, "275 / 2 rounds to the epoch past the last"
 
 
 def test_scaling_keeps_a_pruning_iteration_for_every_layer():
@@ -154,7 +155,7 @@ def test_scaling_keeps_a_pruning_iteration_for_every_layer():
         assert len(train.prune_epochs(times["s"][0], times["e"][0], times["r"])) == 1, f"{epochs} x {factor}: {times}"
 
 
-# +-- Scores -----------------------------------------------------------------------------------------------------------+
+# +-- Scores ----------------------------------------------------------------------------------------------------------+
 
 @pytest.mark.parametrize("name", ("vgg11", "resnet18"))
 def test_norms_are_of_the_weights_without_bias(name):
@@ -241,7 +242,7 @@ def test_ebn_reads_a_blocks_batch_norm_in_double_precision():
         assert scores[0].item() == pytest.approx(ebn(-gamma[0].item(), beta[0].item(), signed), rel=1e-12)
 
 
-# +-- The activation score's moving average ----------------------------------------------------------------------------+
+# +-- The activation score's moving average ---------------------------------------------------------------------------+
 
 def training_setup(*options, n_train=100):
     """(model, data, optimizer, args, generators) for train_epoch on `n_train` tiny images."""
@@ -298,7 +299,17 @@ def test_act_is_zero_before_the_tenth_batch():
     assert not any(train.filter_scores(block, "act").any() for block in setup[0].prunable)
 
 
-# +-- Targets ----------------------------------------------------------------------------------------------------------+
+def test_act_is_not_taken_from_test_batches_even_after_an_epoch_that_ends_on_a_tenth():
+    setup = training_setup("--model", "resnet20", "--width", "0.1", "--score", "act", "--batch-size", "10")
+    model, data, _, args, _ = setup
+    train.train_epoch(*setup, 0)
+    scores = [train.filter_scores(block, "act") for block in model.prunable]
+    train.evaluate(model, data, "test", args)
+    assert all(old.any() and torch.equal(old, train.filter_scores(block, "act"))
+               for old, block in zip(scores, model.prunable))
+
+
+# +-- Targets ---------------------------------------------------------------------------------------------------------+
 
 def test_targets_take_the_extremes_of_the_live_filters_and_of_equals_the_lower_index():
     generator = torch.Generator().manual_seed(0)
@@ -359,7 +370,7 @@ def test_random_target_depends_on_its_generator_only():
     assert torch.equal(torch.get_rng_state(), state), "the global generator was not drawn from"
 
 
-# +-- Whole runs -------------------------------------------------------------------------------------------------------+
+# +-- Whole runs ------------------------------------------------------------------------------------------------------+
 
 PRUNE = ("--target", "S", "--s", 0, 1, "--e", 3, 4, "--p", 0.3, 0.5, "--r", 2)
 

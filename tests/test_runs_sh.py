@@ -1,0 +1,99 @@
+"""runs.sh: every target's commands are valid and the paper's, and a target runs, skips what is done, and draws."""
+import os
+import pathlib
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import train
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RUNS = {"fig2": 8, "fig3": 21, "fig4": 9, "fig5": 8, "fig6": 6, "figB2": 8, "tabC1": 6, "figC3": 3, "figD2": 6,
+        "tabF1": 4}
+
+
+def runs_sh(*options, cwd=ROOT):
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(["bash", "runs.sh", *options], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def commands(*options):
+    result = runs_sh(*options, "--print")
+    assert result.returncode == 0, result.stderr
+    lines = [shlex.split(line) for line in result.stdout.splitlines()]
+    assert all(line[:2] == ["python", "train.py"] for line in lines)
+    return [train.parse_options(line[2:]) for line in lines]
+
+
+@pytest.mark.parametrize("target", RUNS)
+def test_every_target_is_a_list_of_valid_distinct_runs(target):
+    runs = commands(target)
+    seeds = 3 if target == "tabF1" else 10
+    assert len(runs) == RUNS[target] * seeds
+    assert len({train.run_directory(args) for args in runs}) == len(runs)
+    assert {args.seed for args in runs} == set(range(1, seeds + 1))
+    quick = commands(target, "--quick")
+    assert len(quick) == RUNS[target] * 2
+    assert {(args.dataset, args.width) for args in quick} == {("digits", 0.25)}
+    assert max(train.schedule(args)["epochs"] for args in quick) <= 16
+
+
+def test_runs_shared_by_two_experiments_have_one_directory():
+    directories = {target: {train.run_directory(args) for args in commands(target, "--seeds", "1")} for target in RUNS}
+    assert len(directories["fig2"] & directories["fig6"]) == 4  # none, S r4, S r40, L r40 of vgg11
+    assert len(directories["fig2"] & directories["tabC1"]) == 3 and len(directories["fig2"] & directories["figB2"]) == 2
+    assert len(directories["fig2"] & directories["fig3"]) == 3 and len(directories["fig2"] & directories["figD2"]) == 2
+
+
+def test_figure_runs_have_the_appendix_settings():
+    rates = {train.run_name(args)[0]: args for args in commands("fig2", "--seeds", "1") if args.model == "resnet18"}
+    stable = rates["S-r4"]
+    assert (stable.s, stable.e, stable.p) == ([7, 8, 9, 10], [150, 150, 170, 275], [.25, .4, .25, .95])
+    fifth = {train.run_name(args)[0] for args in commands("fig5", "--seeds", "1")}
+    assert fifth == {"none", "L-r40-bnkeep", "zero-1", "zero-50", "zero-1105", "gauss-1", "gauss-50", "gauss-1105"}
+    last = commands("tabF1", "--seeds", "1")[-1]
+    assert (last.target, last.s, last.e, last.r, last.p, last.score, last.lr, last.epochs, last.lrs, last.augment) == (
+        "L", [2500] * 4, [3250] * 4, 750, [0, 0, 0, .7], "ebn-signed", 1e-4, 4000, [2000], True)
+    stable = commands("figC3", "--seeds", "1")[1]
+    assert (stable.s, stable.e, stable.p, stable.r, stable.optimizer) == ([24] * 16, [100] * 16, [.06] * 16, 1, "sgd")
+
+
+@pytest.mark.parametrize("options", [("nope",), ("fig2", "--seeds", "x"), ("fig2", "--jobs", "0"), ("fig2", "--nope"),
+                                     ("fig2", "--seeds")])
+def test_a_wrong_call_is_one_line_and_exit_code_2(options):
+    result = runs_sh(*options)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and result.stderr.startswith("runs.sh: ")
+
+
+def test_a_target_trains_continues_skips_and_draws(tmp_path, tiny):
+    for name in ("runs.sh", "train.py", "analyze.py", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    options = ("fig2", "--seeds", "1", "--jobs", "2", "--", "--dataset", str(tiny), "--width", "0.05",
+               "--scale-epochs", "0.005")
+    first = runs_sh(*options, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "8 runs: 0 finished, 0 half-done; to do now: 8 runs, 16 epochs" in first.stderr
+    logs = sorted(tmp_path.glob("logs/*/*/*/seed1/epochs.jsonl"))
+    assert len(logs) == 8 and len(list(tmp_path.glob("figures/fig2-*.pdf"))) == 1
+    before = {path: path.read_bytes() for path in logs}
+    (logs[0].parent / "done.json").unlink()  # as if killed after its last epoch
+    second = runs_sh(*options, cwd=tmp_path)
+    assert second.returncode == 0 and "7 finished, 1 half-done; to do now: 1 runs, 0 epochs" in second.stderr
+    assert (logs[0].parent / "done.json").exists() and before == {path: path.read_bytes() for path in logs}
+
+
+def test_a_failing_run_is_reported_and_the_others_go_on(tmp_path, tiny):
+    for name in ("runs.sh", "train.py", "analyze.py", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    options = ("figC3", "--seeds", "1", "--jobs", "2", "--", "--dataset", str(tiny), "--width", "0.05",
+               "--scale-epochs", "0.005")
+    bad = tmp_path / "logs" / tiny.stem / "resnet18" / "none-sgd-w0.05-x0.005" / "seed1"
+    bad.mkdir(parents=True)
+    (bad / "checkpoint.pt").write_bytes(b"cut")
+    result = runs_sh(*options, cwd=tmp_path)
+    assert result.returncode == 1 and "start the same command again" in result.stderr
+    assert len(list(tmp_path.glob("logs/*/*/*/seed1/done.json"))) == 2 and not (bad / "done.json").exists()
+    assert (bad / "checkpoint.pt").read_bytes() == b"cut"
