@@ -117,10 +117,22 @@ tabF1() {
 fail() { echo "runs.sh: $*" >&2; exit 2; }
 cores() { getconf _NPROCESSORS_ONLN; }
 
-setup() {  # makes .venv unless it is there and made from these requirements
+setup() {  # .venv with the requirements, then the extension; what is done and unchanged is left alone
     [ -z "${PYTHON:-}" ] || return 0
     PYTHON=.venv/bin/python
-    cmp -s requirements.txt .venv/requirements.done && return 0
+    cmp -s requirements.txt .venv/requirements.done || install
+    [ -e .venv/build.done ] && [ -z "$(find csrc setup.py -newer .venv/build.done)" ] && return
+    echo "set-up: building the extension"
+    if PATH=.venv/bin:$PATH $PYTHON setup.py build_ext --inplace > .venv/build.log 2>&1; then
+        touch .venv/build.done
+    else
+        echo "runs.sh: the extension is not built ($(grep '^setup.py: ' .venv/build.log | tail -n 1 | grep . ||
+            echo "see .venv/build.log")); the plain PyTorch reference takes its place" >&2
+        [ $target != test ] || exit 1
+    fi
+}
+
+install() {
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         fail "python3 is missing or older than 3.10: install a newer Python, or name one with PYTHON="
     echo "set-up: installing requirements.txt into .venv (PyTorch is several GB; once)"

@@ -37,6 +37,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from gst_ext import ebn_score
+
 # +--------------------------------------------------------------------------------------------------------------------+
 # | Configuration: the paper's settings, the command line, the run's name                                              |
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -568,24 +570,6 @@ def pruning_plan(model, args, times):
     return plan
 
 
-def ebn_score(gamma, beta, signed=False):
-    """E[max(0, M)] for M ~ N(beta, |gamma|), |gamma| the standard deviation (B.2.1); a float64 tensor.
-
-    With u = |beta/gamma| it is max(beta, 0) + |gamma| (phi(u) - u Phi(-u)), whose bracket is phi(u) times one minus a
-    Mills ratio: erfcx keeps its relative accuracy where Phi itself would have rounded to 0. signed puts gamma for
-    |gamma| (B.2.3), which for gamma < 0 makes it -E[max(0, -M)]. gamma = 0 gives max(beta, 0).
-    """
-    gamma, beta = gamma.detach().double(), beta.detach().double()
-    negative = signed * (gamma < 0)
-    scale = gamma.abs()
-    beta = torch.where(negative, -beta, beta)
-    u = torch.where(scale > 0, beta.abs() / scale, torch.inf).clamp(max=1e3)  # phi(40) is 0 already
-    tail = torch.exp(-u * u / 2) / math.sqrt(2 * math.pi) * (
-        1 - u * math.sqrt(math.pi / 2) * torch.special.erfcx(u / math.sqrt(2)))
-    score = beta.clamp(min=0) + scale * tail.clamp(min=0)
-    return torch.where(negative, -score, score)
-
-
 def filter_scores(block, method):
     """The score of each filter of `block`, (c_out,); method l1 or l2 (of the weights, A.4), act, ebn or ebn-signed."""
     require(method in SCORES, f"no score {method}: choose from {', '.join(SCORES)}")
@@ -596,7 +580,7 @@ def filter_scores(block, method):
         return weight.square().sum(1).sqrt()
     if method == "act":
         return block.act.clone()
-    return ebn_score(block.bn.weight, block.bn.bias, signed=method == "ebn-signed")
+    return ebn_score(block.bn.weight.double(), block.bn.bias.double(), signed=method == "ebn-signed")
 
 
 def select_filters(scores, mask, k, target, generator=None):

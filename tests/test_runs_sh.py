@@ -20,6 +20,12 @@ def runs_sh(*options, cwd=ROOT):
     return subprocess.run(["bash", "runs.sh", *options], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
+def copy_project(folder):
+    for name in ("runs.sh", "train.py", "analyze.py"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "gst_ext", folder / "gst_ext")
+
+
 def commands(*options):
     result = runs_sh(*options, "--print")
     assert result.returncode == 0, result.stderr
@@ -69,8 +75,7 @@ def test_a_wrong_call_is_one_line_and_exit_code_2(options):
 
 
 def test_a_target_trains_continues_skips_and_draws(tmp_path, tiny):
-    for name in ("runs.sh", "train.py", "analyze.py", "requirements.txt"):
-        shutil.copy(ROOT / name, tmp_path)
+    copy_project(tmp_path)
     options = ("fig2", "--seeds", "1", "--jobs", "2", "--", "--dataset", str(tiny), "--width", "0.05",
                "--scale-epochs", "0.005")
     first = runs_sh(*options, cwd=tmp_path)
@@ -86,8 +91,7 @@ def test_a_target_trains_continues_skips_and_draws(tmp_path, tiny):
 
 
 def test_a_failing_run_is_reported_and_the_others_go_on(tmp_path, tiny):
-    for name in ("runs.sh", "train.py", "analyze.py", "requirements.txt"):
-        shutil.copy(ROOT / name, tmp_path)
+    copy_project(tmp_path)
     options = ("figC3", "--seeds", "1", "--jobs", "2", "--", "--dataset", str(tiny), "--width", "0.05",
                "--scale-epochs", "0.005")
     bad = tmp_path / "logs" / tiny.stem / "resnet18" / "none-sgd-w0.05-x0.005" / "seed1"

@@ -1,0 +1,70 @@
+"""Builds gst_ext: `pip install .` or `python setup.py build_ext --inplace`.
+
+The CPU kernels always; the CUDA kernels too where nvcc and a CUDA build of PyTorch are found, whether or not a GPU is.
+GST_CUDA=0 leaves them out, GST_CUDA=1 fails if they cannot be built. TORCH_CUDA_ARCH_LIST chooses the architectures.
+"""
+import glob
+import os
+import pathlib
+import shutil
+import site
+import sys
+import sysconfig
+
+from setuptools import setup
+
+try:
+    import torch
+except ImportError:
+    sys.exit("setup.py: PyTorch is not installed here: install requirements.txt first, then pip install "
+             "--no-build-isolation .")
+
+
+def cuda_home():
+    """The CUDA toolkit's folder: CUDA_HOME, or the one that has the nvcc on the PATH; None without one."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), nvcc and str(pathlib.Path(nvcc).resolve().parent.parent), "/usr/local/cuda"]
+    return next((h for h in homes if h and os.path.exists(f"{h}/bin/nvcc") and
+                 os.path.exists(f"{h}/include/cuda_runtime.h")), None)
+
+
+def missing_for_cuda(home):
+    """What stands in the way of building the CUDA kernels, in a line; None if nothing does."""
+    if torch.version.cuda is None:
+        return "this PyTorch is built without CUDA: install the CUDA build"
+    if home is None:
+        return "no CUDA toolkit (nvcc and cuda_runtime.h) was found: install it or set CUDA_HOME"
+    return None
+
+
+wanted = os.environ.get("GST_CUDA", "auto")
+if wanted not in ("0", "1", "auto"):
+    sys.exit(f"setup.py: GST_CUDA={wanted}: give 0 or 1")
+if not shutil.which(os.environ.get("CXX", "c++")) and not shutil.which("g++"):
+    sys.exit("setup.py: no C++ compiler was found: install g++ (or set CXX)")
+home = cuda_home()
+problem = missing_for_cuda(home)
+if wanted == "1" and problem:
+    sys.exit(f"setup.py: GST_CUDA=1, but {problem}")
+cuda = wanted != "0" and not problem
+if home:
+    os.environ["CUDA_HOME"] = home
+if cuda:
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402  (reads CUDA_HOME)
+
+sources = ["csrc/ops.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))]
+flags = {"cxx": ["-O3", "-Wall", "-Wno-unused-function"]}
+options = {}
+if cuda:
+    sources += sorted(glob.glob("csrc/cuda/*.cpp") + glob.glob("csrc/cuda/*.cu"))
+    flags["nvcc"] = ["-O3", "--Werror", "all-warnings"]
+    # PyTorch's headers want cusparse.h and its kind, which a toolkit may lack and the nvidia pip packages bring.
+    folders = {*site.getsitepackages(), sysconfig.get_paths()["purelib"], str(pathlib.Path(torch.__file__).parents[1])}
+    options["include_dirs"] = sorted(p for f in folders for p in glob.glob(f"{f}/nvidia/cu*/include"))
+print(f"gst_ext: the CPU kernels{' and the CUDA kernels' if cuda else ' only: ' + (problem or 'GST_CUDA=0')}")
+
+setup(name="gst_ext", version="0.1.0", packages=["gst_ext"], python_requires=">=3.10",
+      ext_modules=[(CUDAExtension if cuda else CppExtension)("gst_ext._C", sources, extra_compile_args=flags, **options)],
+      cmdclass={"build_ext": BuildExtension})

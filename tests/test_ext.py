@@ -1,0 +1,83 @@
+"""gst_ext: each operator against its reference and against closed forms, and what it refuses."""
+import mpmath
+import pytest
+import torch
+
+import gst_ext
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))]
+
+
+def test_the_extension_is_built():
+    assert gst_ext.available, gst_ext.why_not
+
+
+def exact_ebn(gamma, beta, signed):
+    """Section B.2.1's closed form in 60 digits."""
+    with mpmath.workdps(60):
+        g, b = mpmath.mpf(gamma), mpmath.mpf(beta)
+        if g == 0:
+            return max(b, mpmath.mpf(0))
+        scale = g if signed else abs(g)
+        return b * mpmath.ncdf(b / scale) + scale * mpmath.npdf(b / scale)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("signed", [False, True])
+def test_ebn_score_holds_its_relative_accuracy_far_into_the_tails(device, signed):
+    ratios = [r * sign for r in (0, 1e-8, 0.3, 1, 2.7, 4.999, 5, 5.001, 8, 12.5, 20, 30) for sign in (1, -1)]
+    pairs = [(g, g * r) for r in ratios for g in (1.0, -1.0, 0.01, -37.5)] + [(0.0, 1.5), (0.0, -1.5), (0.0, 0.0)]
+    gamma, beta = torch.tensor(pairs, dtype=torch.float64, device=device).T
+    score = gst_ext.ebn_score(gamma, beta, signed).cpu()
+    for (g, b), got in zip(torch.stack([gamma, beta], 1).tolist(), score.tolist()):
+        want = exact_ebn(g, b, signed)
+        assert abs(mpmath.mpf(got) - want) <= mpmath.mpf(10) ** -11 * abs(want), (g, b)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_ebn_score_of_a_narrow_type_is_the_float64_score_rounded_once(device, dtype):
+    gamma, beta = torch.randn(2, 300, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    wide = gst_ext.ebn_score(gamma.double(), beta.double())
+    assert torch.equal(gst_ext.ebn_score(gamma, beta), wide.to(dtype))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_ebn_score_is_a_number_for_every_finite_input(device):
+    values = [0.0, -0.0, 5e-324, -5e-324, 1e-300, 1e-30, 1.0, -1.0, 1e30, 1e300, -1e300, 1.7e308, -1.7e308]
+    gamma, beta = torch.cartesian_prod(*[torch.tensor(values, dtype=torch.float64, device=device)] * 2).T
+    for signed in (False, True):
+        assert not gst_ext.ebn_score(gamma, beta, signed).isnan().any()
+        assert not gst_ext.ebn_score_ref(gamma, beta, signed).isnan().any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("signed", [False, True])
+def test_ebn_score_agrees_with_its_reference_also_strided_and_empty(device, signed):
+    gamma, beta = (3 * torch.randn(2, 514, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).to(device)
+    for part in (slice(None), slice(None, None, 3), slice(0, 0), slice(5, 6)):
+        pair = gamma[part], beta[part]
+        torch.testing.assert_close(gst_ext.ebn_score(*pair, signed), gst_ext.ebn_score_ref(*pair, signed), rtol=1e-11,
+                                   atol=0)
+
+
+def test_ebn_score_without_the_build_is_the_reference(monkeypatch):
+    monkeypatch.setattr(gst_ext, "available", False)
+    gamma, beta = torch.randn(2, 9)
+    score = gst_ext.ebn_score(gamma, beta)
+    assert score.dtype == torch.float32 and torch.equal(score, gst_ext.ebn_score_ref(gamma, beta).float())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_ebn_score_passes_opcheck(device):
+    gamma, beta = torch.randn(2, 17, device=device)
+    torch.library.opcheck(torch.ops.gst.ebn_score.default, (gamma, beta, True))
+
+
+@pytest.mark.parametrize("gamma, beta, words", [
+    (torch.ones(3), torch.ones(4), "one length"), (torch.ones(3, 3), torch.ones(3, 3), "vectors"),
+    (torch.ones(3), torch.ones(3).double(), "one floating type"),
+    (torch.ones(3, dtype=torch.int64), torch.ones(3, dtype=torch.int64), "floating")])
+def test_ebn_score_refuses_other_shapes_and_types(gamma, beta, words):
+    with pytest.raises(RuntimeError, match=words):
+        gst_ext.ebn_score(gamma, beta)
