@@ -92,7 +92,7 @@ def short(value):
     """A value as it stands in names and messages: 0.25, 3,4,5,6, 0.1x16."""
     if isinstance(value, (list, tuple)):
         return f"{short(value[0])}x{len(value)}" if len(value) > 1 == len(set(value)) else ",".join(map(short, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return str(value).removesuffix(".0")
 
 
 def repeated(kind):
@@ -190,13 +190,13 @@ def parse_options(argv):
     for name in ("width", "scale_epochs", "lr", "weight_decay"):
         value = getattr(args, name)
         require(0 < value < 1e6 or value == 0 and name == "weight_decay",
-                f"--{name.replace('_', '-')} {value:g}: give a number above 0")
+                f"--{name.replace('_', '-')} {short(value)}: give a number above 0")
     require(all(epoch >= 0 for epoch in args.lrs), f"--lrs {short(args.lrs)}: epochs count from 0")
 
     pruning, noise = args.target != "none", args.noise != "none"
     require(pruning or not (args.scratch or noise), "--scratch and --noise need filters: give --target S, L or R too")
     require(not (noise and args.scratch), "--noise and --scratch exclude each other: choose one")
-    require(not noise or args.prune_bn == "drop", "--prune-bn keep is for pruning: noise never drops batch norm")
+    require(args.prune_bn == "drop" or pruning and not noise, "--prune-bn keep needs a --target, and no --noise")
     for name in {"noise_batches", "noise_filters", "noise_restore"} & given:
         require(noise, f"--{name.replace('_', '-')} does nothing without --noise: add --noise zero or gauss")
     require(not args.noise_restore or args.noise == "zero", "--noise-restore is for --noise zero")
@@ -206,11 +206,11 @@ def parse_options(argv):
 
     lengths = {f"--{name}": len(getattr(args, name)) for name in "sep"}
     counts = ", ".join(f"{n} ({k}{'' if k[2:] in given else ', the default'})" for k, n in lengths.items())
-    require(len(set(lengths.values())) == 1,
+    require(len(set(lengths.values())) == 1 or args.scratch,
             f"--s, --e and --p need one value for each pruned layer: there are {counts}")
     n_max = PRUNABLE_BLOCKS[args.model]
-    require(len(args.s) <= n_max,
-            f"--s has {len(args.s)} values, but {args.model} has {n_max} layers to prune: give fewer")
+    require(len(args.p) <= n_max,
+            f"--p has {len(args.p)} values, but {args.model} has {n_max} layers to prune: give fewer")
     require(all(0 <= p <= 1 for p in args.p), f"--p {short(args.p)}: give fractions from 0 to below 1")
     require(max(args.p) < 1, "--p 1 prunes a whole layer, which cuts the network in two: give less than 1")
     for s, e in zip(args.s, args.e):
@@ -792,8 +792,8 @@ def check_same_run(directory, config):
     """Refuses to continue a directory whose config.json says another experiment or other data."""
     try:
         old = json.loads((directory / "config.json").read_text())
-        different = [k for k, v in config["options"].items() if old["options"].get(k) != v]
-        different += [k for k in ("data", "schedule") if old[k] != config[k]]
+        different = [k for k, v in config["options"].items() if old["options"].get(k) != v and k != "dataset"]
+        different += ["data"] * (old["data"] != config["data"])  # by checksum, wherever they lie
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{directory}/config.json is missing or damaged: move the directory away to train this run "
                         "afresh") from None
@@ -1054,17 +1054,17 @@ def keep_freed_memory():
 def print_plan(path):
     """--plan: how many of the runs listed in a file are left, on stderr; their lines, each once, on stdout."""
     try:
-        lines = [line.strip() for line in open(path) if line.strip()]
-    except OSError as error:
-        raise UserError(f"--plan {path}: {reason(error)}") from None
+        commands = [shlex.split(line) for line in open(path) if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--plan {path} cannot be read as lines of options: {reason(error)}") from None
     finished = begun = epochs = 0
     left, data_sets = {}, set()  # directory: its line, None if finished
-    for line in lines:
-        args = parse_options(shlex.split(line))
+    for command in commands:
+        args = parse_options(command)
         directory = run_directory(args)
         if directory in left:
             continue
-        left[directory] = None if (directory / "done.json").exists() else line
+        left[directory] = None if (directory / "done.json").exists() else shlex.join(command)
         finished += left[directory] is None
         if left[directory]:
             log = directory / "epochs.jsonl"
@@ -1096,6 +1096,9 @@ def main(argv=None):
     except torch.OutOfMemoryError:
         print("train.py: the GPU's memory is full: lower --batch-size or wait for other programs; the same command "
               "continues this run", file=sys.stderr)
+        return 1
+    except OSError as error:  # a folder that may not even be looked into, and its kind
+        print(f"train.py: {error}: mend that, or choose other folders with --log-dir and --data-dir", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("train.py: interrupted; the same command continues this run", file=sys.stderr)

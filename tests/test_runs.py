@@ -35,10 +35,19 @@ def files_of(path):
 
 # +-- Pairing by seed -------------------------------------------------------------------------------------------------+
 
-def test_runs_of_one_seed_are_alike_until_they_prune_and_those_of_two_are_not(run, directory):
+def test_runs_of_one_seed_are_alike_until_they_prune_and_those_of_two_are_not(run, directory, monkeypatch):
+    crop_and_flip, images = train.crop_and_flip, []
+
+    def spy(padded, *which):
+        images[-1].extend(tensor.tolist() for tensor in which)
+        return crop_and_flip(padded, *which)
+
     def records(*more):
+        images.append([])
         assert run("--epochs", 2, "--lrs", 1, "--augment", *more) == 0
         return read_lines(directory("--epochs", 2, "--lrs", 1, "--augment", *more))
+
+    monkeypatch.setattr(train, "crop_and_flip", spy)
 
     def first_epoch(lines):
         return lines[0]["train_loss"], lines[0]["train_acc"], lines[0]["test_acc_before"]
@@ -51,7 +60,10 @@ def test_runs_of_one_seed_are_alike_until_they_prune_and_those_of_two_are_not(ru
     assert all(first_epoch(lines) == first_epoch(baseline) for lines in methods)
     assert all(sum(lines[0]["removed"]) for lines in methods), "they part after epoch 0"
     assert len({lines[1]["train_loss"] for lines in (baseline, *methods)}) > 3
+    records("--target", "R", "--scratch", "--p", 0.5, *late[:4])
+    assert len(images[0]) == 2 * 3 * 3 and all(others == images[0] for others in images), "order, crops and flips"
     assert first_epoch(records("--target", "none", "--seed", 2)) != first_epoch(baseline)
+    assert images[-1] != images[0]
 
 
 # +-- Crash and resume ------------------------------------------------------------------------------------------------+
@@ -72,9 +84,9 @@ class Killed(BaseException):
     """Ends a run as kill -9 would: nothing in train.py catches it."""
 
 
-def kill_before(monkeypatch, name, call):
-    """Kills the run as it enters its `call`-th call of train.<name>."""
-    function, calls = getattr(train, name), []
+def kill_before(monkeypatch, name, call, module=train):
+    """Kills the run as it enters its `call`-th call of <module>.<name>."""
+    function, calls = getattr(module, name), []
 
     def deadly(*args, **kwargs):
         calls.append(name)
@@ -82,7 +94,7 @@ def kill_before(monkeypatch, name, call):
             raise Killed
         return function(*args, **kwargs)
 
-    monkeypatch.setattr(train, name, deadly)
+    monkeypatch.setattr(module, name, deadly)
 
 
 @pytest.mark.parametrize("kind", RESUMED)
@@ -126,6 +138,18 @@ def test_a_run_killed_with_signal_9_ends_as_if_it_had_not_been(run, options, dir
     assert run(*long, logs="whole") == 0
     assert without_seconds(directory(*long)) == without_seconds(directory(*long, logs="whole"))
     assert len(read_lines(directory(*long))) == 25
+
+
+@pytest.mark.parametrize("call", (1, 4))  # config.json, and a later file
+def test_a_run_killed_while_it_writes_a_file_ends_as_if_it_had_not_been(run, directory, monkeypatch, call):
+    options = (*PRUNE, "--epochs", 4)
+    with monkeypatch.context() as patch:
+        kill_before(patch, "replace", call, os)
+        with pytest.raises(Killed):
+            run(*options)
+    assert run(*options) == 0
+    assert run(*options, logs="whole") == 0
+    assert without_seconds(directory(*options)) == without_seconds(directory(*options, logs="whole"))
 
 
 @pytest.mark.parametrize("damage", ("cut", "missing", "empty", "longer"))
@@ -348,8 +372,9 @@ def test_a_bad_plan_is_one_line(tmp_path, capsys, content):
     ("--optimizer lion", "lion"), ("--device tpu", "tpu"), ("--frobnicate", "--frobnicate"), ("--r", "--r"),
     ("--seed x", "x"), ("--seed -1", "--seed"), ("--width 0", "--width"), ("--width nan", "--width"),
     ("--lr 0", "--lr"), ("--lr inf", "--lr"), ("--epochs 0", "--epochs"), ("--batch-size 0", "--batch-size"),
-    ("--r 0", "--r"), ("--val-split -1", "--val-split"), ("--val-split 96", "--val-split"), ("--scale-epochs 0", "--scale-epochs"),
-    ("--scale-epochs nan", "--scale-epochs"), ("--weight-decay -1", "--weight-decay"), ("--lrs -3", "--lrs"),
+    ("--r 0", "--r"), ("--val-split -1", "--val-split"), ("--val-split 96", "--val-split"), ("--lrs -3", "--lrs"),
+    ("--scale-epochs 0", "--scale-epochs"), ("--scale-epochs nan", "--scale-epochs"),
+    ("--weight-decay -1", "--weight-decay"),
     ("--target S --s 1 2 --e 3 --p 0.5", "--s"), ("--target S --s 1 --e 3 --p 0.5 0.5", "--p"),
     ("--target S --s 1 --e 3 --p 1.2", "1.2"), ("--target S --s 1 --e 3 --p -0.2", "-0.2"),
     ("--target S --s 1 --e 3 --p nan", "nan"), ("--target S --s 1 --e 3 --p 1", "--p 1"),
