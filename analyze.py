@@ -180,10 +180,11 @@ def draw_dynamics(axis, groups):
     floor -= 0.15 * (top - floor)
     axis.set_ylim(floor, top + 0.05 * (top - floor))
     for method, curve in numbers.items():
-        below = [i for i, v in enumerate(curve["mean"]) if v < floor and i >= len(curve["mean"]) // 10]
-        if below:
-            worst = min(below, key=lambda i: curve["mean"][i])
-            axis.annotate(f"{curve['mean'][worst]:.0f}%", (curve["epoch"][worst], floor), (0, 2), ha="center",
+        mean = curve["mean"]
+        drops = [i for i in range(1, len(mean)) if mean[i] < floor <= mean[i - 1]]
+        if drops:
+            worst = min(drops, key=lambda i: mean[i])
+            axis.annotate(f"{mean[worst]:.0f}%", (curve["epoch"][worst], floor), (0, 2), ha="center",
                           textcoords="offset points", fontsize=7, color=STYLES[base_method(method)][0],
                           bbox={"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.8})
     axis.set(xlabel="Epoch", ylabel="Test accuracy (%)")
@@ -208,7 +209,7 @@ def draw_scatter(axis, groups):
     for name, symbol in (("pearson", "Pearson r"), ("kendall", "Kendall τ")):
         if result[name]:
             text.append(f"{symbol} = {result[name][0]:.2f} (p = {result[name][1]:.2g})")
-    axis.set_title(", ".join(text), fontsize=7)
+    axis.set_title(", ".join(text[:2]) + "".join("\n" + line for line in text[2:]), fontsize=7)
     axis.set(xlabel="Mean stability (%)", ylabel="Best test accuracy (%)")
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=2, frameon=False)
     return result
@@ -243,7 +244,8 @@ def figure_2(figure, runs, title):
     numbers = {}
     for row, (model, groups) in zip(axes, by_model.items()):
         dynamics = draw_dynamics(row[0], groups)
-        row[0].set_title(f"{model}, " + ", ".join(f"{len(g)}" for g in groups.values()) + " runs", fontsize=7)
+        counts = sorted({len(g) for g in groups.values()})
+        row[0].set_title(f"{model}, {' to '.join(map(str, counts[::len(counts) - 1 or 1]))} runs a method", fontsize=7)
         statistics = draw_scatter(row[1], groups)
         numbers[model] = {
             "methods": {m: {"label": method_label(g[0]).replace("$", ""), "seeds": [r["seed"] for r in g],

@@ -65,6 +65,6 @@ if cuda:
     options["include_dirs"] = sorted(p for f in folders for p in glob.glob(f"{f}/nvidia/cu*/include"))
 print(f"gst_ext: the CPU kernels{' and the CUDA kernels' if cuda else ' only: ' + (problem or 'GST_CUDA=0')}")
 
-setup(name="gst_ext", version="0.1.0", packages=["gst_ext"], python_requires=">=3.10",
-      ext_modules=[(CUDAExtension if cuda else CppExtension)("gst_ext._C", sources, extra_compile_args=flags, **options)],
+extension = (CUDAExtension if cuda else CppExtension)("gst_ext._C", sources, extra_compile_args=flags, **options)
+setup(name="gst_ext", version="0.1.0", packages=["gst_ext"], python_requires=">=3.10", ext_modules=[extension],
       cmdclass={"build_ext": BuildExtension})

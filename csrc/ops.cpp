@@ -6,7 +6,7 @@
 
 // The operators are found through torch.ops.gst; importing the module is only what loads them.
 extern "C" PyObject* PyInit__C(void) {
-  static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C"};
   return PyModule_Create(&module);
 }
 
