@@ -1057,28 +1057,20 @@ def print_plan(path):
         commands = [shlex.split(line) for line in open(path) if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"--plan {path} cannot be read as lines of options: {reason(error)}") from None
-    finished = begun = epochs = 0
-    left, data_sets = {}, set()  # directory: its line, None if finished
+    runs = {}
     for command in commands:
         args = parse_options(command)
-        directory = run_directory(args)
-        if directory in left:
-            continue
-        left[directory] = None if (directory / "done.json").exists() else shlex.join(command)
-        finished += left[directory] is None
-        if left[directory]:
-            log = directory / "epochs.jsonl"
-            done = log.read_bytes().count(b"\n") if log.exists() else 0
-            begun += done > 0
-            epochs += schedule(args)["epochs"] - done
-            data_sets.add((args.dataset, args.data_dir))
-    todo = [line for line in left.values() if line]
-    print(f"{len(left)} runs: {finished} finished, {begun} half-done; to do now: {len(todo)} runs, {epochs:,} epochs",
-          file=sys.stderr)
-    for dataset, data_dir in sorted(data_sets):
+        runs.setdefault(run_directory(args), (args, command))
+    todo = {directory: run for directory, run in runs.items() if not (directory / "done.json").exists()}
+    logs = [directory / "epochs.jsonl" for directory in todo]
+    done = [log.read_bytes().count(b"\n") if log.exists() else 0 for log in logs]
+    epochs = sum(schedule(args)["epochs"] for args, _ in todo.values()) - sum(done)
+    print(f"{len(runs)} runs: {len(runs) - len(todo)} finished, {sum(map(bool, done))} half-done; to do now: "
+          f"{len(todo)} runs, {epochs:,} epochs", file=sys.stderr)
+    for dataset, data_dir in {(args.dataset, args.data_dir) for args, _ in todo.values()}:
         load_data(dataset, data_dir)  # a download that fails should fail here, once
-    if todo:
-        print(*todo, sep="\n")
+    for _, command in todo.values():
+        print(shlex.join(command))
 
 
 def main(argv=None):
