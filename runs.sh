@@ -150,7 +150,7 @@ quick_schedule() {  # a few epochs in all, the last of them after the last pruni
     case $1 in
         fig4 | figC3) echo "--scale-epochs 0.08" ;;
         tabF1) echo "--scale-epochs 0.004" ;;
-        *) echo "--epochs 375 --lrs 350 --scale-epochs 0.0375" ;;
+        *) echo "--epochs 350 --lrs 350 --lr 0.002 --scale-epochs 0.0375" ;;
     esac
 }
 
@@ -179,7 +179,7 @@ run_target() {
     case $experiment in tabF1) seeds=${seeds:-${quick:-1-3}} ;; esac
     seeds=$(seeds_of "${seeds:-${quick:-1-10}}")
     if [ "$quick" ]; then
-        more=" --dataset digits --width 0.25 --batch-size 16 $(quick_schedule "$experiment")$more"
+        more=" --dataset digits --width 0.25 --val-split 300 --batch-size 12 $(quick_schedule "$experiment")$more"
         jobs=${jobs:-$(($(cores) < 4 ? $(cores) : 4))}
     fi
     [[ $more =~ --log-dir[=\ ]([^ ]+) ]] && logs=${BASH_REMATCH[1]}
@@ -196,16 +196,13 @@ run_target() {
     fi
     setup
     "$PYTHON" train.py --plan "$list" > "$work/left" || exit $?
-    if [ "$jobs" = 1 ]; then
-        while read -r line <&3; do
-            $PYTHON train.py $line || { failed=1; echo "failed: train.py $line" >&2; }
-        done 3< "$work/left"
-    else
-        export PYTHON OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(cores) / jobs > 0 ? $(cores) / jobs : 1))}
-        xargs -P "$jobs" -I '{}' bash -c '$PYTHON train.py {} || { echo "failed: train.py {}" >&2; exit 1; }' \
-            < "$work/left" | cat || failed=1
+    if [ -s "$work/left" ] && [ "$jobs" = 1 ]; then
+        "$PYTHON" train.py --runs "$work/left" || failed=1
+    elif [ -s "$work/left" ]; then
+        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(cores) / jobs > 0 ? $(cores) / jobs : 1))}
+        awk -v n="$jobs" -v part="$work/part." '{ print > (part NR % n) }' "$work/left"
+        printf '%s\n' "$work"/part.* | xargs -P "$jobs" -n 1 "$PYTHON" train.py --runs | cat || failed=1
     fi
-    [ $failed = 0 ] || echo "some runs failed (above); start the same command again to continue them" >&2
     draw "$experiment" "$logs" || failed=1
     return $failed
 }

@@ -57,7 +57,7 @@ ADAM_PRUNING = {  # B.1
     "vgg": dict(s=[3, 4, 5, 6], e=[150, 150, 150, 275], p=[0.3, 0.3, 0.3, 0.9], r=40, score="l2", save_epoch=315),
     "resnet": dict(s=[7, 8, 9, 10], e=[150, 150, 170, 275], p=[0.25, 0.4, 0.25, 0.95], r=40, score="act", save_epoch=0),
 }
-NOT_THE_RESULT = ("log_dir", "data_dir", "device", "plan", "save_epoch")  # options that do not say what a run computes
+NOT_THE_RESULT = ("log_dir", "data_dir", "device", "runs", "plan", "save_epoch")  # do not say what a run computes
 
 
 class UserError(Exception):
@@ -168,8 +168,9 @@ def make_parser():
         help="CUDA: only deterministic kernels; CPU runs repeat exactly anyway (default: no)")
     add("--log-dir", default="logs", help="(default: logs)")
     add("--save-epoch", type=int, metavar="N", help="also keep the weights after the N-th epoch, as epoch<N>.pt; 0: no")
-    add("--plan", metavar="FILE", help="train nothing: say how many of the runs listed in FILE, one a line, are left, "
-        "fetch their data, and print their lines")
+    add("--runs", metavar="FILE", help="train the runs listed in FILE, a line of options each, one after the other")
+    add("--plan", metavar="FILE", help="train nothing: say how many of the runs listed in FILE are left, fetch their "
+        "data, and print their lines")
     return parser
 
 
@@ -1051,16 +1052,21 @@ def keep_freed_memory():
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: no shrinking of the heap
 
 
-def print_plan(path):
-    """--plan: how many of the runs listed in a file are left, on stderr; their lines, each once, on stdout."""
+def read_runs(path):
+    """The runs listed in a file, a line of options each: {directory: (args, line)}, each directory once."""
     try:
         commands = [shlex.split(line) for line in open(path) if line.strip()]
     except (OSError, ValueError) as error:
-        raise UserError(f"--plan {path} cannot be read as lines of options: {reason(error)}") from None
+        raise UserError(f"{path} cannot be read as lines of options: {reason(error)}") from None
     runs = {}
     for command in commands:
         args = parse_options(command)
-        runs.setdefault(run_directory(args), (args, command))
+        runs.setdefault(run_directory(args), (args, shlex.join(command)))
+    return runs
+
+
+def print_plan(runs):
+    """--plan: what is left of the runs, in numbers on stderr, as lines on stdout."""
     todo = {directory: run for directory, run in runs.items() if not (directory / "done.json").exists()}
     logs = [directory / "epochs.jsonl" for directory in todo]
     done = [log.read_bytes().count(b"\n") if log.exists() else 0 for log in logs]
@@ -1069,18 +1075,14 @@ def print_plan(path):
           f"{len(todo)} runs, {epochs:,} epochs", file=sys.stderr)
     for dataset, data_dir in {(args.dataset, args.data_dir) for args, _ in todo.values()}:
         load_data(dataset, data_dir)  # a download that fails should fail here, once
-    for _, command in todo.values():
-        print(shlex.join(command))
+    for _, line in todo.values():
+        print(line)
 
 
-def main(argv=None):
+def in_one_line(function, *arguments):
+    """Calls function and returns its exit code, with one line on stderr for whatever the user can mend."""
     try:
-        args = parse_options(sys.argv[1:] if argv is None else argv)
-        if args.plan:
-            print_plan(args.plan)
-        else:
-            keep_freed_memory()
-            train(args)
+        function(*arguments)
         return 0
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
@@ -1095,6 +1097,34 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("train.py: interrupted; the same command continues this run", file=sys.stderr)
         return 130
+
+
+def train_all(runs):
+    """--runs: one after the other; a run that fails is reported, and the others go on."""
+    failed = 0
+    for args, line in runs.values():
+        code = in_one_line(train, args)
+        if code == 130:
+            raise UserError("the runs after this one are left as they are", code)
+        if code:
+            print(f"failed: train.py {line}", file=sys.stderr)
+        failed += code != 0
+    require(not failed, f"{failed} of {len(runs)} runs failed; the same command continues them", 1)
+
+
+def run(argv):
+    args = parse_options(argv)
+    keep_freed_memory()
+    if args.plan:
+        print_plan(read_runs(args.plan))
+    elif args.runs:
+        train_all(read_runs(args.runs))
+    else:
+        train(args)
+
+
+def main(argv=None):
+    return in_one_line(run, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import train
+from conftest import without_seconds
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RUNS = {"fig2": 8, "fig3": 21, "fig4": 9, "fig5": 8, "fig6": 6, "figB2": 8, "tabC1": 6, "figC3": 3, "figD2": 6,
@@ -98,6 +99,16 @@ def test_a_failing_run_is_reported_and_the_others_go_on(tmp_path, tiny):
     bad.mkdir(parents=True)
     (bad / "checkpoint.pt").write_bytes(b"cut")
     result = runs_sh(*options, cwd=tmp_path)
-    assert result.returncode == 1 and "start the same command again" in result.stderr
+    assert result.returncode == 1 and "1 of 2 runs failed" in result.stderr + result.stdout
     assert len(list(tmp_path.glob("logs/*/*/*/seed1/done.json"))) == 2 and not (bad / "done.json").exists()
     assert (bad / "checkpoint.pt").read_bytes() == b"cut"
+
+
+def test_runs_listed_in_a_file_are_what_each_would_be_alone(tmp_path, options, directory):
+    methods = [("--target", "R", "--seed", "3", "--s", "1", "--e", "3", "--p", ".5", "--r", "1"), ("--target", "none")]
+    listed = tmp_path / "listed"
+    listed.write_text("".join(shlex.join(options(*method, logs="together")) + "\n" for method in methods))
+    assert train.main(["--runs", str(listed)]) == 0
+    for method in methods:
+        assert train.main(options(*method, logs="alone")) == 0
+        assert without_seconds(directory(*method, logs="together")) == without_seconds(directory(*method, logs="alone"))
