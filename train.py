@@ -782,7 +782,7 @@ def describe_run(args, data, model, times, plan, device):
                       "bn_eps": BN_EPS, "act_keep": ACT_KEEP, "act_every": ACT_EVERY, "crop_padding": CROP_PADDING},
         "data": {"train": len(data["train_x"]) - args.val_split, "val": args.val_split, "test": len(data["test_x"]),
                  "classes": len(data["classes"]), "image": list(data["train_x"].shape[1:]),
-                 "crc32": [zlib.crc32(np.ascontiguousarray(data[k])) for k in sorted(data) if k != "classes"]},
+                 "crc32": {k: zlib.crc32(np.ascontiguousarray(data[k])) for k in sorted(data) if k != "classes"}},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(), "machine": platform.machine(), "git": git,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},

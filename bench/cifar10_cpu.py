@@ -43,12 +43,14 @@ def main():
         config = summaries[0]["config"]
         table[method] = {"iterative_rate": config["iterative_rate"], "events": summaries[0]["events"], **{
             name: analyze.measured([s[name] for s in summaries])
-            for name in ("best_acc", "last_acc", "gap", "mean_stability", "seconds")}}
+            for name in ("best_acc", "last_acc", "gap", "mean_stability")}}
         print(f"{method:6} best {table[method]['best_acc']['values']} last {table[method]['last_acc']['values']} "
               f"stability {table[method]['mean_stability']['values']}")
     train.write_json(ROOT / "bench" / "results" / "cifar10-cpu.json", {
-        "what": __doc__.splitlines()[0], "units": "accuracies, gap and stability in %, seconds per run",
-        "options": " ".join(COMMON), **{k: config[k] for k in ("schedule", "data", "threads", "machine", "versions")},
+        "what": __doc__.splitlines()[0], "units": "accuracies, gap and stability in %",
+        "options": " ".join(COMMON), "correlation_best_acc_stability": analyze.correlations(
+            *([v for m in METHODS if m != "none" for v in table[m][k]["values"]] for k in ("mean_stability", "best_acc"))),
+        **{k: config[k] for k in ("schedule", "data", "threads", "machine", "versions")},
         "methods": table})
 
 
