@@ -40,8 +40,8 @@ def missing_for_cuda(home):
 wanted = os.environ.get("GST_CUDA", "auto")
 if wanted not in ("0", "1", "auto"):
     sys.exit(f"setup.py: GST_CUDA={wanted}: give 0 or 1")
-if not shutil.which(os.environ.get("CXX", "c++")) and not shutil.which("g++"):
-    sys.exit("setup.py: no C++ compiler was found: install g++ (or set CXX)")
+if not shutil.which(os.environ.get("CXX", "c++")):
+    sys.exit(f"setup.py: no C++ compiler {os.environ.get('CXX', 'c++')} was found: install g++ (or set CXX)")
 home = cuda_home()
 problem = missing_for_cuda(home)
 if wanted == "1" and problem:

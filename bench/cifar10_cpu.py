@@ -49,7 +49,8 @@ def main():
     train.write_json(ROOT / "bench" / "results" / "cifar10-cpu.json", {
         "what": __doc__.splitlines()[0], "units": "accuracies, gap and stability in %",
         "options": " ".join(COMMON), "correlation_best_acc_stability": analyze.correlations(
-            *([v for m in METHODS if m != "none" for v in table[m][k]["values"]] for k in ("mean_stability", "best_acc"))),
+            *([v for m in METHODS if m != "none" for v in table[m][k]["values"]]
+              for k in ("mean_stability", "best_acc"))),
         **{k: config[k] for k in ("schedule", "data", "threads", "machine", "versions")},
         "methods": table})
 
