@@ -812,6 +812,7 @@ def resume(path, model, optimizer, generators, noise, device):
     """Puts a run back to where its checkpoint was written; returns (next epoch, step, log lines)."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        require(isinstance(state, dict), "not a checkpoint")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         for name, generator in generators.items():
