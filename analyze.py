@@ -60,7 +60,7 @@ def summarize(run_dir):
     """Everything a run's logs say, as a dict.
 
     dir, model, dataset, method, setting, seed, config and records; best_acc, best_epoch, gap, last_acc,
-    val_chosen_acc, mean_stability (all in %) and events (train.summarize_epochs, DESIGN section 6); problem: None, or
+    val_chosen_acc, mean_stability (all in %) and events (train.summarize_epochs); problem: None, or
     one line saying why the run must not be averaged with others (unfinished or damaged). Raises nothing for a bad log.
     """
     run_dir = pathlib.Path(run_dir)

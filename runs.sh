@@ -165,7 +165,7 @@ seeds_of() {  # 1-3,7 -> 1 2 3 7
 }
 
 run_target() {
-    local experiment=$1 seeds="" jobs="" print="" quick="" more="" logs=logs seed line failed=0
+    local experiment=$1 seeds="" jobs="" print="" quick="" more="" logs=logs seed failed=0
     shift
     while [ $# -gt 0 ]; do
         case $1 in

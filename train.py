@@ -829,7 +829,7 @@ def resume(path, model, optimizer, generators, noise, device):
 
 
 def summarize_epochs(records):
-    """What a run's epoch records say (DESIGN, section 6), as a dict; percentages throughout.
+    """What a run's epoch records say (README, "A run's files"), as a dict; percentages throughout.
 
     best_acc, best_epoch: the best test accuracy from the last pruning event on, that epoch included; gap: training
     minus test accuracy there; last_acc; val_chosen_acc: test accuracy at the best validation epoch (None without

@@ -8,9 +8,10 @@ Trains what logs/ lacks, then writes bench/results/cifar10-cpu.json and prints i
 import argparse
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -29,12 +30,16 @@ def main():
     jobs = parser.parse_args()
     runs = {(method, seed): [*COMMON, *options, "--seed", str(seed), "--log-dir", jobs.log_dir]
             for seed in (1, 2) for method, options in METHODS.items()}
-    with ThreadPoolExecutor(jobs.jobs) as pool:
-        codes = list(pool.map(lambda options: subprocess.run(
-            [sys.executable, ROOT / "train.py", *options], env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode,
-            runs.values()))
-    if any(codes):
-        sys.exit("cifar10_cpu.py: some runs failed; start the same command again to continue them")
+    lines = [shlex.join(options) + "\n" for options in runs.values()]
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = []
+        for job in range(jobs.jobs):
+            part = pathlib.Path(folder, str(job))
+            part.write_text("".join(lines[job::jobs.jobs]))
+            trainers.append(subprocess.Popen([sys.executable, ROOT / "train.py", "--runs", part],
+                                             env={**os.environ, "OMP_NUM_THREADS": "1"}))
+        if any([trainer.wait() for trainer in trainers]):
+            sys.exit("cifar10_cpu.py: some runs failed; start the same command again to continue them")
 
     table, config = {}, None
     for method in METHODS:

@@ -14,7 +14,7 @@ from conftest import make_arrays, read_lines, tiny_model
 
 import train
 
-# +-- Schedule: every one of DESIGN's section 9, in integers only ----------------------------------------------------+
+# +-- Schedule: every experiment of runs.sh, in integers only --------------------------------------------------------+
 
 VGG11, RESNET18 = [512] * 4, [512] * 4  # the filters of their last four layers
 ALL_RESNET18 = [c for c in (64, 128, 256, 512) for _ in range(4)]
