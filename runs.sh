@@ -5,6 +5,7 @@
 #   bash runs.sh fig2                  Figure 2 itself: CIFAR-10, 2 networks x 4 methods x 10 seeds, 325 epochs each
 #   bash runs.sh fig2 --seeds 1-3 --jobs 2 -- --device cpu --scale-epochs 0.08
 #   bash runs.sh test                  the tests (options go to pytest)
+#   bash runs.sh bench                 what a training step costs, against plain PyTorch (options: bench/step.py)
 #   bash runs.sh setup                 only the set-up, which every other target does by itself
 #
 #   targets   fig2 fig3 fig4 fig5 fig6 figB2 tabC1 figC3 figD2 tabF1
@@ -221,6 +222,7 @@ case $target in
     fig2 | fig3 | fig4 | fig5 | fig6 | figB2 | tabC1 | figC3 | figD2 | tabF1) run_target "$target" "$@" ;;
     setup) setup ;;
     test) setup; exec $PYTHON -m pytest -q tests "$@" ;;
+    bench) setup; exec $PYTHON bench/step.py "$@" ;;
     help | --help | -h) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" ;;
     *) fail "unknown target $target: bash runs.sh help lists them" ;;
 esac

@@ -55,7 +55,11 @@ if cuda:
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402  (reads CUDA_HOME)
 
 sources = ["csrc/ops.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))]
-flags = {"cxx": ["-O3", "-Wall", "-Wno-unused-function"]}
+flags = {"cxx": ["-O3", "-fno-trapping-math", "-fno-math-errno", "-Wall", "-Wno-unused-function"]}
+if sys.platform == "linux":
+    # For at::parallel_for. It is not linked with -fopenmp: the threads must be those of the OpenMP that PyTorch brings
+    # along, whose symbols are found when the extension is loaded; a second OpenMP's would fight them for the cores.
+    flags["cxx"].append("-fopenmp")
 options = {}
 if cuda:
     sources += sorted(glob.glob("csrc/cuda/*.cpp") + glob.glob("csrc/cuda/*.cu"))

@@ -37,7 +37,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from gst_ext import ebn_score
+import gst_ext
 
 # +--------------------------------------------------------------------------------------------------------------------+
 # | Configuration: the paper's settings, the command line, the run's name                                              |
@@ -57,7 +57,7 @@ ADAM_PRUNING = {  # B.1
     "vgg": dict(s=[3, 4, 5, 6], e=[150, 150, 150, 275], p=[0.3, 0.3, 0.3, 0.9], r=40, score="l2", save_epoch=315),
     "resnet": dict(s=[7, 8, 9, 10], e=[150, 150, 170, 275], p=[0.25, 0.4, 0.25, 0.95], r=40, score="act", save_epoch=0),
 }
-NOT_THE_RESULT = ("log_dir", "data_dir", "device", "runs", "plan", "save_epoch")  # do not say what a run computes
+NOT_THE_RESULT = ("log_dir", "data_dir", "device", "backend", "runs", "plan", "save_epoch")  # do not say what a run computes
 
 
 class UserError(Exception):
@@ -163,6 +163,8 @@ def make_parser():
 
     add = parser.add_argument_group("machine and files").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    add("--backend", choices=("auto", "ext", "eager"), default="auto", help="who computes the blocks: the extension, live "
+        "filters only, or plain PyTorch, masked; auto is ext where it is built (default: auto)")
     add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="(default: fp32)")
     add("--deterministic", action=flag, default=False,
         help="CUDA: only deterministic kernels; CPU runs repeat exactly anyway (default: no)")
@@ -428,6 +430,10 @@ class Block(nn.Module):
 
     mask (c_out,) bool, True = live; bn_mask the same for the batch norm's scale and shift and the shortcut, which
     differs from mask only under --prune-bn keep; act (c_out,) the running mean |a| before ReLU.
+
+    The backend "eager" multiplies by the masks. "ext" computes compact maps, of the live channels only: live_in and
+    live_out (int64 indices, None for all) are the channels it gets and gives, shortcut_map where each of its own lies in
+    the shortcut (-1: nowhere). use_backend sets them, which whoever changes masks has to call again.
     """
 
     def __init__(self, c_in, c_out, kernel=3, stride=1, bias=False):
@@ -438,22 +444,53 @@ class Block(nn.Module):
         self.register_buffer("bn_mask", torch.ones(c_out, dtype=torch.bool))
         self.register_buffer("act", torch.zeros(c_out))
         self.measure = False  # whether this forward pass updates act
+        self.backend, self.keeps_bn, self.live_in, self.live_out, self.shortcut_map = "eager", False, None, None, None
 
     def forward(self, x, shortcut=None):
         """x (n, c_in, h, w), shortcut (n, c_out, h', w') or None → (n, c_out, h', w'); a pruned map is exactly 0.
 
-        This is the one place that computes a block: another backend replaces this function and nothing else. Masking
-        the parameters, not only the map, is what keeps the gradient of a pruned filter exactly 0.
+        Masking the parameters, not only the map, is what keeps the gradient of a pruned filter exactly 0.
         """
-        weight = self.conv.weight * self.mask.view(-1, 1, 1, 1)
-        a = F.conv2d(x, weight, self.conv.bias, self.conv.stride, self.conv.padding)
-        a = F.batch_norm(a, self.bn.running_mean, self.bn.running_var, self.bn.weight * self.bn_mask,
-                         self.bn.bias * self.bn_mask, self.training, self.bn.momentum, self.bn.eps)
+        conv, bn = self.conv, self.bn
+        if self.backend == "ext":
+            weight = conv.weight * self.mask.view(-1, 1, 1, 1) if self.keeps_bn else conv.weight
+            return gst_ext.masked_conv_bn_act(
+                x, weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, self.live_out, self.live_in,
+                conv.stride[0], conv.padding[0], shortcut, self.shortcut_map, self.act if self.measure else None,
+                training=self.training, momentum=bn.momentum, eps=bn.eps, act_keep=ACT_KEEP)
+        weight = conv.weight * self.mask.view(-1, 1, 1, 1)
+        a = F.conv2d(x, weight, conv.bias, conv.stride, conv.padding)
+        a = F.batch_norm(a, bn.running_mean, bn.running_var, bn.weight * self.bn_mask, bn.bias * self.bn_mask,
+                         self.training, bn.momentum, bn.eps)
         if shortcut is not None:
             a = a + shortcut * self.bn_mask.view(-1, 1, 1)
         if self.measure:
             self.act.mul_(ACT_KEEP).add_(a.detach().abs().mean((0, 2, 3), dtype=torch.float32), alpha=1 - ACT_KEEP)
         return F.relu(a, inplace=True)
+
+    def connect(self, live_in):
+        """Takes the live channels of its input and returns those of its output (indices, None for all)."""
+        self.keeps_bn = not torch.equal(self.mask, self.bn_mask)
+        self.live_in, self.live_out = live_in, None if self.bn_mask.all() else self.bn_mask.nonzero().flatten()
+        return self.live_out
+
+
+def use_backend(model, backend):
+    """Makes every block of `model` compute by "ext" or "eager", by its masks as they are now; returns the model."""
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.backend = backend
+    model.backend = backend
+    if backend == "ext":
+        model.connect()
+    return model
+
+
+def classify(model, x):
+    """The last layer, on the mean of each map of x (n, c, h, w), c all or the live channels."""
+    live = model.live if model.backend == "ext" else None
+    weight = model.linear.weight if live is None else model.linear.weight[:, live]
+    return F.linear(x.mean((2, 3)), weight, model.linear.bias)
 
 
 class PaddedShortcut(nn.Module):
@@ -461,7 +498,7 @@ class PaddedShortcut(nn.Module):
 
     def __init__(self, c_in, c_out, stride):
         super().__init__()
-        self.stride, self.before = stride, (c_out - c_in) // 2
+        self.c_in, self.stride, self.before = c_in, stride, (c_out - c_in) // 2
         self.after = c_out - c_in - self.before
 
     def forward(self, x):
@@ -481,8 +518,13 @@ class VGG(nn.Module):
         nn.init.normal_(self.linear.weight, 0, 0.01)
         nn.init.zeros_(self.linear.bias)
 
+    def connect(self):
+        self.live = None
+        for block in self.prunable:
+            self.live = block.connect(self.live)
+
     def forward(self, x):
-        return self.linear(self.features(x).mean((2, 3)))  # 32x32 images end as 1x1 maps, larger ones are averaged
+        return classify(self, self.features(x))  # 32x32 images end as 1x1 maps, larger ones are averaged
 
 
 class ResNet(nn.Module):
@@ -506,11 +548,43 @@ class ResNet(nn.Module):
         self.linear = nn.Linear(c_in, num_classes)
         self.prunable = [block for pair in self.pairs for block in pair]
 
+    def connect(self):
+        self.live = self.stem.connect(None)
+        for (first, second), shortcut in zip(self.pairs, self.shortcuts):
+            came, self.live = self.live, second.connect(first.connect(self.live))
+            second.shortcut_map = shortcut_map(shortcut, came, second)
+
     def forward(self, x):
         x = self.stem(x)
         for (first, second), shortcut in zip(self.pairs, self.shortcuts):
-            x = second(first(x), shortcut(x))
-        return self.linear(x.mean((2, 3)))
+            x = second(first(x), live_shortcut(shortcut, x, first) if self.backend == "ext" else shortcut(x))
+        return classify(self, x)
+
+
+def shortcut_map(shortcut, live, block):
+    """Where each live filter of `block` lies in what live_shortcut gives (-1: nowhere), an index; None: in order."""
+    if isinstance(shortcut, nn.Sequential):
+        return block.live_out
+    before, n = (shortcut.before, shortcut.c_in) if isinstance(shortcut, PaddedShortcut) else (0, len(block.mask))
+    if before == 0 and live is block.live_out is None:
+        return None
+    where = {channel + before: i for i, channel in enumerate(range(n) if live is None else live.tolist())}
+    filters = range(len(block.mask)) if block.live_out is None else block.live_out.tolist()
+    return torch.tensor([where.get(f, -1) for f in filters], dtype=torch.int64, device=block.mask.device)
+
+
+def live_shortcut(shortcut, x, block):
+    """The shortcut past `block` of compact maps x: a projection gives all its maps, the others the live ones of x."""
+    if isinstance(shortcut, nn.Identity):
+        return x
+    if isinstance(shortcut, PaddedShortcut):
+        return x[:, :, ::shortcut.stride, ::shortcut.stride]
+    conv, bn = shortcut
+    if block.training:
+        bn.num_batches_tracked.add_(1)  # as the module itself would
+    return gst_ext.masked_conv_bn_act(x, conv.weight, None, bn.weight, bn.bias, bn.running_mean, bn.running_var, None,
+                                      block.live_in, conv.stride[0], 0, training=block.training, relu=False,
+                                      momentum=bn.momentum, eps=bn.eps)
 
 
 def build_model(name, num_classes=10, width=1.0):
@@ -537,7 +611,7 @@ def build_model(name, num_classes=10, width=1.0):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    return model.to(memory_format=torch.channels_last)
+    return use_backend(model.to(memory_format=torch.channels_last), "eager")
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -581,7 +655,7 @@ def filter_scores(block, method):
         return weight.square().sum(1).sqrt()
     if method == "act":
         return block.act.clone()
-    return ebn_score(block.bn.weight.double(), block.bn.bias.double(), signed=method == "ebn-signed")
+    return gst_ext.ebn_score(block.bn.weight.double(), block.bn.bias.double(), signed=method == "ebn-signed")
 
 
 def select_filters(scores, mask, k, target, generator=None):
@@ -652,6 +726,7 @@ def prune_now(model, optimizer, args, plan, due, noise, generator):
             prune_block(block, indices, keep_bn)
             forget_filters(optimizer, block, indices, keep_bn)
         gone[layer] = indices.tolist()
+    use_backend(model, model.backend)
     return gone
 
 
@@ -814,6 +889,7 @@ def resume(path, model, optimizer, generators, noise, device):
         state = torch.load(path, map_location="cpu", weights_only=True)
         require(isinstance(state, dict), "not a checkpoint")
         model.load_state_dict(state["model"])
+        use_backend(model, model.backend)
         optimizer.load_state_dict(state["optimizer"])
         for name, generator in generators.items():
             generator.set_state(state["generators"][name])
@@ -936,7 +1012,8 @@ def train(args):
     if args.augment:
         data["padded"] = F.pad(data["train"][0], (0, 0, *[CROP_PADDING] * 4))
     generators = make_generators(args, device)
-    model = build_model(args.model, len(arrays["classes"]), args.width).to(device)
+    backend = choose_backend(args)
+    model = use_backend(build_model(args.model, len(arrays["classes"]), args.width).to(device), backend)
     optimizer = make_optimizer(model, args)
     times = schedule(args)
     plan = pruning_plan(model, args, times)
@@ -948,7 +1025,7 @@ def train(args):
                                                    for block, state in noised],
                  "after_batch": lambda: [end_noise_if_due(block, state, args) for block, state in noised]}
 
-    config = describe_run(args, arrays, model, times, plan, device)
+    config = describe_run(args, arrays, model, times, plan, device) | {"backend": backend}
     first_epoch, step, lines = 0, 0, []
     if (directory / "checkpoint.pt").exists():
         check_same_run(directory, config)
@@ -1043,6 +1120,20 @@ def choose_device(args):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(args.deterministic)
     return device
+
+
+def choose_backend(args):
+    """"ext" or "eager", as --backend says; one line where "auto" has to do without the extension."""
+    require(gst_ext.available or args.backend != "ext", f"--backend ext, but the extension is not built here "
+            f"({gst_ext.why_not}): run bash runs.sh setup, or use --backend eager")
+    if not gst_ext.available and args.backend == "auto" and not choose_backend.told:
+        print(f"train.py: the extension is not built ({gst_ext.why_not}); plain PyTorch takes its place. bash runs.sh "
+              "setup builds it", file=sys.stderr)
+        choose_backend.told = True
+    return "ext" if gst_ext.available and args.backend != "eager" else "eager"
+
+
+choose_backend.told = False  # once, not for every run of a list
 
 
 def keep_freed_memory():

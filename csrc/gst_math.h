@@ -33,4 +33,48 @@ GST_HD double ebn_score(double gamma, double beta, bool is_signed) {
   return negative ? -score : score;
 }
 
+// Batch norm of one filter: mean and 1/std from the sums of (x - pilot) and its square over `count` values, and the
+// running statistics, which take the unbiased variance. Always in double: a layer has a few hundred filters.
+struct BnMoments {
+  double mean, var, invstd;
+};
+
+GST_HD BnMoments bn_moments(double sum, double sum_of_squares, double pilot, double count, double eps) {
+  const double shift = sum / count;
+  const double var = fmax(sum_of_squares / count - shift * shift, 0.0);
+  return {pilot + shift, var, 1 / sqrt(var + eps)};
+}
+
+GST_HD double running(double old, double value, double momentum) { return (1 - momentum) * old + momentum * value; }
+
+GST_HD double unbiased(double var, double count) { return var * (count / (count - 1)); }
+
+// The value before ReLU, of a channel with this mean, scale = gamma / std and shift = beta.
+template <typename A>
+GST_HD A bn_value(A x, A mean, A scale, A shift) {
+  return (x - mean) * scale + shift;
+}
+
+// ReLU with a lowest value of 0, or -inf for none. Not-a-number passes, so that a diverged run is seen.
+template <typename A>
+GST_HD A act_value(A a, A lowest) {
+  return a < lowest ? lowest : a;
+}
+
+template <typename A>
+GST_HD A act_gate(A grad, A out, A lowest) {
+  return out <= lowest ? A(0) : grad;
+}
+
+// dx = g * ka + (x - mean) * kb + kc, g the gated gradient, from the sums of g and of g (x - mean).
+struct BnGradient {
+  double ka, kb, kc;
+};
+
+GST_HD BnGradient bn_gradient(double sum, double sum_x, double gamma, double invstd, double count, bool training) {
+  const double ka = gamma * invstd;
+  if (!training) return {ka, 0, 0};
+  return {ka, -ka * invstd * invstd * sum_x / count, -ka * sum / count};
+}
+
 }  // namespace gst

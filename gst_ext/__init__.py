@@ -3,16 +3,25 @@
     import gst_ext
     gst_ext.available            # whether the extension is built and loads here
     gst_ext.ebn_score(gamma, beta)
+    gst_ext.masked_conv2d(x, weight, bias, live_out, live_in, stride, padding)
+    gst_ext.bn_act(x, gamma, beta, running_mean, running_var)
+    gst_ext.masked_conv_bn_act(x, weight, bias, gamma, beta, running_mean, running_var)
 
-Build with `python setup.py build_ext --inplace` (or `pip install .`). The references (`*_ref`) need no build.
+Maps are compact: they hold the live channels only, live_out and live_in saying which of all the filters those are
+(int64, ascending; None: all of them). Parameters, their gradients and statistics keep every filter. Build with
+`python setup.py build_ext --inplace` (or `pip install .`). The references (`*_ref`) need no build. There is no second
+derivative: for that, use the references.
 """
 import math
 
 import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 try:
     from . import _C  # noqa: F401  (loading it registers torch.ops.gst)
-    available, why_not = True, None
+    available = hasattr(torch.ops.gst, "bn_act_backward")
+    why_not = None if available else "it is an older build"
 except ImportError as error:  # not built, or built for another torch
     available, why_not = False, str(error)
 
@@ -47,7 +56,163 @@ def ebn_score(gamma, beta, signed=False):
     return torch.ops.gst.ebn_score(gamma.detach(), beta.detach(), signed)
 
 
+def live_part(tensor, live):
+    return tensor if live is None else tensor[live]
+
+
+def masked_conv2d_ref(x, weight, bias=None, live_out=None, live_in=None, stride=1, padding=0):
+    """`masked_conv2d` in plain PyTorch: the convolution of everything, with zero maps for the pruned inputs."""
+    if live_in is not None:
+        x = x.new_zeros(x.shape[0], weight.shape[1], *x.shape[2:]).index_copy(1, live_in, x)
+    return F.conv2d(x, weight, bias, stride, padding)[:, slice(None) if live_out is None else live_out]
+
+
+def masked_conv2d(x, weight, bias=None, live_out=None, live_in=None, stride=1, padding=0):
+    """The convolution of the live filters over the live input channels (DESIGN: a pruned map is zero, so it is not read).
+
+    x (n, len(live_in), h, w); weight (c_out, c_in, k, k) and bias (c_out,) or None, of x's type, in full; stride and
+    padding whole numbers; any device. Returns (n, len(live_out), h', w'). Gradients have the full shape, and those of
+    pruned filters and inputs are exactly 0. Raises RuntimeError for shapes, types or devices that do not fit.
+    """
+    return torch.ops.gst.masked_conv2d(x, weight, bias, live_out, live_in, stride, padding)
+
+
+def mapped_residual(residual, residual_map):
+    """The residual's channels where residual_map (c,) says, zeros where it says -1."""
+    if residual_map is None:
+        return residual
+    return F.pad(residual, (0, 0, 0, 0, 1, 0))[:, residual_map.clamp(min=-1) + 1]
+
+
+@torch.no_grad()
+def update_statistic(statistic, live, seen, momentum):
+    """statistic (c_out,) takes in what the live filters showed; a pruned one, whose map is zero, has shown 0."""
+    if live is not None:
+        seen = torch.zeros_like(statistic).index_copy(0, live, seen.to(statistic.dtype))
+    statistic.copy_((1 - momentum) * statistic + momentum * seen)
+
+
+def bn_act_ref(x, gamma, beta, running_mean, running_var, live=None, residual=None, residual_map=None, act=None,
+               measure=None, training=True, relu=True, momentum=0.1, eps=1e-5, act_keep=0.9):
+    """`bn_act` in plain PyTorch."""
+    wide = x.to(gamma.dtype)
+    mean, var = live_part(running_mean, live), live_part(running_var, live)
+    if training:
+        count = x.numel() // max(1, x.shape[1])
+        mean, var = wide.mean((0, 2, 3)), wide.var((0, 2, 3), unbiased=False)
+        update_statistic(running_mean, live, mean, momentum)
+        update_statistic(running_var, live, var * (count / (count - 1)), momentum)
+    scale, shift = live_part(gamma, live) / (var + eps).sqrt(), live_part(beta, live)
+    a = (wide - mean.view(-1, 1, 1)) * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+    if residual is not None:
+        a = a + mapped_residual(residual, residual_map)
+    if act is not None and (measure is None or measure):
+        update_statistic(act, live, a.detach().abs().mean((0, 2, 3)), 1 - act_keep)
+    return (a.relu() if relu else a).to(x.dtype)
+
+
+class BnAct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, gamma, beta, running_mean, running_var, live, residual_map, act, measure, training,
+                relu, momentum, eps, act_keep):
+        out, mean, invstd = torch.ops.gst.bn_act(x, gamma, beta, running_mean, running_var, live, residual,
+                                                 residual_map, act, measure, training, relu, momentum, eps, act_keep)
+        ctx.save_for_backward(x, out, gamma, mean, invstd, live, residual_map)
+        ctx.rest = -1 if residual is None else residual.shape[1], training, relu
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, out, gamma, mean, invstd, live, residual_map = ctx.saved_tensors
+        dx, dgamma, dbeta, dresidual = torch.ops.gst.bn_act_backward(grad, x, out, gamma, mean, invstd, live,
+                                                                     residual_map, *ctx.rest)
+        return dx, dresidual if ctx.rest[0] >= 0 else None, dgamma, dbeta, *[None] * 11
+
+
+def bn_act(x, gamma, beta, running_mean, running_var, live=None, residual=None, residual_map=None, act=None,
+           measure=None, training=True, relu=True, momentum=0.1, eps=1e-5, act_keep=0.9):
+    """Batch norm, then the shortcut, then ReLU, of compact maps, and the act score's average on the way (A.4).
+
+    x (n, c, h, w), float32, float64 or bfloat16 (CUDA: float16 too), in NCHW or channels-last memory; c = len(live).
+    gamma, beta, running_mean, running_var (c_out,), float32 (float64 for a float64 x). training: normalise by the
+    batch and update the running statistics, a pruned filter's as if its map of zeros had been seen; else normalise by
+    them. residual (n, k, h, w), of x's type: channel residual_map[i] of it is added to channel i, none where that is
+    -1; without a map, k = c. act (c_out,) float32: takes in act_keep and 1 - act_keep parts of old and mean |a|, a the
+    map before ReLU, but only if measure, one bool on the device, is None or true. Returns (n, c, h, w) in x's layout.
+    Raises RuntimeError for shapes, types or devices that do not fit, and in training for a single value per channel.
+    """
+    return BnAct.apply(x, residual, gamma, beta, running_mean, running_var, live, residual_map, act, measure, training,
+                       relu, momentum, eps, act_keep)
+
+
+def masked_conv_bn_act(x, weight, bias, gamma, beta, running_mean, running_var, live_out=None, live_in=None, stride=1,
+                       padding=1, residual=None, residual_map=None, act=None, measure=None, training=True, relu=True,
+                       momentum=0.1, eps=1e-5, act_keep=0.9, score=None):
+    """A network's block in one call: `masked_conv2d`, then `bn_act`; their arguments, errors and gradients.
+
+    Under autocast, x, weight, bias and residual are cast as for a convolution. With score "ebn" or "ebn-signed" (B.2)
+    it returns (out, scores (c_out,)), else out (n, len(live_out), h', w').
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        narrow = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias, residual = (t if t is None else t.to(narrow) for t in (x, weight, bias, residual))
+    conv, norm = (masked_conv2d, bn_act) if available else (masked_conv2d_ref, bn_act_ref)
+    a = conv(x, weight, bias, live_out, live_in, stride, padding)
+    out = norm(a, gamma, beta, running_mean, running_var, live_out, residual, residual_map, act, measure, training,
+               relu, momentum, eps, act_keep)
+    return out if score is None else (out, ebn_score(gamma, beta, signed=score == "ebn-signed"))
+
+
+def masked_conv_bn_act_ref(x, weight, bias, gamma, beta, running_mean, running_var, live_out=None, live_in=None,
+                           stride=1, padding=1, residual=None, residual_map=None, score=None, **options):
+    """`masked_conv_bn_act` in plain PyTorch; **options as for `bn_act`."""
+    a = masked_conv2d_ref(x, weight, bias, live_out, live_in, stride, padding)
+    out = bn_act_ref(a, gamma, beta, running_mean, running_var, live_out, residual, residual_map, **options)
+    return out if score is None else (out, ebn_score_ref(gamma, beta, signed=score == "ebn-signed").to(gamma.dtype))
+
+
+def setup_masked_conv2d(ctx, inputs, output):
+    x, weight, bias, live_out, live_in, *ctx.rest = inputs
+    ctx.save_for_backward(x, weight, live_out, live_in)
+    ctx.has_bias = bias is not None
+
+
+def masked_conv2d_gradient(ctx, grad):
+    x, weight, live_out, live_in = ctx.saved_tensors
+    need = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2]]
+    gradients = torch.ops.gst.masked_conv2d_backward(grad, x, weight, ctx.has_bias, live_out, live_in, *ctx.rest, need)
+    return *[g if wanted else None for g, wanted in zip(gradients, need)], None, None, None, None
+
+
 if available:
     @torch.library.register_fake("gst::ebn_score")
     def _(gamma, beta, signed=False):
         return torch.empty_like(gamma)
+
+    @torch.library.register_fake("gst::masked_conv2d")
+    def _(x, weight, bias, live_out, live_in, stride, padding):
+        c_out = weight.shape[0] if live_out is None else live_out.shape[0]
+        part = weight.new_empty(c_out, x.shape[1], *weight.shape[2:])
+        return F.conv2d(x, part, None if bias is None else bias.new_empty(c_out), stride, padding)
+
+    @torch.library.register_fake("gst::masked_conv2d_backward")
+    def _(grad, x, weight, has_bias, live_out, live_in, stride, padding, need):
+        shapes = x, weight, weight.new_empty(weight.shape[0])
+        need = [need[0], need[1], need[2] and has_bias]
+        return tuple(torch.empty_like(t) if wanted else x.new_empty(0) for t, wanted in zip(shapes, need))
+
+    @torch.library.register_fake("gst::bn_act")
+    def _(x, gamma, *_):
+        return torch.empty_like(x), gamma.new_empty(x.shape[1]), gamma.new_empty(x.shape[1])
+
+    @torch.library.register_fake("gst::bn_act_backward")
+    def _(grad, x, out, gamma, mean, invstd, live, residual_map, residual_channels, training, relu):
+        dresidual = x.new_empty(0)
+        if residual_channels >= 0:
+            last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+            dresidual = x.new_empty(x.shape[0], residual_channels, *x.shape[2:])
+            dresidual = dresidual.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        return torch.empty_like(x), torch.empty_like(gamma), torch.empty_like(gamma), dresidual
+
+    torch.library.register_autograd("gst::masked_conv2d", masked_conv2d_gradient, setup_context=setup_masked_conv2d)

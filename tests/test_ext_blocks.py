@@ -1,0 +1,335 @@
+"""gst_ext's masked convolution, bn_act and the fused block: against their references, alone and in whole networks."""
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_ext import DEVICES
+
+import gst_ext
+import train
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+TOLERANCE = {torch.float64: dict(rtol=1e-10, atol=1e-11), torch.float32: dict(rtol=1e-4, atol=2e-5),
+             torch.bfloat16: dict(rtol=4e-2, atol=4e-2)}
+
+
+def draw(seed, *shape, device="cpu", dtype=torch.float64):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def index(values, device):
+    return None if values is None else torch.tensor(values, dtype=torch.int64, device=device)
+
+
+def gradients(function, tensors, grad):
+    """function's output and its gradients for those of `tensors` that are not None."""
+    leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, [t for t in leaves if t is not None], grad(out))]
+
+
+# +--------------------------------------------------------------------------------------------------------------------+
+# | masked_conv2d                                                                                                      |
+# +--------------------------------------------------------------------------------------------------------------------+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("n, size, kernel, stride, bias", [
+    (1, (5, 7), 3, 1, True), (3, (5, 7), 3, 2, False), (2, (4, 4), 1, 2, False), (33, (4, 4), 3, 1, True),
+    (32, (2, 2), 3, 1, False), (40, (4, 2), 3, 1, False), (2, (1, 1), 3, 1, True)])
+@pytest.mark.parametrize("live_out, live_in", [
+    (None, None), ([0, 3, 4, 6], None), (None, [1, 2]), ([2], [0, 4]), ([], None), (None, []), ([], [])])
+def test_masked_conv2d_agrees_with_its_reference(device, dtype, layout, n, size, kernel, stride, bias, live_out,
+                                                 live_in):
+    live_out, live_in = index(live_out, device), index(live_in, device)
+    c_in = 5 if live_in is None else len(live_in)
+    x = draw(0, n, c_in, *size, device=device, dtype=dtype).contiguous(memory_format=layout)
+    weight = draw(1, 7, 5, kernel, kernel, device=device, dtype=dtype).contiguous(memory_format=layout)
+    tensors = x, weight, draw(2, 7, device=device, dtype=dtype) if bias else None
+    got, want = (gradients(lambda *t: f(*t, live_out, live_in, stride, kernel // 2), tensors,
+                           lambda out: draw(3, *out.shape, device=device, dtype=dtype))
+                 for f in (gst_ext.masked_conv2d, gst_ext.masked_conv2d_ref))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, **TOLERANCE[dtype])
+    dead = torch.ones(7, dtype=torch.bool, device=device)
+    dead[slice(None) if live_out is None else live_out] = False
+    assert not got[2][dead].any(), "the gradient of a pruned filter"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_masked_conv2d_passes_gradcheck_and_opcheck(device):
+    live_out, live_in = index([0, 2], device), index([1, 2], device)
+    x, weight, bias = (draw(i, *shape, device=device).requires_grad_()
+                       for i, shape in enumerate([(2, 2, 5, 4), (3, 4, 3, 3), (3,)]))
+    torch.autograd.gradcheck(lambda *t: gst_ext.masked_conv2d(*t, live_out, live_in, 2, 1), (x, weight, bias))
+    torch.library.opcheck(torch.ops.gst.masked_conv2d.default, (x, weight, bias, live_out, live_in, 1, 1))
+    torch.library.opcheck(torch.ops.gst.masked_conv2d.default, (x, weight[:, :2], None, None, None, 1, 1))
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(x=torch.zeros(2, 3, 5)), "four dimensions"), (dict(x=torch.zeros(2, 4, 5, 5)), "live input has 3"),
+    (dict(x=torch.zeros(2, 3, 5, 5).double()), "one floating type"), (dict(bias=torch.zeros(3)), "bias"),
+    (dict(live_out=torch.tensor([0.0])), "live_out must be an int64"), (dict(stride=0), "stride"),
+    (dict(x=torch.zeros(2, 3, 1, 1), padding=0), "larger than the padded map")])
+def test_masked_conv2d_refuses_what_does_not_fit(change, words):
+    arguments = dict(x=torch.zeros(2, 3, 5, 5), weight=torch.zeros(4, 3, 3, 3), bias=None, live_out=None, live_in=None,
+                     stride=1, padding=1)
+    with pytest.raises(RuntimeError, match=words):
+        gst_ext.masked_conv2d(**arguments | change)
+
+
+# +--------------------------------------------------------------------------------------------------------------------+
+# | bn_act                                                                                                             |
+# +--------------------------------------------------------------------------------------------------------------------+
+
+RESIDUALS = {"none": None, "direct": "direct", "all-live": range(6), "nested": [4, 2, 0, 5, 1], "equal": [0, 1, 2, 3, 4],
+             "disjoint": [-1] * 5, "mixed": [3, -1, 0, -1, 5]}
+
+
+def bn_case(device, dtype, layout, shape, residual, pruned):
+    """bn_act's arguments: 5 live channels (of 9 filters where pruned), statistics and act of their own values."""
+    n, c, h, w = shape
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    c_out = c + 4 if pruned else c
+    live = index([0, 1, 4, 5, 8][:c], device) if pruned else None
+    like = dict(device=device, dtype=dtype)
+    x = draw(0, *shape, **like).contiguous(memory_format=layout)
+    res = residual_map = None
+    if residual is not None:
+        res = draw(1, n, c if residual == "direct" else 6, h, w, **like).contiguous(memory_format=layout)
+        residual_map = None if residual == "direct" else index(list(residual)[:c], device)
+    like["dtype"] = wide
+    gamma, beta, mean = (draw(i, c_out, **like) for i in (2, 3, 4))
+    return dict(x=x, gamma=gamma, beta=beta, running_mean=mean, running_var=draw(5, c_out, **like).abs() + 0.1,
+                live=live, residual=res, residual_map=residual_map, act=draw(6, c_out, device=device).abs().float())
+
+
+def run_bn(function, case, **options):
+    """[out, running_mean, running_var, act, gradients of x, gamma, beta and the residual] of one call."""
+    case = {k: v if v is None or k in ("live", "residual_map") else v.clone() for k, v in case.items()}
+    leaves = [case[k].requires_grad_() for k in ("x", "gamma", "beta", "residual") if case[k] is not None]
+    out = function(**case, **options)
+    grad = draw(9, *out.shape, device=out.device, dtype=out.dtype)
+    found = torch.autograd.grad(out, leaves, grad)
+    return [out.detach(), case["running_mean"], case["running_var"], case["act"], *found]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(3, 5, 7, 9), (1, 5, 5, 3), (70, 5, 2, 2), (9, 5, 4, 4), (2, 1, 1, 1)])
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_bn_act_agrees_with_its_reference(device, dtype, layout, shape, residual):
+    for pruned, training, relu in itertools.product((False, True), (False, True), (False, True)):
+        case = bn_case(device, dtype, layout, shape, RESIDUALS[residual], pruned)
+        got, want = (run_bn(f, case, training=training, relu=relu) for f in (gst_ext.bn_act, gst_ext.bn_act_ref))
+        if dtype != torch.float64 and relu:  # rounding may open or close a gate at 0: elsewhere is what is compared
+            edge = gst_ext.bn_act_ref(**case, training=training, relu=False).abs() < (0.02 if dtype == torch.bfloat16
+                                                                                      else 1e-5)
+            if edge.any():
+                got, want = got[:4], want[:4]
+        for k, (a, b) in enumerate(zip(got, want, strict=True)):
+            narrow = torch.float32 if k == 3 and dtype == torch.float64 else dtype  # act is float32 throughout
+            torch.testing.assert_close(a, b, **TOLERANCE[narrow], msg=lambda m: f"{k} {pruned} {training} {relu} {m}")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bn_act_matches_pytorch_s_own_batch_norm_and_is_the_same_for_any_number_of_threads(device):
+    x = (100 + draw(0, 64, 20, 16, 16, device=device, dtype=torch.float32)).contiguous(memory_format=LAYOUTS[1])
+    mean, var = torch.zeros(2, 20, device=device)
+    outs = []
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        statistics = mean.clone(), var.clone()
+        outs.append([gst_ext.bn_act(x, torch.ones_like(mean), mean, *statistics), *statistics])
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*outs))
+    want = F.relu(F.batch_norm(x.double(), mean.double(), var.double(), training=True))
+    torch.testing.assert_close(outs[0][0].double(), want, rtol=1e-4, atol=1e-4)  # a mean of 100 deviations costs digits
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_flag_on_the_device_decides_whether_act_takes_the_batch_in(device, layout):
+    case = bn_case(device, torch.float32, layout, (4, 5, 3, 3), "direct", True)
+    before = case["act"].clone()
+    gst_ext.bn_act(**case, measure=torch.tensor(False, device=device))
+    assert torch.equal(case["act"], before)
+    gst_ext.bn_act(**case, measure=torch.tensor(True, device=device))
+    dead = torch.ones(9, dtype=torch.bool, device=device)
+    dead[case["live"]] = False
+    torch.testing.assert_close(case["act"][dead], 0.9 * before[dead])  # a pruned map has shown 0
+    assert (case["act"][~dead] != before[~dead]).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bn_act_of_a_layer_without_live_filters_only_lets_its_statistics_fade(device, layout):
+    case = bn_case(device, torch.float32, layout, (4, 5, 3, 3), "direct", True)
+    old = case["running_var"].clone()
+    for k in ("x", "residual"):
+        case[k] = case[k][:, :0].requires_grad_()
+    case["live"] = case["live"][:0]
+    out = gst_ext.bn_act(**case)
+    assert out.shape == (4, 0, 3, 3)
+    out.sum().backward()
+    torch.testing.assert_close(case["running_var"], 0.9 * old)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bn_act_lets_a_number_that_is_none_through(device):
+    case = bn_case(device, torch.float32, LAYOUTS[1], (4, 5, 3, 3), None, False)
+    case["x"][0, 0, 0, 0] = torch.nan
+    assert gst_ext.bn_act(**case)[:, 0].isnan().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("residual", ["none", "direct", "mixed"])
+@pytest.mark.parametrize("training", [False, True])
+def test_bn_act_passes_gradcheck(device, layout, residual, training):
+    case = bn_case(device, torch.float64, layout, (3, 5, 3, 2), RESIDUALS[residual], True)
+    leaves = [case.pop(k) for k in ("x", "gamma", "beta")]
+    shortcut = [case.pop("residual")] if residual != "none" else []
+
+    def function(x, gamma, beta, *shortcut):
+        fresh = {k: v if v is None else v.clone() for k, v in case.items() if k != "residual"}
+        return gst_ext.bn_act(x, gamma, beta, **fresh, residual=shortcut[0] if shortcut else None, training=training)
+    torch.autograd.gradcheck(function, [t.requires_grad_() for t in leaves + shortcut])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bn_act_s_operators_pass_opcheck(device):
+    c = bn_case(device, torch.float32, LAYOUTS[1], (3, 5, 4, 4), RESIDUALS["mixed"], True)
+    arguments = (c["x"], c["gamma"], c["beta"], c["running_mean"], c["running_var"], c["live"], c["residual"],
+                 c["residual_map"], c["act"], torch.tensor(True, device=device), True, True, 0.1, 1e-5, 0.9)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.gst.bn_act.default, arguments, test_utils=checks)
+    out, mean, invstd = torch.ops.gst.bn_act(*arguments)
+    torch.library.opcheck(torch.ops.gst.bn_act_backward.default, (
+        torch.ones_like(out), c["x"], out, c["gamma"], mean, invstd, c["live"], c["residual_map"], 6, True, True),
+        test_utils=checks)
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(x=torch.zeros(2, 4, 3, 3)), "live filters"), (dict(gamma=torch.zeros(5).double()), "gamma"),
+    (dict(running_var=torch.zeros(4)), "running_var"), (dict(residual=torch.zeros(2, 5, 4, 3)), "residual"),
+    (dict(residual_map=torch.zeros(5, dtype=torch.int64)), "needs a residual"), (dict(act=torch.zeros(3)), "act"),
+    (dict(measure=torch.tensor(True)), "with an act"), (dict(x=torch.zeros(1, 5, 1, 1)), "more than one value"),
+    (dict(x=torch.zeros(2, 5, 3, 3).long()), "no kernel"),
+    (dict(residual=torch.zeros(2, 3, 3, 3), residual_map=torch.full((5,), 3)), "channel 3 of 3")])
+def test_bn_act_refuses_what_does_not_fit(change, words):
+    v = torch.ones(5)
+    arguments = dict(x=torch.randn(2, 5, 3, 3), gamma=v, beta=v, running_mean=v.clone(), running_var=v.clone())
+    with pytest.raises((RuntimeError, IndexError), match=words):
+        gst_ext.bn_act(**arguments | change)
+
+
+@pytest.mark.parametrize("built", [True, False])
+@pytest.mark.parametrize("score", [None, "ebn", "ebn-signed"])
+def test_the_fused_block_is_its_parts_and_gives_scores_on_request(built, score, monkeypatch):
+    monkeypatch.setattr(gst_ext, "available", built)
+    case = bn_case("cpu", torch.float64, LAYOUTS[1], (4, 5, 6, 6), "direct", True)
+    case["live_out"], x = case.pop("live"), draw(20, 4, 3, 6, 6)
+    del case["x"]
+    weight, bias = draw(21, 9, 7, 3, 3), draw(22, 9)
+    got, want = (f(x, weight, bias, live_in=torch.tensor([0, 3, 6]), score=score,
+                   **{k: v if v is None else v.clone() for k, v in case.items()})
+                 for f in (gst_ext.masked_conv_bn_act, gst_ext.masked_conv_bn_act_ref))
+    torch.testing.assert_close(got, want)
+
+
+# +--------------------------------------------------------------------------------------------------------------------+
+# | Whole networks                                                                                                     |
+# +--------------------------------------------------------------------------------------------------------------------+
+
+MASKS = {"unpruned": [0.0], "some": [0.0, 0.4, 0.0, 0.3], "most": [0.8], "a whole layer": [0.5, 0.5, 1.0, 0.5],
+         "batch norm kept": [0.4]}
+
+
+def pair_of_networks(name, masks, device="cpu", dtype=torch.float64):
+    """The same pruned network by both backends, batch norm away from its start, scores measured."""
+    torch.manual_seed(3)
+    model = train.build_model(name, 10, 0.15).to(device)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, 0, 0.3)
+    for i, block in enumerate(model.prunable):
+        gone = torch.randperm(len(block.mask))[:int(MASKS[masks][i % len(MASKS[masks])] * len(block.mask))]
+        train.prune_block(block, gone, keep_bn=masks == "batch norm kept")
+        block.measure = True
+    model.to(dtype)
+    for block in model.prunable:
+        block.act = block.act.float()
+    return train.use_backend(model, "eager"), train.use_backend(copy.deepcopy(model), "ext")
+
+
+def outcome(model, x, y):
+    model.train()
+    logits = model(x)
+    F.cross_entropy(logits, y).backward()
+    model.eval()
+    with torch.no_grad():
+        evaluated = model(x)
+    return {"train": logits.detach(), "eval": evaluated} | {f"d{k}": p.grad for k, p in model.named_parameters()} | {
+        k: b for k, b in model.named_buffers()}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", train.PRUNABLE_BLOCKS)
+@pytest.mark.parametrize("masks", MASKS)
+def test_both_backends_compute_the_same_network(device, name, masks):
+    x, y = draw(0, 12, 3, 32, 32, device=device).contiguous(memory_format=LAYOUTS[1]), torch.arange(12, device=device) % 10
+    want, got = (outcome(model, x, y) for model in pair_of_networks(name, masks, device))
+    scale = max(v.abs().max() for k, v in want.items() if k.startswith("d"))
+    for k, v in want.items():
+        floor = 1e-10 * scale if k.startswith("d") else 0
+        torch.testing.assert_close(got[k], v, rtol=1e-5, atol=max(1e-7, floor), msg=lambda m: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["vgg11", "resnet18", "resnet20"])
+def test_both_backends_agree_in_float32_too(device, name):
+    x = draw(0, 32, 3, 32, 32, device=device, dtype=torch.float32).contiguous(memory_format=LAYOUTS[1])
+    y = torch.arange(32, device=device) % 10
+    want, got = (outcome(model, x, y) for model in pair_of_networks(name, "some", device, torch.float32))
+    for k in ("train", "eval", *(k for k in want if "running" in k)):
+        # a mean is rounded by the size of what it averages, which is about 1
+        assert (got[k] - want[k]).abs().max() <= max(1e-5 * want[k].abs().max(), 1e-7), k
+    # A gate that rounding flips changes a gradient there, and in all below; float64 (above) compares every element.
+    for k in (k for k in want if k.startswith("d") and want[k].dim() == 4):
+        assert (got[k] - want[k]).norm() <= 3e-2 * want[k].norm(), k
+
+
+def test_pruned_filters_have_no_gradient_and_the_maps_between_blocks_are_compact():
+    _, model = pair_of_networks("resnet18", "some")
+    shapes = []
+    for block in model.prunable:
+        block.register_forward_hook(lambda block, _, out: shapes.append((out.shape[1], int(block.mask.sum()))))
+    model(draw(0, 4, 3, 32, 32)).sum().backward()
+    assert shapes and all(got == live for got, live in shapes)
+    for block in model.prunable:
+        for p in (block.conv.weight, block.bn.weight, block.bn.bias):
+            assert p.grad.shape == p.shape and not p.grad[~block.mask].any()
+
+
+def digits_run(tmp_path, backend, *options):
+    args = train.parse_options([*"--dataset digits --width 0.1 --epochs 30 --lrs 20 --batch-size 50 --s 1 2 3 4 --e 13 14 "
+                                 "15 16 --p 0.3 0.3 0.3 0.6 --r 4 --device cpu".split(), "--backend", backend,
+                                "--log-dir", str(tmp_path / backend), *options])
+    assert train.train(args)
+    return [train.json.loads(line) for line in open(train.run_directory(args) / "epochs.jsonl")]
+
+
+@pytest.mark.parametrize("options", ["--target S --score l2", "--model resnet18 --target L --score act"])
+def test_thirty_epochs_of_digits_prune_as_many_filters_and_end_alike_on_both_backends(tmp_path, options):
+    eager, ext = (digits_run(tmp_path, backend, *options.split()) for backend in ("eager", "ext"))
+    assert [r["live"] for r in ext] == [r["live"] for r in eager]
+    first = next(r["epoch"] for r in eager if any(r["removed"]))
+    assert ext[first]["filters"] == eager[first]["filters"]
+    assert abs(ext[-1]["test_acc"] - eager[-1]["test_acc"]) < 8
