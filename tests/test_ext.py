@@ -1,4 +1,7 @@
 """gst_ext: each operator against its reference and against closed forms, and what it refuses."""
+import os
+import shutil
+
 import mpmath
 import pytest
 import torch
@@ -10,6 +13,13 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 
 def test_the_extension_is_built():
     assert gst_ext.available, gst_ext.why_not
+
+
+@pytest.mark.skipif(not (shutil.which("nvcc") or os.path.exists("/usr/local/cuda/bin/nvcc")) or not torch.version.cuda,
+                    reason="no CUDA toolkit")
+@pytest.mark.parametrize("name", ["ebn_score", "masked_conv2d", "masked_conv2d_backward", "bn_act", "bn_act_backward"])
+def test_where_there_is_a_cuda_toolkit_the_cuda_kernels_are_built_too(name):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"gst::{name}", "CUDA")
 
 
 def exact_ebn(gamma, beta, signed):

@@ -1,0 +1,50 @@
+// Plain launch functions of bn_act's CUDA kernels. Maps are channels-last: `rows` = n h w rows of c channels.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace gst {
+
+enum class Type { kFloat, kDouble, kHalf, kBFloat16 };  // of maps; parameters are float, or double beside double maps
+
+struct BnAct {
+  Type type;
+  int64_t rows, c, c_out;
+  const int64_t* live;  // (c,) ascending, or null for all filters
+  const void* x;
+  const void* residual;  // null: none
+  int64_t residual_width;
+  const int64_t* residual_map;  // (c,), -1 for nothing, or null
+  const void *gamma, *beta;
+  void *running_mean, *running_var;
+  float* act;           // null: not measured
+  const bool* measure;  // null: measure whenever there is an act
+  bool training, relu;
+  double momentum, eps, act_keep;
+  void *out, *mean, *invstd;
+  void* partial;  // 2 * bn_chunks(rows) * c of the parameters' type
+};
+
+struct BnActBackward {
+  Type type;
+  int64_t rows, c, c_out;
+  const int64_t* live;
+  const void *grad, *x, *out;
+  const void *gamma, *mean, *invstd;
+  const int64_t* residual_map;
+  int64_t residual_width;
+  bool training, relu;
+  void *dx, *dgamma, *dbeta;
+  void* dresidual;     // null: none; zeros where there is a map
+  void* coefficients;  // 3 * c of the parameters' type
+  void* partial;
+};
+
+// How many chunks the rows are summed in: by their number alone, so that sums repeat exactly.
+int64_t bn_chunks(int64_t rows);
+
+cudaError_t launch_bn_act(const BnAct& p, cudaStream_t stream);
+cudaError_t launch_bn_act_backward(const BnActBackward& p, cudaStream_t stream);
+
+}  // namespace gst
