@@ -57,7 +57,7 @@ ADAM_PRUNING = {  # B.1
     "vgg": dict(s=[3, 4, 5, 6], e=[150, 150, 150, 275], p=[0.3, 0.3, 0.3, 0.9], r=40, score="l2", save_epoch=315),
     "resnet": dict(s=[7, 8, 9, 10], e=[150, 150, 170, 275], p=[0.25, 0.4, 0.25, 0.95], r=40, score="act", save_epoch=0),
 }
-NOT_THE_RESULT = ("log_dir", "data_dir", "device", "backend", "runs", "plan", "save_epoch")  # do not say what a run computes
+NOT_THE_RESULT = ("log_dir", "data_dir", "device", "backend", "runs", "plan", "save_epoch")  # not what a run computes
 
 
 class UserError(Exception):
@@ -163,8 +163,8 @@ def make_parser():
 
     add = parser.add_argument_group("machine and files").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
-    add("--backend", choices=("auto", "ext", "eager"), default="auto", help="who computes the blocks: the extension, live "
-        "filters only, or plain PyTorch, masked; auto is ext where it is built (default: auto)")
+    add("--backend", choices=("auto", "ext", "eager"), default="auto", help="who computes the blocks: the extension, "
+        "live filters only, or plain PyTorch, masked; auto is ext where it is built (default: auto)")
     add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="(default: fp32)")
     add("--deterministic", action=flag, default=False,
         help="CUDA: only deterministic kernels; CPU runs repeat exactly anyway (default: no)")
@@ -432,8 +432,8 @@ class Block(nn.Module):
     differs from mask only under --prune-bn keep; act (c_out,) the running mean |a| before ReLU.
 
     The backend "eager" multiplies by the masks. "ext" computes compact maps, of the live channels only: live_in and
-    live_out (int64 indices, None for all) are the channels it gets and gives, shortcut_map where each of its own lies in
-    the shortcut (-1: nowhere). use_backend sets them, which whoever changes masks has to call again.
+    live_out (int64 indices, None for all) are the channels it gets and gives, shortcut_map where each of its own lies
+    in the shortcut (-1: nowhere). use_backend sets them, which whoever changes masks has to call again.
     """
 
     def __init__(self, c_in, c_out, kernel=3, stride=1, bias=False):

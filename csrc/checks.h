@@ -85,8 +85,9 @@ inline void check_bn_act(const at::Tensor& x, const at::Tensor& gamma, const at:
               measure->device() == x.device()), op, ": measure must be one bool on ", x.device(), ", with an act");
   TORCH_CHECK(!residual_map || residual, op, ": residual_map needs a residual");
   if (residual)
-    TORCH_CHECK(residual->dim() == 4 && residual->scalar_type() == x.scalar_type() && residual->device() == x.device() &&
-                residual->size(0) == x.size(0) && residual->size(2) == x.size(2) && residual->size(3) == x.size(3) &&
+    TORCH_CHECK(residual->dim() == 4 && residual->scalar_type() == x.scalar_type() &&
+                residual->device() == x.device() && residual->size(0) == x.size(0) &&
+                residual->size(2) == x.size(2) && residual->size(3) == x.size(3) &&
                 (residual_map || residual->size(1) == x.size(1)), op, ": residual ", residual->scalar_type(), " ",
                 residual->sizes(), " on ", residual->device(), " does not fit x ", x.scalar_type(), " ", x.sizes());
   TORCH_CHECK(!training || x.size(0) * x.size(2) * x.size(3) > 1, op,

@@ -1,4 +1,4 @@
-// The operators' schemas, and masked_conv2d, which is the vendor library's convolution of the live filters on any device.
+// The operators' schemas, and masked_conv2d, which is the vendor library's convolution of the live filters anywhere.
 // Kernels are in cpu/ and cuda/; fake kernels, autograd and pure-PyTorch references in gst_ext/.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/convolution.h>

@@ -68,7 +68,7 @@ def masked_conv2d_ref(x, weight, bias=None, live_out=None, live_in=None, stride=
 
 
 def masked_conv2d(x, weight, bias=None, live_out=None, live_in=None, stride=1, padding=0):
-    """The convolution of the live filters over the live input channels (DESIGN: a pruned map is zero, so it is not read).
+    """The convolution of the live filters over the live input channels: a pruned map is zero, so nothing reads it.
 
     x (n, len(live_in), h, w); weight (c_out, c_in, k, k) and bias (c_out,) or None, of x's type, in full; stride and
     padding whole numbers; any device. Returns (n, len(live_out), h', w'). Gradients have the full shape, and those of
@@ -146,6 +146,33 @@ def bn_act(x, gamma, beta, running_mean, running_var, live=None, residual=None, 
                        relu, momentum, eps, act_keep)
 
 
+class ConvBnAct(torch.autograd.Function):
+    """The two operators as one node of the graph: in a narrow network, nodes cost as much as what they compute."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, gamma, beta, running_mean, running_var, live_out, live_in, stride,
+                padding, residual_map, act, measure, *rest):
+        a = torch.ops.gst.masked_conv2d(x, weight, bias, live_out, live_in, stride, padding)
+        out, mean, invstd = torch.ops.gst.bn_act(a, gamma, beta, running_mean, running_var, live_out, residual,
+                                                 residual_map, act, measure, *rest)
+        ctx.save_for_backward(x, weight, a, out, gamma, mean, invstd, live_out, live_in, residual_map)
+        ctx.conv, ctx.has_bias = (stride, padding), bias is not None
+        ctx.norm = -1 if residual is None else residual.shape[1], *rest[:2]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, a, out, gamma, mean, invstd, live_out, live_in, residual_map = ctx.saved_tensors
+        da, dgamma, dbeta, dresidual = torch.ops.gst.bn_act_backward(grad, a, out, gamma, mean, invstd, live_out,
+                                                                     residual_map, *ctx.norm)
+        need = list(ctx.needs_input_grad[:3])
+        dx, dweight, dbias = torch.ops.gst.masked_conv2d_backward(da, x, weight, ctx.has_bias, live_out, live_in,
+                                                                  *ctx.conv, need)
+        found = [dx, dweight, dbias, dresidual, dgamma, dbeta]
+        return *[g if wanted else None for g, wanted in zip(found, ctx.needs_input_grad)], *[None] * 14
+
+
 def masked_conv_bn_act(x, weight, bias, gamma, beta, running_mean, running_var, live_out=None, live_in=None, stride=1,
                        padding=1, residual=None, residual_map=None, act=None, measure=None, training=True, relu=True,
                        momentum=0.1, eps=1e-5, act_keep=0.9, score=None):
@@ -157,10 +184,13 @@ def masked_conv_bn_act(x, weight, bias, gamma, beta, running_mean, running_var, 
     if torch.is_autocast_enabled(x.device.type):
         narrow = torch.get_autocast_dtype(x.device.type)
         x, weight, bias, residual = (t if t is None else t.to(narrow) for t in (x, weight, bias, residual))
-    conv, norm = (masked_conv2d, bn_act) if available else (masked_conv2d_ref, bn_act_ref)
-    a = conv(x, weight, bias, live_out, live_in, stride, padding)
-    out = norm(a, gamma, beta, running_mean, running_var, live_out, residual, residual_map, act, measure, training,
-               relu, momentum, eps, act_keep)
+    if available:
+        out = ConvBnAct.apply(x, weight, bias, residual, gamma, beta, running_mean, running_var, live_out, live_in,
+                              stride, padding, residual_map, act, measure, training, relu, momentum, eps, act_keep)
+    else:
+        out = masked_conv_bn_act_ref(x, weight, bias, gamma, beta, running_mean, running_var, live_out, live_in, stride,
+                                     padding, residual, residual_map, act=act, measure=measure, training=training,
+                                     relu=relu, momentum=momentum, eps=eps, act_keep=act_keep)
     return out if score is None else (out, ebn_score(gamma, beta, signed=score == "ebn-signed"))
 
 

@@ -85,8 +85,8 @@ def test_masked_conv2d_refuses_what_does_not_fit(change, words):
 # | bn_act                                                                                                             |
 # +--------------------------------------------------------------------------------------------------------------------+
 
-RESIDUALS = {"none": None, "direct": "direct", "all-live": range(6), "nested": [4, 2, 0, 5, 1], "equal": [0, 1, 2, 3, 4],
-             "disjoint": [-1] * 5, "mixed": [3, -1, 0, -1, 5]}
+RESIDUALS = {"none": None, "direct": "direct", "all-live": range(6), "nested": [4, 2, 0, 5, 1],
+             "equal": [0, 1, 2, 3, 4], "disjoint": [-1] * 5, "mixed": [3, -1, 0, -1, 5]}
 
 
 def bn_case(device, dtype, layout, shape, residual, pruned):
@@ -284,7 +284,8 @@ def outcome(model, x, y):
 @pytest.mark.parametrize("name", train.PRUNABLE_BLOCKS)
 @pytest.mark.parametrize("masks", MASKS)
 def test_both_backends_compute_the_same_network(device, name, masks):
-    x, y = draw(0, 12, 3, 32, 32, device=device).contiguous(memory_format=LAYOUTS[1]), torch.arange(12, device=device) % 10
+    x = draw(0, 12, 3, 32, 32, device=device).contiguous(memory_format=LAYOUTS[1])
+    y = torch.arange(12, device=device) % 10
     want, got = (outcome(model, x, y) for model in pair_of_networks(name, masks, device))
     scale = max(v.abs().max() for k, v in want.items() if k.startswith("d"))
     for k, v in want.items():
@@ -319,8 +320,8 @@ def test_pruned_filters_have_no_gradient_and_the_maps_between_blocks_are_compact
 
 
 def digits_run(tmp_path, backend, *options):
-    args = train.parse_options([*"--dataset digits --width 0.1 --epochs 30 --lrs 20 --batch-size 50 --s 1 2 3 4 --e 13 14 "
-                                 "15 16 --p 0.3 0.3 0.3 0.6 --r 4 --device cpu".split(), "--backend", backend,
+    args = train.parse_options([*"--dataset digits --width 0.1 --epochs 30 --lrs 20 --batch-size 50 --s 1 2 3 4 --e 13 "
+                                 "14 15 16 --p 0.3 0.3 0.3 0.6 --r 4 --device cpu".split(), "--backend", backend,
                                 "--log-dir", str(tmp_path / backend), *options])
     assert train.train(args)
     return [train.json.loads(line) for line in open(train.run_directory(args) / "epochs.jsonl")]
@@ -333,3 +334,33 @@ def test_thirty_epochs_of_digits_prune_as_many_filters_and_end_alike_on_both_bac
     first = next(r["epoch"] for r in eager if any(r["removed"]))
     assert ext[first]["filters"] == eager[first]["filters"]
     assert abs(ext[-1]["test_acc"] - eager[-1]["test_acc"]) < 8
+
+
+# +--------------------------------------------------------------------------------------------------------------------+
+# | --backend                                                                                                          |
+# +--------------------------------------------------------------------------------------------------------------------+
+
+SHORT = "--dataset digits --width 0.05 --epochs 1 --lrs 1 --save-epoch 0 --device cpu".split()
+
+
+@pytest.mark.parametrize("backend", ["ext", "eager"])
+def test_a_run_logs_its_backend_and_may_be_continued_by_the_other(tmp_path, backend, monkeypatch):
+    args = train.parse_options([*SHORT, "--backend", backend, "--log-dir", str(tmp_path)])
+    train.train(args)
+    directory = train.run_directory(args)
+    assert train.json.loads((directory / "config.json").read_text())["backend"] == backend
+    (directory / "done.json").unlink()
+    other = train.parse_options([*SHORT, "--backend", "ext" if backend == "eager" else "eager", "--log-dir",
+                                 str(tmp_path)])
+    assert train.train(other)["epochs"] == 1  # finished, by its checkpoint
+
+
+def test_without_the_build_auto_says_so_once_and_ext_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(gst_ext, "available", False)
+    monkeypatch.setattr(gst_ext, "why_not", "no such file")
+    monkeypatch.setattr(train.choose_backend, "told", False)
+    for _ in range(2):
+        assert train.choose_backend(train.parse_options(SHORT)) == "eager"
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(train.UserError, match="--backend eager"):
+        train.choose_backend(train.parse_options([*SHORT, "--backend", "ext"]))

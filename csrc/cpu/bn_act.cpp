@@ -262,8 +262,8 @@ A lowest_value(bool relu) {
   return relu ? A(0) : -std::numeric_limits<A>::infinity();
 }
 
-// What a per-filter statistic of all filters becomes: the live ones by f(i-th live), the pruned ones, whose map is zero,
-// as if 0 had been seen.
+// What a per-filter statistic of all filters becomes: the live ones by value(i), the pruned ones, whose map is zero, as
+// if 0 had been seen.
 template <typename A, typename F>
 void update(const Tensor& statistic, const std::vector<int64_t>& filters, double momentum, const F& value) {
   A* s = statistic.data_ptr<A>();
