@@ -1,22 +1,42 @@
 #!/usr/bin/env python3
-"""Reads the logs of finished runs, computes the statistics, and draws the paper's figures.
+"""Reads the logs of finished runs, computes the statistics and the flatness, and draws the paper's figures and tables.
 
     python analyze.py --figure 2                      # from logs/ into figures/fig2.pdf, .png and .json
-    python analyze.py --figure B2 --log-dir logs      # the same with the E[BN] scores
+    python analyze.py --figure E5                     # measures flatness where a run lacks it, then draws
+    python analyze.py --table C1
+    python analyze.py --figure all                    # every figure and table whose runs are there
+    python analyze.py --figure 2 --live               # again and again, while the runs go on
+    python analyze.py --flatness logs/cifar10/vgg11/L-r40/seed1 --eigs 30
     python analyze.py --list                          # what can be drawn, from which runs, and how many are there
 
 Runs that differ in anything but the method (data set, width, schedule, precision …) are never put into one figure:
 each such setting gets files of its own, figures/fig2-<dataset>-<setting>.*. Every number drawn is in the .json.
 """
 import argparse
+import contextlib
+import ctypes
+import functools
+import itertools
 import json
+import math
 import pathlib
+import platform
+import re
 import sys
+import textwrap
+import time
 import warnings
+import zlib
 
 import matplotlib
 import numpy as np
+import scipy.linalg
+import scipy.optimize
 import scipy.stats
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
 
 import train
 
@@ -27,16 +47,74 @@ import matplotlib.pyplot as plt  # noqa: E402  (after the choice of backend)
 # | Configuration: which runs make which figure, how each method looks, what the paper reports                         |
 # +--------------------------------------------------------------------------------------------------------------------+
 
-FIGURES = {  # figure: (what it shows, runs.sh target, {model: the methods drawn})
+ADAM = ("none", "S-r4", "S-r40", "L-r40")
+SGD = ("none", "S-r30", "S-r60")
+FLAT = {"vgg11": ("none", "S-r4", "S-r40", "R-r40", "L-r40", "scratch-S")}
+RATES = {"vgg11": tuple(f"{target}-r{r}" for r in (4, 20, 40, 60, 100, 200, 300) for target in "SRL")}
+NOISE = ("none", "L-r40-bnkeep", *(f"{kind}-{k}" for kind in ("zero", "gauss") for k in (1, 50, 1105)))
+HIGH = "-p0.25,0.8,0.25,0.95"  # Table C.1's 59%
+F1 = ("scratch-S-ebn-signed-p0,0,0,0.7", *(f"{t}-r750-ebn-signed-s2500x4-e3250x4-p0,0,0,0.7" for t in "SL"))
+FIGURES = {  # name: (what it shows, runs.sh target, {model: the methods drawn})
     "2": ("accuracy while training, and best accuracy against mean stability", "fig2",
-          {model: ("none", "S-r4", "S-r40", "L-r40") for model in ("vgg11", "resnet18")}),
+          {"vgg11": ADAM, "resnet18": ADAM}),
+    "3": ("accuracy, stability and their correlation against the iterative pruning rate", "fig3", RATES),
+    "4": ("accuracy and generalization gap against stability, SGD", "fig4",
+          {"resnet18": SGD, "resnet20": SGD, "resnet56": SGD}),
+    "5": ("accuracy under zeroing and Gaussian noise in place of pruning", "fig5", {"vgg11": NOISE}),
+    "6": ("stability and accuracy against Tr(H) and Tr(C)", "fig6", FLAT),
+    "B1": ("normalised activations of VGG19 before and after training", "figB1", {"vgg19": ("none",)}),
     "B2": ("Figure 2 with the scores E[BN] (vgg11) and signed E[BN] (resnet18)", "figB2",
            {"vgg11": ("none", "S-r4-ebn", "S-r40-ebn", "L-r40-ebn"),
-            "resnet18": ("none", *(f"{m}-ebn-signed-s3,4,5,6" for m in ("S-r4", "S-r40", "L-r40")))}),
+            "resnet18": ("none", *(f"{m}-ebn-signed-s3,4,5,6" for m in ADAM[1:]))}),
+    "C1": ("best accuracy against mean stability at each iterative rate", "fig3", RATES),
+    "C2": ("Kendall's correlation of accuracy and stability at each iterative rate", "fig3", RATES),
+    "C3": ("accuracy and generalization gap against high stability, SGD", "figC3",
+           {"resnet18": ("none", "S-r1-s24x16-p0.06x16", "S-r1-s24x16")}),
+    "D1": ("one weight through pruning, zeroing and Gaussian noise", None, {}),
+    "D2": ("accuracy under zeroing with weights that come back as they were", "figD2",
+           {"vgg11": ("none", "L-r40", *(f"zero-{k}-all-restore-tb256" for k in (89, 630, 1220, 2480)))}),
+    "E1": ("the first ten eigenvalues of the Hessian", "fig6", FLAT),
+    "E2": ("the first hundred eigenvalues of the Hessian", "fig6", FLAT),
+    "E3": ("|ε| at a loss rise of 0.1 against stability, and accuracy against it", "fig6", FLAT),
+    "E4": ("the loss along the leading eigenvectors", "fig6", FLAT),
+    "E5": ("TIC proxy against stability, and accuracy against it", "fig6", FLAT),
+    "E6": ("accuracy against stability for the runs of the flatness figures", "fig6", FLAT),
+    "flatness": ("every flatness measure against accuracy, with rank correlations", "fig6", FLAT),
 }
-STYLES = {  # Okabe and Ito's colour-blind-safe colours; one method looks the same in every figure
-    "none": ("#000000", "-", "o"), "S-r4": ("#0072B2", "-", "s"), "S-r40": ("#E69F00", "--", "^"),
-    "L-r40": ("#D55E00", "-.", "D"),
+TABLES = {
+    "C1": ("accuracy and stability at 46% and 59% total pruning", "tabC1",
+           {"resnet18": tuple(m + p for m in ADAM[1:] for p in ("", HIGH))}),
+    "F1": ("CIFAR-100: the methods, and t-tests of L against S and scratch", "tabF1", {"resnet18": ("none", *F1)}),
+}
+EVERYTHING = {**FIGURES, **{f"table {name}": entry for name, entry in TABLES.items()}}
+SCATTERS = {  # figure: the (x, y) of its panels
+    "4": [("mean_stability", "best_acc"), ("mean_stability", "gap")],
+    "C3": [("mean_stability", "best_acc"), ("mean_stability", "gap")],
+    "6": [("mean_stability", "trace_eigs"), ("trace_eigs", "best_acc"),
+          ("mean_stability", "tr_c"), ("tr_c", "best_acc")],
+    "E3": [("mean_stability", "epsilon_min"), ("epsilon_min", "best_acc")],
+    "E5": [("mean_stability", "tic"), ("tic", "best_acc")],
+    "E6": [("mean_stability", "best_acc")],
+    "flatness": [(x, "best_acc") for x in ("trace_eigs", "trace", "tr_c", "tic", "tic_trace", "c_over_f",
+                                           "epsilon_min", "top")],
+}
+NEEDS_FLATNESS = ("6", "E1", "E2", "E3", "E4", "E5", "flatness")
+LABELS = {
+    "mean_stability": "Mean stability (%)", "best_acc": "Best test accuracy (%)",
+    "gap": "Train − test accuracy (points)", "trace_eigs": "Tr(H), sum of the leading eigenvalues",
+    "trace": "Tr(H), Hutch++", "tr_c": "Tr(C)", "tic": "TIC proxy Tr(C)/Tr(H)", "tic_trace": "Tr(C)/Tr(H), Hutch++",
+    "c_over_f": "Tr(C)/Tr(F)", "epsilon_min": "|ε| at a loss rise of 0.1", "top": "Largest eigenvalue",
+}
+# Okabe and Ito's colour-blind-safe colours; one method looks the same in every figure.
+BLACK, BLUE, SKY, ORANGE, RED, GREEN, PINK = "#000000 #0072B2 #56B4E9 #E69F00 #D55E00 #009E73 #CC79A7".split()
+STYLES = {  # by the beginning of the method's name, the first that fits
+    "none": (BLACK, "-", "o"), "S-r4": (SKY, "-", "s"), "S-r30": (SKY, "-", "s"),
+    "S-r1-s24x16-p0.06x16": (ORANGE, "-", "s"),
+    "S": (BLUE, "--", "^"), "L": (RED, "-.", "D"), "R": (GREEN, (0, (4, 1, 1, 1, 1, 1)), "v"),
+    "scratch": (PINK, ":", "P"),
+    **{f"{kind}-{k}": (colour, line, marker) for kind in ("zero", "gauss") for k, colour, line, marker in (
+        (1, ORANGE, ":", "s"), (50, SKY, "--", "^"), (1105, BLUE, "-", "D"), (89, ORANGE, ":", "s"),
+        (630, SKY, "--", "^"), (1220, BLUE, "-", "D"), (2480, GREEN, "-", "v"))},
 }
 PAPER = {  # what the appendix reports; accuracies and stabilities in %
     ("2", "resnet18"): {"S-r4": {"best_acc": 87.65, "best_acc_sd": 0.26, "stability": 99.957},
@@ -46,10 +124,19 @@ PAPER = {  # what the appendix reports; accuracies and stabilities in %
                       "pearson": [-0.88, 1.2e-10], "kendall": [-0.64, 8.4e-07]},
     ("B2", "resnet18"): {"S-r4": {"stability": 99.96}, "S-r40": {"stability": 98.14}, "L-r40": {"stability": 96.66},
                          "pearson": [-0.65, 5e-05], "kendall": [-0.43, 0.00061]},
+    ("C3", "resnet18"): {"none": {"best_acc": 94.35}, "S p 0.06": {"best_acc": 94.25, "stability": 99.96},
+                         "S p 0.1": {"best_acc": 94.41, "stability": 99.93}},
+    ("C1", "table"): {  # method: (total pruning, accuracy, deviation, stability, deviation)
+        "S-r4": (46, 87.65, 0.26, 99.957, 0.006), "S-r4" + HIGH: (59, 87.52, 0.11, 99.935, 0.012),
+        "S-r40": (46, 87.72, 0.18, 99.470, 0.203), "S-r40" + HIGH: (59, 87.95, 0.18, 98.912, 0.303),
+        "L-r40": (46, 88.03, 0.26, 98.904, 0.229), "L-r40" + HIGH: (59, 87.48, 0.37, 98.143, 0.434)},
+    ("F1", "table"): {"none": (0, 73.28, 0.12, 100, None), F1[0]: (15, 73.11, 0.13, 100, None),
+                      F1[1]: (15, 73.22, 0.09, 91.94, 4.10), F1[2]: (15, 73.41, 0.08, 86.98, 6.87)},
 }
 RESAMPLES = 2000
-plt.rcParams.update({"font.size": 8, "axes.titlesize": 8, "legend.fontsize": 7, "xtick.labelsize": 7,
-                     "ytick.labelsize": 7, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42})
+plt.rcParams.update({"font.size": 8, "axes.titlesize": 7, "legend.fontsize": 7, "xtick.labelsize": 7,
+                     "ytick.labelsize": 7, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42,
+                     "legend.frameon": False})
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -59,12 +146,13 @@ plt.rcParams.update({"font.size": 8, "axes.titlesize": 8, "legend.fontsize": 7, 
 def summarize(run_dir):
     """Everything a run's logs say, as a dict.
 
-    dir, model, dataset, method, setting, seed, config and records; best_acc, best_epoch, gap, last_acc,
-    val_chosen_acc, mean_stability (all in %) and events (train.summarize_epochs); problem: None, or
-    one line saying why the run must not be averaged with others (unfinished or damaged). Raises nothing for a bad log.
+    dir, model, dataset, method, setting, seed and config; curve (epochs,), the test accuracy after each epoch; live,
+    the filters left of each prunable layer; best_acc, best_epoch, gap, last_acc, val_chosen_acc, mean_stability (all
+    in %) and events (train.summarize_epochs); problem: None, or one line saying why the run must not be averaged with
+    others (unfinished or damaged). Raises nothing for a bad log.
     """
     run_dir = pathlib.Path(run_dir)
-    run = {"dir": str(run_dir), "problem": None, "records": []}
+    run = {"dir": str(run_dir), "problem": None, "curve": np.empty(0)}
     try:
         config = json.loads((run_dir / "config.json").read_text())
         options = config["options"]
@@ -73,39 +161,117 @@ def summarize(run_dir):
         epochs = config["schedule"]["epochs"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return {**run, "problem": f"config.json is missing or damaged ({type(error).__name__})"}
+    records = []
     try:
         for number, line in enumerate((run_dir / "epochs.jsonl").read_text().splitlines()):
             record = json.loads(line)
             if record["epoch"] != number:
                 return {**run, "problem": f"line {number + 1} of epochs.jsonl is of epoch {record['epoch']}"}
-            run["records"].append(record)
-        run.update(train.summarize_epochs(run["records"]))
+            records.append(record)
+        run.update(train.summarize_epochs(records), live=records[-1].get("live"),
+                   curve=np.array([record["test_acc"] for record in records], float))
     except OSError:
         return {**run, "problem": "has no epochs.jsonl"}
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        return {**run, "problem": f"line {len(run['records']) + 1} of epochs.jsonl is damaged ({type(error).__name__})"}
-    if len(run["records"]) != epochs:
-        run["problem"] = f"unfinished, {len(run['records'])} of {epochs} epochs"
+        return {**run, "problem": f"line {len(records) + 1} of epochs.jsonl is damaged ({type(error).__name__})"}
+    if len(records) != epochs:
+        run.update(problem=f"unfinished, {len(records)} of {epochs} epochs", unfinished=True)
     return run
 
 
 def find_runs(log_dir):
-    """Summaries of all runs below log_dir, in order of their directories."""
-    return [summarize(path.parent) for path in sorted(pathlib.Path(log_dir).glob("*/*/*/seed*/config.json"))]
+    """Summaries of all runs below log_dir, in order of their directories; mixed and doubled ones have a problem."""
+    runs = [summarize(path.parent) for path in sorted(pathlib.Path(log_dir).glob("*/*/*/seed*/config.json"))]
+    name_mixed(runs, lambda run: (run["dataset"], run["setting"]), lambda run: run["config"].get("data"))
+    name_mixed(runs, lambda run: (run["dataset"], run["setting"], run["model"], run["method"]),
+               lambda run: {k: v for k, v in run["config"]["options"].items() if k not in ("seed", "dataset")})
+    seen = {}
+    for run in runs:
+        if not run["problem"]:
+            first = seen.setdefault(tuple(run[k] for k in ("dataset", "setting", "model", "method", "seed")), run)
+            if first is not run:
+                run["problem"] = f"is the same run as {first['dir']}"
+    return runs
 
 
-def runs_of(figure, runs):
-    """(the finished runs of a figure by setting, {(dataset, setting): [run …]}; those left out, [run …])."""
-    methods = FIGURES[figure][2]
+def name_mixed(runs, group, content):
+    """Gives a problem to each run whose content (a dict or None) is not that of most of its group."""
+    groups = {}
+    for run in runs:
+        if not run["problem"]:
+            groups.setdefault(group(run), {}).setdefault(json.dumps(content(run), sort_keys=True), []).append(run)
+    for kinds in groups.values():
+        most = max(kinds.values(), key=len)
+        for run in (run for kind in kinds.values() if kind is not most for run in kind):
+            ours, theirs = content(run) or {}, content(most[0]) or {}
+            names = sorted(k for k in ours | theirs if ours.get(k) != theirs.get(k))
+            run["problem"] = f"differs from {most[0]['dir']} in {', '.join(names)}"
+
+
+def runs_of(name, runs):
+    """(what a figure or table is drawn from, {(dataset, setting): [run …]}; what is left out of it, [run …])."""
+    methods, sgd = EVERYTHING[name][2], name in ("4", "C3")
     found, left_out = {}, []
     for run in runs:
-        if "method" not in run or run["method"] in methods.get(run["model"], ()):
-            if run["problem"]:
-                left_out.append(run)
-            else:
-                found.setdefault((run["dataset"], run["setting"]), []).append(run)
+        if "method" in run and run["method"] not in methods.get(run["model"], ()):
+            continue
+        if sgd and run.get("model") == "resnet18" and not run["setting"].startswith("sgd"):
+            continue  # Adam is ResNet18's own; the other two always train by SGD, and do not say so
+        if run["problem"]:
+            left_out.append(run)
+        else:
+            setting = run["setting"].removeprefix("sgd").lstrip("-") if sgd else run["setting"]
+            found.setdefault((run["dataset"], setting), []).append(run)
     # A baseline alone makes no figure: it belongs to every figure of its setting.
-    return {k: v for k, v in found.items() if any(run["method"] != "none" for run in v)}, left_out
+    only_baselines = set(sum(map(list, methods.values()), [])) == {"none"}
+    return {k: v for k, v in found.items() if only_baselines or any(r["method"] != "none" for r in v)}, left_out
+
+
+def is_papers(name, dataset, setting):
+    """Whether these are the paper's own data set and setting, so that its numbers may stand beside them."""
+    return (dataset, setting) == (("cifar100", "epochs4000-lrs2000-lr0.0001-augment") if name == "table F1"
+                                  else ("cifar10", ""))
+
+
+def rest_command(name, dataset, setting, found):
+    """(how many of its runs are there, how many there should be, the command that trains the rest)."""
+    _, target, models = EVERYTHING[name]
+    seeds = sorted({run["seed"] for run in found})
+    if is_papers(name, dataset, setting):
+        seeds = list(range(1, {"tabF1": 4, "figB1": 2}.get(target, 11)))
+    wanted = {(model, method, seed) for model, methods in models.items() for method in methods for seed in seeds}
+    there = wanted & {(run["model"], run["method"], run["seed"]) for run in found}
+    span = f"{seeds[0]}-{seeds[-1]}" if seeds[-1] - seeds[0] == len(seeds) - 1 else ",".join(map(str, seeds))
+    command = f"bash runs.sh {target} --seeds {span}"
+    if is_papers(name, dataset, setting):
+        return len(there), len(wanted), command
+    options = found[0]["config"]["options"]
+    defaults = train.paper_settings(options["model"], options.get("optimizer"))
+    defaults |= dict(dataset="cifar10", width=1.0, scale_epochs=1.0, batch_size=128, val_split=0, precision="fp32",
+                     deterministic=False)
+    different = {k: options[k] for k, default in defaults.items() if options.get(k, default) != default
+                 and k not in ("optimizer", "s", "e", "p", "r", "score", "save_epoch")}  # those are the method's
+    if (different.get("dataset"), different.get("width"), different.get("val_split")) == ("digits", 0.25, 300):
+        return len(there), len(wanted), command + " --quick"
+    words = []
+    for k, value in different.items():
+        values = value if isinstance(value, list) else [] if isinstance(value, bool) else [value]
+        words += [f"--{'no-' if value is False else ''}{k.replace('_', '-')}", *map(train.short, values)]
+    return len(there), len(wanted), " ".join([command, "--", *words])
+
+
+def total_pruned(run):
+    """Percentage of all parameters gone with a run's filters: their slices of the pruned convolutions, and those of
+    the next ones that are pruned too, which read them (this gives the paper's 46, 59 and 15%; C.2, F)."""
+    options, pruned = run["config"]["options"], {p["layer"] for p in run["config"]["pruned_layers"]}
+    with torch.device("meta"):
+        model = train.build_model(options["model"], run["config"]["data"]["classes"], options["width"])
+    gone = 0
+    for i in pruned:
+        weight = model.prunable[i].conv.weight
+        kept = run["live"][i] / len(weight) * (run["live"][i - 1] / weight.shape[1] if i - 1 in pruned else 1)
+        gone += weight.numel() * (1 - kept)
+    return 100 * gone / run["config"]["parameters"]
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -137,81 +303,41 @@ def correlations(x, y):
     return result
 
 
+def correlation_interval(x, y, kind):
+    """Bootstrapped 95% interval [low, high] of "pearson" or "kendall" over resampled runs; None where undefined."""
+    if correlations(x, y)[kind] is None:
+        return None
+    score = np.sign if kind == "kendall" else np.asarray
+
+    def statistic(x, y, axis):  # both are the cosine of all pairs' differences, or of their signs (tau-b)
+        dx, dy = (score(v[..., :, None] - v[..., None, :]) for v in (x, y))
+        return (dx * dy).sum((-2, -1)) / np.sqrt((dx**2).sum((-2, -1)) * (dy**2).sum((-2, -1)))
+
+    with np.errstate(invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a resample of one run many times over has none: left out of the percentiles
+        drawn = scipy.stats.bootstrap((x, y), statistic, n_resamples=RESAMPLES, batch=200, paired=True, vectorized=True,
+                                      method="percentile", rng=np.random.default_rng(0)).bootstrap_distribution
+    return [float(v) for v in np.nanpercentile(drawn, [2.5, 97.5])]
+
+
 def measured(values):
-    """n, mean, standard deviation and 95% interval of one number per run, for the JSON."""
+    """n, mean, standard deviation and 95% interval of one number per run, for the JSON; None where a run lacks it."""
+    if any(v is None for v in values):
+        return None
     mean, low, high = interval(values)
     return {"n": len(values), "mean": float(mean), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
             "ci95": [float(low), float(high)] if len(values) > 1 else None, "values": [float(v) for v in values]}
 
 
-# +--------------------------------------------------------------------------------------------------------------------+
-# | Figure 2 (and B2): dynamics, and accuracy against stability                                                        |
-# +--------------------------------------------------------------------------------------------------------------------+
+def t_test(a, b):
+    """Two-tailed t-tests of two samples' means: {"difference" (a's minus b's), "student": [t, p], "welch": [t, p]}.
 
-def base_method(method):
-    """S-r40 of S-r40-ebn: the name a method's look goes by."""
-    return "-".join(method.split("-")[:2]) if method != "none" else method
-
-
-def method_label(run):
-    """Prune_S 1%: the paper's name, with the largest iterative pruning rate of any layer (A.4)."""
-    if run["method"] == "none":
-        return "no pruning"
-    rate = run["config"]["iterative_rate"]
-    return f"Prune$_{run['method'][0]}$ {rate:.0f}%" if rate >= 0.95 else f"Prune$_{run['method'][0]}$ {rate:.1g}%"
-
-
-def draw_dynamics(axis, groups):
-    """Mean test accuracy per epoch and its 95% band, a method each; returns the numbers drawn, by method."""
-    numbers, tops, floors = {}, [], []
-    for method, runs in groups.items():
-        colour, line, _ = STYLES[base_method(method)]
-        curves = [[r["test_acc"] for r in run["records"]] for run in runs]
-        mean, low, high = interval(curves)
-        epochs = np.arange(1, len(mean) + 1)
-        stability = np.mean([run["mean_stability"] for run in runs])
-        axis.plot(epochs, mean, line, color=colour, lw=1, label=f"{stability:.2f}% stable ({method_label(runs[0])})")
-        axis.fill_between(epochs, low, high, color=colour, alpha=0.2, lw=0)
-        numbers[method] = {"epoch": epochs.tolist(), "mean": mean.tolist(), "low": no_nan(low), "high": no_nan(high)}
-        tops.append(np.nanmax([mean, high]))
-        floors.append(np.percentile(mean[len(mean) // 4:], 15))
-    # The axis shows what separates the methods; a drop below it is marked with its depth, as in the paper.
-    top, floor = max(tops), min(floors)
-    floor -= 0.15 * (top - floor)
-    axis.set_ylim(floor, top + 0.05 * (top - floor))
-    for method, curve in numbers.items():
-        mean = curve["mean"]
-        drops = [i for i in range(1, len(mean)) if mean[i] < floor <= mean[i - 1]]
-        if drops:
-            worst = min(drops, key=lambda i: mean[i])
-            axis.annotate(f"{mean[worst]:.0f}%", (curve["epoch"][worst], floor), (0, 2), ha="center",
-                          textcoords="offset points", fontsize=7, color=STYLES[base_method(method)][0],
-                          bbox={"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.8})
-    axis.set(xlabel="Epoch", ylabel="Test accuracy (%)")
-    axis.legend(title="Stability (method)", title_fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=2,
-                frameon=False)
-    return numbers
-
-
-def draw_scatter(axis, groups):
-    """Best accuracy against mean stability, a point per run that pruned while it trained; returns the statistics."""
-    pruned = {method: runs for method, runs in groups.items() if method != "none"}
-    for method, runs in pruned.items():
-        colour, _, marker = STYLES[base_method(method)]
-        axis.plot([r["mean_stability"] for r in runs], [r["best_acc"] for r in runs], marker, color=colour, ms=4,
-                  mec="white", mew=0.4, label=method_label(runs[0]), clip_on=False)
-    if "none" in groups:
-        axis.axhline(np.mean([r["best_acc"] for r in groups["none"]]), color=STYLES["none"][0], lw=0.8, ls=":",
-                     label="no pruning (mean)")
-    points = [run for runs in pruned.values() for run in runs]
-    result = correlations([r["mean_stability"] for r in points], [r["best_acc"] for r in points])
-    text = [f"n = {result['n']}"]
-    for name, symbol in (("pearson", "Pearson r"), ("kendall", "Kendall τ")):
-        if result[name]:
-            text.append(f"{symbol} = {result[name][0]:.2f} (p = {result[name][1]:.2g})")
-    axis.set_title(", ".join(text[:2]) + "".join("\n" + line for line in text[2:]), fontsize=7)
-    axis.set(xlabel="Mean stability (%)", ylabel="Best test accuracy (%)")
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=2, frameon=False)
+    The paper's stars (C.2, F) are Student's, of equal variances; None where a sample has one value, or neither spread.
+    """
+    result = {"difference": float(np.mean(a) - np.mean(b)), "student": None, "welch": None}
+    if min(len(a), len(b)) > 1 and max(np.ptp(a), np.ptp(b)) > 0:
+        for name, equal in (("student", True), ("welch", False)):
+            result[name] = [float(v) for v in scipy.stats.ttest_ind(a, b, equal_var=equal)]
     return result
 
 
@@ -231,76 +357,1023 @@ def paired_differences(groups):
     return result
 
 
-def figure_2(figure, runs, title):
-    """Draws Figure 2 or B2 from finished runs of one data set and setting; returns (matplotlib figure, numbers)."""
-    by_model = {}
-    for model, methods in FIGURES[figure][2].items():
-        groups = {m: [r for r in runs if r["model"] == model and r["method"] == m] for m in methods}
-        groups = {m: g for m, g in groups.items() if g}
-        if any(m != "none" for m in groups):
-            by_model[model] = groups
-    canvas, axes = plt.subplots(len(by_model), 2, figsize=(6.75, 3.3 * len(by_model)), squeeze=False,
-                                layout="constrained")
+def method_numbers(groups):
+    """What a figure's JSON says of each method: {method: …}, every measure with n, mean, deviation and interval."""
+    keys = ("best_acc", "last_acc", "val_chosen_acc", "gap", "mean_stability")
+    keys += tuple(k for k in LABELS if k not in keys and all(k in run for runs in groups.values() for run in runs))
+    return {method: {"label": method_label(runs[0]).replace("$", ""), "seeds": [run["seed"] for run in runs],
+                     "iterative_rate": runs[0]["config"]["iterative_rate"], "runs": [run["dir"] for run in runs],
+                     **{k: measured([run[k] for run in runs]) for k in keys}} for method, runs in groups.items()}
+
+
+# +--------------------------------------------------------------------------------------------------------------------+
+# | Flatness (E): the Hessian's spectrum, gradient covariance, Fisher information, and the loss around the weights     |
+# +--------------------------------------------------------------------------------------------------------------------+
+#
+# Vectors in parameter space are flat: model.parameters() in order, each in its logical (NCHW) order, (n,) for n
+# parameters. Losses are mean cross-entropies in nats. x are images as the network takes them, y (images,) int64 labels.
+
+POWER_STEPS, POWER_TOLERANCE = 100, 1e-4  # E.2
+LINE, RISE, LINES = [round(0.01 * i, 2) for i in range(-40, 41)], 0.1, 10  # E.3, Figure E.4
+FAR = 10.0  # the largest |epsilon| tried: a third and more of a trained network's whole weight vector
+TRACE_PRODUCTS, EIGEN_TOLERANCE = 90, 1e-3
+EXACT_CLASSES = LABEL_DRAWS = 10  # Tr(F): every label of so few classes, else so many drawn labels an image
+
+
+def flat(tensors):
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def in_chunks(model, x, y, memory_gb):
+    """[(x, y) …] so small that the graph of one's gradient, and as much again to go back through it, fits memory_gb.
+
+    What autograd keeps for an image is not guessed: it is what a second image adds to what it keeps for one.
+    """
+    def kept_bytes(images):
+        kept = {}
+
+        def pack(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor.detach()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = F.cross_entropy(model(x[:images]), y[:images])
+            graph = torch.autograd.grad(loss, list(model.parameters()), create_graph=True, materialize_grads=True)
+        return graph and sum(kept.values())
+    size = int(memory_gb * 2**29 / max(1, kept_bytes(2) - kept_bytes(1)))
+    return list(zip(x.split(max(1, size)), y.split(max(1, size))))
+
+
+def hessian_product(model, x, y, memory_gb=4, tick=None):
+    """The function v (n,) → Hv, H the Hessian of the mean loss. Its `products` counts the calls; tick() follows each.
+
+    The graph of the gradient is built once and gone through again for every product, which measured a quarter faster
+    than forward over reverse, and a third faster than building it anew; that happens where it does not fit memory_gb.
+    """
+    params = list(model.parameters())
+    parts = in_chunks(model, x, y, memory_gb)
+
+    def gradient(x_part, y_part):
+        loss = F.cross_entropy(model(x_part), y_part, reduction="sum") / len(x)
+        return torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
+
+    kept = gradient(*parts[0]) if len(parts) == 1 else None
+
+    def product(v):
+        pieces = [piece.view_as(p) for piece, p in zip(v.split([p.numel() for p in params]), params)]
+        result = torch.zeros_like(v)
+        for part in parts:
+            pairs = [(g, piece) for g, piece in zip(kept or gradient(*part), pieces) if g.requires_grad]
+            result += flat(torch.autograd.grad([g for g, _ in pairs], params, [piece for _, piece in pairs],
+                                               retain_graph=kept is not None, materialize_grads=True))
+        product.products += 1
+        if tick:
+            tick()
+        return result
+    product.products = 0
+    return product
+
+
+def orthogonalise(w, *bases):
+    """w (n,) without its part in the span of the orthonormal rows of each basis (m, n), in place; twice is enough."""
+    for _ in range(2):
+        for basis in bases:
+            w.addmv_(basis.T, basis @ w, alpha=-1)
+    return w
+
+
+def lanczos(product, n, k, tol, draw):
+    """The k eigenpairs of largest magnitude of a symmetric operator: values (k,) float64 and orthonormal rows (k, n).
+
+    product: v (n,) → Hv; draw: () → random (n,), in the memory where the vectors are to live; tol: residual / |λ_1|.
+
+    Lanczos with full reorthogonalisation, as a sequence of chains. A chain runs until all its pairs among the k
+    largest have residuals, estimated by beta |s_m|, of at most tol |λ_1|; or until its space is invariant (beta = 0),
+    or as large as memory should hold. These pairs are set aside, and the next chain starts orthogonally to them: from
+    the unconverged ones' sum if memory was the limit, else at random. Since one chain sees one vector only of a
+    multiple eigenvalue, the search ends when a random chain of 20 steps or more has met none beyond |λ_k| + tol |λ_1|.
+    It also ends after 30 k + 200 products, and then returns what it has.
+    """
+    values, vectors = np.zeros(0), draw()[None, :][:0]
+    start, products = draw(), 0
+    while len(values) < n and products < 30 * k + 200:
+        q = orthogonalise(start, vectors)
+        q /= q.norm()
+        blocks, alpha, beta = [], [], []
+        room = min(4 * k + 100, n - len(values))
+        while True:
+            if len(alpha) % 32 == 0:
+                blocks.append(torch.zeros(min(32, room - len(alpha)), n, dtype=q.dtype, device=q.device))
+            blocks[-1][len(alpha) % 32] = q
+            w = product(q)
+            products += 1
+            alpha.append(float(q @ w))
+            beta.append(float(orthogonalise(w, vectors, *blocks).norm()))
+            m = len(alpha)
+            invariant = m == n - len(values) or beta[-1] <= 10 * torch.finfo(q.dtype).eps * max(map(abs, alpha + beta))
+            full = m == room or products >= 30 * k + 200
+            if invariant or full or m >= 20 and m % 5 == 0:
+                theta, s = scipy.linalg.eigh_tridiagonal(alpha, beta[:-1])
+                sizes = np.abs(np.concatenate([values, theta]))
+                close = (0 if invariant else beta[-1]) * np.abs(s[-1]) <= tol * sizes.max()
+                wanted = np.isin(np.arange(len(sizes)), np.argsort(-sizes, kind="stable")[:k])[len(values):]
+                if len(values) == k:
+                    wanted &= np.abs(theta) > np.abs(values).min() + tol * sizes.max()
+                if invariant or full or len(sizes) >= k and close[wanted].all():
+                    break
+            q = w / beta[-1]
+        halted = full and not invariant and not close[wanted].all()
+        last = products >= 30 * k + 200
+        chosen = np.flatnonzero(wanted if last else wanted & close)
+
+        def combine(weights):  # (m, …) → the combinations of the chain's vectors
+            weights = torch.from_numpy(np.ascontiguousarray(weights.T)).to(q)
+            return sum(part @ block[:part.shape[-1]] for part, block in zip(weights.split(32, -1), blocks))
+        start = combine(s[:, wanted & ~close].sum(1)) if halted else draw()
+        vectors = torch.cat([vectors, combine(s[:, chosen])])
+        values = np.concatenate([values, theta[chosen]])
+        order = np.argsort(-np.abs(values), kind="stable")[:k]
+        values, vectors = values[order], vectors[torch.from_numpy(order).to(vectors.device)]
+        if not len(chosen) and not halted:
+            break
+    return values, vectors
+
+
+def power_method(product, n, k, draw, residual=None):
+    """k eigenpairs, one after the other, by the power method on H minus those found: values (k,) and rows (k, n).
+
+    As in pytorch-hessian-eigenthings v1 (E.2): 100 steps at most, stopping where the eigenvalue changes by less than
+    1e-4 of itself. With residual=r a pair goes on, ten times as long at most, until ||Hv - λv|| <= r |λ_1|.
+    """
+    values, vectors = torch.zeros_like(draw()[:0]), draw()[None, :][:0]
+    for _ in range(k):
+        v, old = draw(), 0.0
+        v /= v.norm()
+        for _ in range(POWER_STEPS * (1 if residual is None else 10)):
+            w = product(v)
+            w.addmv_(vectors.T, values * (vectors @ v), alpha=-1)
+            value = float(v @ w)
+            if residual is None:
+                done = abs(value - old) < POWER_TOLERANCE * abs(value)
+            else:
+                done = (w - value * v).norm() <= residual * max([abs(value), *values.abs().tolist()])
+            if not w.any():
+                break
+            v, old = w / w.norm(), value
+            if done:
+                break
+        values, vectors = torch.cat([values, values.new_tensor([value])]), torch.cat([vectors, v[None]])
+    return values.double().cpu().numpy(), vectors
+
+
+def hessian_eigs(model, x, y, k=100, method="lanczos", tol=EIGEN_TOLERANCE, seed=0, memory_gb=4, tick=None):
+    """Eigenpairs of the Hessian of the mean loss over all n parameters, of largest magnitude, ordered by it (E.2).
+
+    model in eval mode; method "lanczos" or "power" (the paper's); k at most n pairs are returned: eigenvalues (k,)
+    float64, eigenvectors (k, n) orthonormal rows (in CPU memory where the device's does not hold them), residuals (k,)
+    ||Hv - λv||, each computed by a product of its own, converged (k,) residual <= tol |λ_1|, and products, the number
+    of Hessian-vector products, those for the residuals included.
+    """
+    n, like = sum(p.numel() for p in model.parameters()), next(model.parameters())
+    k, store = min(k, n), like.device
+    product = hessian_product(model, x, y, memory_gb, tick)
+    if store.type == "cuda" and torch.cuda.mem_get_info(store)[0] < 2 * (6 * k + 100) * n * like.element_size():
+        store = torch.device("cpu")
+    generator = torch.Generator().manual_seed(seed)
+
+    def apply(v):
+        return product(v.to(like.device)).to(v.device)
+
+    def draw():
+        return torch.randn(n, generator=generator, dtype=like.dtype).to(store)
+    values, vectors = lanczos(apply, n, k, tol, draw) if method == "lanczos" else power_method(apply, n, k, draw)
+    order = np.argsort(-np.abs(values), kind="stable")
+    values, vectors = values[order], vectors[torch.from_numpy(order).to(store)]
+    residuals = np.array([float((apply(v) - value * v).norm()) for value, v in zip(values.tolist(), vectors)])
+    return {"eigenvalues": values, "eigenvectors": vectors, "residuals": residuals,
+            "converged": residuals <= tol * np.abs(values).max(), "products": product.products}
+
+
+def hessian_trace(model, x, y, products=TRACE_PRODUCTS, seed=0, memory_gb=4, tick=None):
+    """Tr(H) by Hutch++ (Meyer et al. 2021): (estimate, standard error), from `products` Hessian-vector products.
+
+    A third of them spans a sketch HS, S random signs, with orthonormal basis Q; a third gives Tr(Q'HQ) exactly; g
+    Hutchinson samples z'(I-QQ')H(I-QQ')z estimate the rest. For any Q the sum is unbiased, so all its variance is
+    that of the samples, and the standard error is their standard deviation over sqrt(g). Exact where n <= products / 3.
+    """
+    like, generator = next(model.parameters()), torch.Generator().manual_seed(seed)
+    product = hessian_product(model, x, y, memory_gb, tick)
+    n = sum(p.numel() for p in model.parameters())
+    third = min(products // 3, n)
+
+    def signs():
+        return (2.0 * torch.randint(0, 2, (n,), generator=generator) - 1).to(like)
+    q = torch.linalg.qr(torch.stack([product(signs()) for _ in range(third)], 1))[0].T.contiguous()
+    exact = sum(float(v @ product(v)) for v in q)
+    if third == n:
+        return exact, 0.0
+    rest = [orthogonalise(signs(), q) for _ in range(third)]
+    samples = np.array([float(z @ product(z)) for z in rest])
+    return exact + samples.mean(), samples.std(ddof=1) / math.sqrt(third)
+
+
+class LayerTap(torch.overrides.TorchFunctionMode):
+    """While it is entered, see(function, args, kwargs, output) is told of each convolution, batch norm and linear map.
+
+    Blocks call these functions with masked parameters, so no hook on a module would see them.
+    """
+
+    def __init__(self, see):
+        super().__init__()
+        self.see = see
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if function in (torch.conv2d, F.batch_norm, F.linear):
+            self.see(function, args, kwargs, output)
+        return output
+
+
+def gradient_norms(model, x):
+    """(logits, the function labels (images,) → squared norm (images,) of each image's gradient of its own loss).
+
+    Layer by layer, without forming the gradients: one pass back gives every layer's output gradient G (c, positions),
+    and with its inputs A (inputs, positions) the weights' gradient is GA', whose squared norm is also the sum of
+    (A'A)(G'G) elementwise, cheaper where there are few positions. Raises ValueError for a network with other parameters
+    than those of convolutions, linear maps and batch norms in eval mode.
+    """
+    params, layers, covered = list(model.parameters()), [], 0
+
+    def factor(tensor):  # a parameter may come multiplied by its mask: (c, 1), 0 for what is pruned
+        gradients = torch.autograd.grad(tensor.sum(), params, retain_graph=True, allow_unused=True)
+        return next(g for g in gradients if g is not None).reshape(len(tensor), -1)[:, :1]
+
+    def see(function, args, kwargs, output):
+        nonlocal covered
+        image, weight, bias = args[0].detach(), *args[1:3]
+        if function is torch.conv2d:
+            a = F.unfold(image, weight.shape[2:], padding=args[4], stride=args[3])
+        elif function is F.batch_norm:
+            weight, bias = kwargs["weight"], kwargs["bias"]
+            if kwargs["training"]:
+                raise ValueError("per-sample gradients need batch norm in eval mode: call model.eval()")
+            a = F.batch_norm(image, *args[1:3], eps=kwargs["eps"]).flatten(2)
+        else:
+            a = image[:, :, None]
+        weight_factor, bias_factor = factor(weight), None if bias is None else factor(bias)
+        covered += weight.numel() + (0 if bias is None else bias.numel())
+
+        def squared(g):
+            g = g.reshape(*g.shape[:2], -1)
+            scaled = g * weight_factor
+            if function is F.batch_norm:
+                total = (scaled * a).sum(2).square().sum(1)
+            elif a.shape[2] * (a.shape[1] + g.shape[1]) < a.shape[1] * g.shape[1]:
+                total = ((a.mT @ a) * (scaled.mT @ scaled)).sum((1, 2))
+            else:
+                total = (scaled @ a.mT).square().sum((1, 2))
+            return total if bias is None else total + (g * bias_factor).sum(2).square().sum(1)
+        layers.append((torch.autograd.graph.get_gradient_edge(output), squared))
+
+    with LayerTap(see):
+        logits = model(x)
+    if covered != sum(p.numel() for p in params):
+        raise ValueError(f"per-sample gradients cover {covered} of {sum(p.numel() for p in params)} parameters")
+
+    def norms(labels):
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        gradients = torch.autograd.grad(loss, [edge for edge, _ in layers], retain_graph=True)
+        return sum(squared(g) for (_, squared), g in zip(layers, gradients))
+    return logits.detach(), norms
+
+
+def gradient_covariance_trace(model, x, y, memory_gb=4):
+    """Tr(C), C the uncentred gradient covariance: the mean squared norm of the images' own gradients (E.1, E.2)."""
+    return sum(float(gradient_norms(model, part)[1](labels).double().sum())
+               for part, labels in in_chunks(model, x, y, memory_gb)) / len(x)
+
+
+def fisher_trace(model, x, y, seed=0, memory_gb=4):
+    """Tr(F), F the Fisher information under the model's own labels (E.3): (value, standard error).
+
+    The mean over images of the sum over labels c of p(c) ||grad log p(c)||^2: exact, with standard error 0, for up to
+    10 classes; for more, 10 labels are drawn per image, and the standard error is that of the draws. y is not used.
+    """
+    generator, total, variance = torch.Generator().manual_seed(seed), 0.0, 0.0
+    for part, labels in in_chunks(model, x, y, memory_gb):
+        logits, norms = gradient_norms(model, part)
+        p = logits.double().softmax(1)
+        if p.shape[1] <= EXACT_CLASSES:
+            total += sum(float((p[:, c] * norms(torch.full_like(labels, c))).sum()) for c in range(p.shape[1]))
+        else:
+            draws = torch.multinomial(p.cpu(), LABEL_DRAWS, True, generator=generator).T.to(labels.device)
+            drawn = torch.stack([norms(row).double() for row in draws])
+            total += float(drawn.mean(0).sum())
+            variance += float(drawn.var(0).sum()) / LABEL_DRAWS
+    return total / len(x), math.sqrt(variance) / len(x)
+
+
+def line_loss(model, x, y, direction, memory_gb=4):
+    """The function ε → mean loss at w + ε direction, direction (n,); each value is computed once."""
+    parts, params = in_chunks(model, x, y, memory_gb), dict(model.named_parameters())
+    pieces = direction.to(x.device).split([p.numel() for p in params.values()])
+
+    @functools.cache
+    @torch.no_grad()
+    def loss(epsilon):
+        moved = {name: p + epsilon * piece.view_as(p) for (name, p), piece in zip(params.items(), pieces)}
+        return sum(float(F.cross_entropy(torch.func.functional_call(model, moved, (part,)), labels, reduction="sum"))
+                   for part, labels in parts) / len(x)
+    return loss
+
+
+def first_rise(loss, rise):
+    """The smallest |ε| at which loss(ε) exceeds loss(0) by `rise`, on either side; None if there is none up to 10.
+
+    Both sides are searched outward together in steps of 0.01, from 0.2 on of a twentieth of ε, since the loss need
+    not be monotone; then Brent's method. Only a rise and fall within one step can be missed.
+    """
+    def excess(epsilon):  # bounded, since Brent's method cannot interpolate infinities
+        return float(np.clip(np.nan_to_num(loss(epsilon), nan=np.inf) - loss(0.0) - rise, -1e3, 1e3))
+    inner = 0.0
+    while inner < FAR:
+        outer = min(FAR, round(inner + max(0.01, inner / 20), 10))
+        crossed = [side for side in (1, -1) if excess(side * outer) > 0]
+        if crossed:
+            return min(scipy.optimize.brentq(lambda e: excess(side * e), inner, outer, xtol=1e-12) for side in crossed)
+        inner = outer
+    return None
+
+
+def loss_rise_epsilon(model, x, y, direction, rise=RISE, memory_gb=4):
+    """The smallest |ε| along the unit vector direction (n,) that raises the mean loss by `rise` (E.3; first_rise)."""
+    return first_rise(line_loss(model, x, y, direction, memory_gb), rise)
+
+
+def load_network(run_dir, data_dir, device, checkpoint=None):
+    """(network in eval mode, data on the device, what the checkpoint is) of a run; train.UserError where it cannot be.
+
+    checkpoint: a file's name in run_dir; by default epoch<N>.pt, N the run's save_epoch, or a finished run's last.
+    """
+    run_dir = pathlib.Path(run_dir)
+    try:
+        config = json.loads((run_dir / "config.json").read_text())
+        options, saved = config["options"], config["schedule"]["save_epoch"]
+        crc, dataset = config["data"]["crc32"], options["dataset"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise train.UserError(f"{run_dir}/config.json is missing or damaged ({type(error).__name__}): name the "
+                              "directory of a run") from None
+    if not checkpoint:
+        kept, finished = saved and (run_dir / f"epoch{saved}.pt").exists(), (run_dir / "done.json").exists()
+        train.require(kept or finished, f"{run_dir} is not finished" + f", and has no epoch{saved}.pt" * bool(saved) +
+                      ": continue the run first")
+        checkpoint = f"epoch{saved}.pt" if kept else "checkpoint.pt"
+    arrays = train.load_data(dataset, data_dir)
+    train.require(crc == {k: zlib.crc32(np.ascontiguousarray(arrays[k])) for k in crc},
+                  f"{run_dir} was trained on other data than {dataset} is now: put its own back, or see --data-dir")
+    try:
+        state = torch.load(run_dir / checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        with torch.device("meta"):
+            model = train.build_model(options["model"], len(arrays["classes"]), options["width"])
+        model.load_state_dict(state["model"], assign=True)
+        epoch, crc = int(state["epoch"]), zlib.crc32(np.memmap(run_dir / checkpoint))
+    except Exception as error:  # zip, pickle and torch each have their own for a damaged file
+        raise train.UserError(f"{run_dir / checkpoint} is missing or damaged ({train.reason(error)}): train the run "
+                              "again") from None
+    return (model.to(device).eval(), train.put_on_device(arrays, device, options["val_split"]),
+            {"checkpoint": checkpoint, "crc32": crc, "epoch": epoch})
+
+
+def measure_flatness(run_dir, eigs=100, images=512, eig="lanczos", memory_gb=4, checkpoint=None, data_dir="data"):
+    """All flatness measures of a run's checkpoint (load_network) on the first `images` test images, in float32.
+
+    Returns what it writes to <run_dir>/flatness.json (README, "Flatness"); if that file holds the same measurement
+    already, only reads it. Raises train.UserError for missing or damaged files, too few images, or an infinite loss.
+    """
+    path, seed = pathlib.Path(run_dir, "flatness.json"), 0
+    label = "/".join(path.absolute().parts[-4:-1])
+    device = train.choose_device(argparse.Namespace(device="auto", precision="fp32", deterministic=False))
+    model, data, source = load_network(run_dir, data_dir, device, checkpoint)
+    settings = {"version": 1, **source, "mode": "eval", "split": "test", "images": images, "dtype": "float32",
+                "seed": seed, "eig": eig, "eigs": eigs, "tol": EIGEN_TOLERANCE}
+    try:
+        old = json.loads(path.read_text())
+        if {k: old.get(k) for k in settings} == settings:
+            print(f"{path}: measured already", flush=True)
+            return old
+    except (OSError, ValueError, AttributeError):
+        pass  # measure it (again)
+    x, y = (tensor[:images] for tensor in data["test"])
+    train.require(len(x) == images, f"--images {images}, but there are {len(x)} test images: give fewer")
+    x, seconds = train.normalise(x, data), {}
+    bar = tqdm(total=5, desc=label, disable=not (sys.stderr.isatty() and sys.stdout.isatty()),
+               bar_format="{desc} |{bar:20}| {n_fmt}/{total_fmt} {postfix}")
+    products = itertools.count(1)
+
+    def timed(name, function, *arguments, **options):
+        bar.set_postfix_str(name)
+        clock = time.monotonic()
+        result = function(model, x, *arguments, memory_gb=memory_gb, **options)
+        seconds[name] = time.monotonic() - clock
+        bar.update()
+        if bar.disable:
+            print(f"{label} {name}: {seconds[name]:.1f} s", flush=True)
+        return result
+
+    def tick():
+        bar.set_postfix_str(f"{next(products)} Hessian-vector products")
+
+    def walk(model, x, y, memory_gb):
+        losses = [line_loss(model, x, y, v, memory_gb) for v in pairs["eigenvectors"][:LINES]]
+        return [[loss(e) for e in LINE] for loss in losses], [first_rise(loss, RISE) for loss in losses]
+
+    with bar:
+        with torch.no_grad():
+            logits = torch.cat([model(part) for part in x.split(128)])
+        loss, accuracy = float(F.cross_entropy(logits, y)), 100 * float((logits.argmax(1) == y).double().mean())
+        train.require(math.isfinite(loss), f"{run_dir}: the loss of {source['checkpoint']} is {loss}")
+        pairs = timed("eigs", hessian_eigs, y, eigs, eig, seed=seed, tick=tick)
+        trace, trace_se = timed("trace", hessian_trace, y, seed=seed, tick=tick)
+        tr_c = timed("covariance", gradient_covariance_trace, y)
+        tr_f, tr_f_se = timed("fisher", fisher_trace, y, seed=seed)
+        lines, rises = timed("line", walk, y)
+    trace_eigs = float(pairs["eigenvalues"].sum())
+    reached = [e for e in rises if e is not None]
+    result = settings | {
+        **{k: pairs[k].tolist() for k in ("eigenvalues", "residuals", "converged")}, "eig_products": pairs["products"],
+        "trace_eigs": trace_eigs, "trace": trace, "trace_se": trace_se,
+        "trace_products": 3 * min(TRACE_PRODUCTS // 3, sum(p.numel() for p in model.parameters())),
+        "tr_c": tr_c, "tr_f": tr_f, "tr_f_se": tr_f_se, "tic": tr_c / trace_eigs if trace_eigs else None,
+        "tic_trace": tr_c / trace if trace else None, "c_over_f": tr_c / tr_f if tr_f else None, "loss": loss,
+        "accuracy": accuracy, "line": {"epsilon": LINE, "loss": [no_nan(line) for line in lines]}, "rise": RISE,
+        "epsilon": rises, "epsilon_min": min(reached, default=None),
+        "seconds": {k: round(v, 3) for k, v in seconds.items()},
+        "products_per_second": pairs["products"] / seconds["eigs"],
+        "parameters": sum(p.numel() for p in model.parameters()), "memory_gb": memory_gb,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                     "scipy": scipy.__version__},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads()}
+    train.write_json(path, result)
+    print(f"{label}: λ1 {pairs['eigenvalues'][0]:.4g}, {pairs['converged'].sum()} of {len(pairs['converged'])} pairs "
+          f"converged, Tr(H) {trace:.4g} ± {trace_se:.2g}, Tr(C) {tr_c:.4g}, Tr(C)/Tr(H) "
+          f"{result['tic'] or math.nan:.4g}", flush=True)
+    return result
+
+
+def with_flatness(runs, left_out, args):
+    """The runs with their flatness measures, measured now where they are missing; those without go to left_out."""
+    for run in runs:
+        path = pathlib.Path(run["dir"], "flatness.json")
+        try:
+            flat = json.loads(path.read_text()) if path.exists() else measure_flatness(
+                run["dir"], args.eigs, args.images, args.eig, args.memory_gb, data_dir=args.data_dir)
+            run.update({k: flat[k] for k in LABELS if k in flat}, flat=flat, top=flat["eigenvalues"][0])
+        except train.UserError as error:
+            run["problem"] = str(error)
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            run["problem"] = f"flatness.json is damaged ({type(error).__name__}): delete it to measure again"
+    name_mixed(runs, lambda run: "", lambda run: {k: run["flat"].get(k) for k in ("images", "eig", "epoch", "eigs")})
+    left_out += [run for run in runs if run["problem"]]
+    return [run for run in runs if not run["problem"]]
+
+
+# +--------------------------------------------------------------------------------------------------------------------+
+# | Panels                                                                                                             |
+# +--------------------------------------------------------------------------------------------------------------------+
+
+def style(method):
+    """(colour, line, marker) of a method."""
+    return next(look for name, look in STYLES.items() if re.match(rf"{re.escape(name)}(?![0-9a-z.])", method)
+                or method == name)
+
+
+def method_label(run):
+    """Prune_S 1%: the paper's name, with the largest iterative pruning rate of any layer (A.4)."""
+    kind, _, rest = run["method"].partition("-")
+    if kind in ("none", "scratch"):
+        return "no pruning" if kind == "none" else f"scratch Prune$_{rest[0]}$"
+    if kind in ("zero", "gauss"):
+        return f"{'Zeroing' if kind == 'zero' else 'Gaussian'} {rest.partition('-')[0]}"
+    rate = run["config"]["iterative_rate"]
+    return f"Prune$_{kind}$ " + (f"{rate:.0f}%" if rate >= 0.95 else f"{rate:.1g}%")
+
+
+def panels(rows, columns, height=3.3, **more):
+    return plt.subplots(rows, columns, figsize=(6.75, height * rows), squeeze=False, layout="constrained", **more)
+
+
+def legend_below(axis, columns=2, title=None):
+    axis.legend(title=title, title_fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncol=columns)
+
+
+def draw_band(axis, x, values, method, **more):
+    """The mean over runs of values (runs, len(x)) and its 95% band; returns the numbers drawn."""
+    colour, line, _ = style(method)
+    mean, low, high = interval(values)
+    axis.plot(x, mean, ls=line, color=colour, lw=1, **more)
+    axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
+    return {"mean": mean.tolist(), "low": no_nan(low), "high": no_nan(high)}
+
+
+def draw_dynamics(axis, groups, columns=2):
+    """Mean test accuracy per epoch and its 95% band, a method each; returns the numbers drawn, by method."""
+    numbers, tops, floors = {}, [], []
+    for method, runs in groups.items():
+        length = min(len(run["curve"]) for run in runs)  # they differ while runs go on (--live)
+        epochs = np.arange(1, length + 1)
+        stability = np.mean([run["mean_stability"] for run in runs])
+        drawn = draw_band(axis, epochs, [run["curve"][:length] for run in runs], method,
+                          label=f"{stability:.2f}% stable ({method_label(runs[0])})")
+        numbers[method] = {"n": len(runs), "epoch": epochs.tolist(), **drawn}
+        tops.append(max(v for v in drawn["mean"] + drawn["high"] if v is not None))
+        floors.append(np.percentile(drawn["mean"][length // 4:], 15))
+    # The axis shows what separates the methods; a drop below it is marked with its depth, as in the paper.
+    top, floor = max(tops), min(floors)
+    floor -= 0.15 * (top - floor) or 1
+    axis.set_ylim(floor, top + 0.05 * (top - floor))
+    for method, curve in numbers.items():
+        mean = curve["mean"]
+        drops = [i for i in range(1, len(mean)) if mean[i] < floor <= mean[i - 1]]
+        if drops:
+            worst = min(drops, key=lambda i: mean[i])
+            axis.annotate(f"{mean[worst]:.0f}%", (curve["epoch"][worst], floor), (0, 2), ha="center",
+                          textcoords="offset points", fontsize=7, color=style(method)[0],
+                          bbox={"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.8})
+    axis.set(xlabel="Epoch", ylabel="Test accuracy (%)")
+    legend_below(axis, columns, "Stability (method)")
+    return numbers
+
+
+def draw_scatter(axis, groups, x="mean_stability", y="best_acc", baseline=False, legend=2):
+    """y against x, a point per run; with baseline, the runs without pruning are points too, else a line at their mean.
+
+    Returns {"x", "y", n and correlations}; where accuracy is drawn, also by last-epoch and validation-chosen accuracy.
+    """
+    for method, runs in groups.items():
+        colour, _, marker = style(method)
+        if baseline or method != "none":
+            axis.plot([r[x] for r in runs], [r[y] for r in runs], marker, color=colour, ms=4, mec="white", mew=0.4,
+                      label=method_label(runs[0]), clip_on=False)
+        else:
+            axis.axhline(np.mean([r[y] for r in runs]), color=colour, lw=0.8, ls=":", label="no pruning (mean)")
+    points = [run for method, runs in groups.items() if baseline or method != "none" for run in runs
+              if run[x] is not None and run[y] is not None]
+    result = {"x": x, "y": y, **correlations([r[x] for r in points], [r[y] for r in points])}
+    for other in ("last_acc", "val_chosen_acc"):
+        if "best_acc" in (x, y) and all(run[other] is not None for run in points):
+            values = ([run[other if k == "best_acc" else k] for run in points] for k in (x, y))
+            result["by " + other] = correlations(*values)
+    text = [f"n = {result['n']}"]
+    for name, symbol in (("pearson", "Pearson r"), ("kendall", "Kendall τ")):
+        if result[name]:
+            text.append(f"{symbol} = {result[name][0]:.2f} (p = {result[name][1]:.2g})")
+    axis.set_title(", ".join(text[:2]) + "".join("\n" + line for line in text[2:]))
+    axis.set(xlabel=LABELS[x], ylabel=LABELS[y])
+    axis.ticklabel_format(useOffset=False)
+    axis.locator_params(axis="x", nbins=5)
+    if legend:
+        legend_below(axis, legend)
+    return result
+
+
+# +--------------------------------------------------------------------------------------------------------------------+
+# | Figures: each takes {model: {method: [run, …]}} and returns the canvas and, by model, the numbers drawn            |
+# +--------------------------------------------------------------------------------------------------------------------+
+
+def dynamics_and_scatter(name, models, args):
+    """Figures 2 and B2. The unfinished runs that --live adds are in the curves only."""
+    canvas, axes = panels(len(models), 2)
     numbers = {}
-    for row, (model, groups) in zip(axes, by_model.items()):
-        dynamics = draw_dynamics(row[0], groups)
+    for row, (model, groups) in zip(axes, models.items()):
+        done = {m: [r for r in g if not r["problem"]] for m, g in groups.items()}
+        done = {m: g for m, g in done.items() if g}
         counts = sorted({len(g) for g in groups.values()})
-        row[0].set_title(f"{model}, {' to '.join(map(str, counts[::len(counts) - 1 or 1]))} runs a method", fontsize=7)
-        statistics = draw_scatter(row[1], groups)
-        numbers[model] = {
-            "methods": {m: {"label": method_label(g[0]).replace("$", ""), "seeds": [r["seed"] for r in g],
-                            "iterative_rate": g[0]["config"]["iterative_rate"], "runs": [r["dir"] for r in g],
-                            **{k: measured([r[k] for r in g])
-                               for k in ("best_acc", "last_acc", "gap", "mean_stability")},
-                            "val_chosen_acc": measured([r["val_chosen_acc"] for r in g])
-                            if all(r["val_chosen_acc"] is not None for r in g) else None,
-                            "dynamics": dynamics[m]} for m, g in groups.items()},
-            "correlation_best_acc_stability": statistics,
-            "paired_best_acc": paired_differences(groups),
-            "paper": PAPER.get((figure, model)) if title == "cifar10" else None}
-    canvas.suptitle(title, fontsize=8)
+        dynamics = draw_dynamics(row[0], groups)
+        row[0].set_title(f"{model}, {' to '.join(map(str, counts[::len(counts) - 1 or 1]))} runs a method")
+        numbers[model] = {"methods": method_numbers(done), "scatters": [draw_scatter(row[1], done)],
+                          "paired_best_acc": paired_differences(done), "dynamics": dynamics}
     return canvas, numbers
 
 
-def draw(figure, log_dir, fig_dir):
-    """Draws a figure for every data set and setting found; raises train.UserError if there is nothing to draw."""
-    target = FIGURES[figure][1]
-    runs = find_runs(log_dir)
-    settings, left_out = runs_of(figure, runs)
+def noise_dynamics(name, models, args):
+    """Figures 5 and D2: a panel for each kind of noise there is, each beside pruning and the baseline."""
+    groups = models["vgg11"]
+    kinds = [kind for kind in ("zero", "gauss") if any(m.startswith(kind) for m in groups)] or ["none"]
+    canvas, axes = panels(1, len(kinds), 4.0)
+    dynamics = {}
+    for axis, kind in zip(axes[0], kinds):
+        dynamics |= draw_dynamics(axis, {m: g for m, g in groups.items() if m.startswith((kind, "none", "L"))}, 1)
+        counts = sorted({len(g) for m, g in groups.items()})
+        axis.set_title({"zero": "Zeroing noise", "gauss": "Gaussian noise"}.get(kind, "")
+                       + f", {' to '.join(map(str, counts[::len(counts) - 1 or 1]))} runs a method")
+    return canvas, {"vgg11": {"methods": method_numbers(groups), "paired_best_acc": paired_differences(groups),
+                              "dynamics": dynamics}}
+
+
+def by_rate(groups):
+    """{iterative rate in %: (r, {method: runs})}, ascending; where scaling gives two r one rate, the first."""
+    rates = {}
+    for method, runs in groups.items():
+        rate, r = runs[0]["config"]["iterative_rate"], int(re.search(r"-r(\d+)", method)[1])
+        if rates.setdefault(rate, (r, {}))[0] == r:
+            rates[rate][1][method] = runs
+    return dict(sorted(rates.items()))
+
+
+def draw_rate_correlation(axis, rates, kind):
+    """Correlation of accuracy and stability over the runs of each rate, with its bootstrapped 95% interval."""
+    numbers = {}
+    for rate, (r, groups) in rates.items():
+        points = [run for runs in groups.values() for run in runs]
+        x, y = ([run[k] for run in points] for k in ("mean_stability", "best_acc"))
+        numbers[f"{rate:.3g}"] = {"r": r, **correlations(x, y), "ci95": correlation_interval(x, y, kind)}
+    there = [(float(rate), c[kind][0], c["ci95"]) for rate, c in numbers.items() if c[kind]]
+    for rate, value, (low, high) in there:
+        axis.vlines(rate, low, high, color=BLACK, lw=1)
+    axis.plot([v[0] for v in there], [v[1] for v in there], "o-", color=BLACK, ms=4, lw=0.8)
+    axis.axhline(0, color="0.6", lw=0.6)
+    axis.set(xlabel="Iterative rate (%)", ylabel=f"{kind.title()} correlation of\naccuracy and stability",
+             ylim=(-1.05, 1.05))
+    rate_axis(axis, rates)
+    return numbers
+
+
+def rate_axis(axis, rates):
+    axis.set_xlim(min(rates) / 1.3, max(rates) * 1.3)
+    axis.set_xscale("log", base=2)
+    ticks = [2.0**i for i in range(-4, 8) if min(rates) / 1.3 <= 2.0**i <= max(rates) * 1.3]
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+
+
+def rates_figure(name, models, args):
+    """Figure 3."""
+    rates = by_rate(models["vgg11"])
+    canvas, axes = panels(1, 3, 3.0)
+    numbers = {"methods": {}}
+    for rate, (_, groups) in rates.items():
+        numbers["methods"] |= method_numbers(groups)
+    inset = axes[0][1].inset_axes([0.24, 0.08, 0.42, 0.36])
+    for target in "SRL":
+        lines = {rate: g for rate, (_, groups) in rates.items() for m, g in groups.items() if m[0] == target}
+        if not lines:
+            continue
+        for axis, key in ((axes[0][0], "best_acc"), (axes[0][1], "mean_stability"), (inset, "mean_stability")):
+            drawn = [interval([run[key] for run in runs]) for runs in lines.values()]
+            colour, line, marker = style(target)
+            mean, low, high = np.array(drawn).T
+            axis.plot(list(lines), mean, marker, ls=line, color=colour, ms=3, lw=1, label=f"Prune$_{target}$")
+            axis.vlines(list(lines), low, high, color=colour, lw=0.8)
+    stable = [np.mean([run["mean_stability"] for run in g]) for _, groups in rates.values() for g in groups.values()]
+    top = max(stable)
+    inset.set_ylim(top - 2.2 * (top - np.median(stable)) - 1e-3, top + 0.3 * (top - np.median(stable)) + 1e-3)
+    for axis in (axes[0][0], axes[0][1], inset):
+        rate_axis(axis, rates)
+    inset.tick_params(labelsize=7, labelbottom=False)
+    inset.set_title("high stability", pad=2)
+    axes[0][0].set(xlabel="Iterative rate (%)", ylabel=LABELS["best_acc"])
+    axes[0][1].set(xlabel="Iterative rate (%)", ylabel=LABELS["mean_stability"])
+    for axis in axes[0][:2]:
+        legend_below(axis, 3)
+    numbers["by_rate"] = draw_rate_correlation(axes[0][2], rates, "pearson")
+    return canvas, {"vgg11": numbers}
+
+
+def rate_scatters(name, models, args):
+    """Figure C1: a panel for each rate."""
+    rates = by_rate(models["vgg11"])
+    rows = -(-len(rates) // 4)
+    canvas, axes = panels(rows, min(4, len(rates)), 2.2)
+    numbers, shown = {"by_rate": {}}, {}
+    for axis, (rate, (r, groups)) in zip(axes.flat, rates.items()):
+        result = draw_scatter(axis, groups, legend=0)
+        axis.set_title(f"rate {rate:.3g}% (r = {r})\n" + axis.get_title().replace(", ", "\n"))
+        axis.set(ylabel=LABELS["best_acc"] if axis in axes[:, 0] else "")
+        numbers["by_rate"][f"{rate:.3g}"] = {"r": r, "methods": method_numbers(groups), "scatters": [result],
+                                             "paired_best_acc": paired_differences(groups)}
+        shown |= {m[0]: style(m[0]) for m in groups}
+    for axis in axes.flat[len(rates):]:
+        axis.axis("off")
+    marks = [plt.Line2D([], [], marker=m, color=c, ls="", ms=4, label=f"Prune$_{t}$") for t, (c, _, m) in shown.items()]
+    canvas.legend(handles=marks, loc="outside lower center", ncol=3)
+    return canvas, {"vgg11": numbers}
+
+
+def rate_kendall(name, models, args):
+    """Figure C2."""
+    canvas, axes = panels(1, 1, 3.0)
+    canvas.set_size_inches(3.4, 3.0)
+    return canvas, {"vgg11": {"by_rate": draw_rate_correlation(axes[0][0], by_rate(models["vgg11"]), "kendall")}}
+
+
+def scatters(name, models, args):
+    """Figures 4, C3, 6, E3, E5, E6 and flatness: the panels that SCATTERS lists, for each model.
+
+    The flatness figures' points are all six methods; the others' only those that prune while they train (section 9).
+    """
+    pairs, baseline = SCATTERS[name], name not in ("4", "C3")
+    columns = min(2, len(pairs))
+    canvas, axes = panels(len(models) * len(pairs) // columns, columns, 2.9)
+    canvas.set_size_inches(3.4 * columns, canvas.get_figheight())
+    numbers, places = {}, iter(axes.flat)
+    for model, groups in models.items():
+        results = []
+        for i, (x, y) in enumerate(pairs):
+            axis = next(places)
+            results.append(draw_scatter(axis, groups, x, y, baseline, legend=2 * (i >= len(pairs) - columns)))
+            if len(models) > 1:
+                axis.set_title(f"{model}: {axis.get_title()}")
+        numbers[model] = {"methods": method_numbers(groups), "scatters": results,
+                          "paired_best_acc": paired_differences(groups)}
+    return canvas, numbers
+
+
+def eigenvalues(name, models, args):
+    """Figures E1, the first ten, and E2, all that were computed."""
+    canvas, axes = panels(1, 1, 3.6)
+    canvas.set_size_inches(5.0, 3.6)
+    axis, numbers = axes[0][0], {}
+    for i, (method, runs) in enumerate(models["vgg11"].items()):
+        count = min(10 if name == "E1" else 10**9, *(len(run["flat"]["eigenvalues"]) for run in runs), 10**9)
+        values = np.array([run["flat"]["eigenvalues"][:count] for run in runs])
+        order = np.arange(1, count + 1)
+        if name == "E1":
+            mean, low, high = interval(values)
+            colour, _, marker = style(method)
+            x = order + 0.12 * (i - (len(models["vgg11"]) - 1) / 2)
+            axis.plot(x, mean, marker, color=colour, ms=3.5, label=method_label(runs[0]))
+            axis.vlines(x, low, high, color=colour, lw=1)
+            numbers[method] = {"mean": mean.tolist(), "low": no_nan(low), "high": no_nan(high)}
+        else:
+            numbers[method] = draw_band(axis, order, values, method, label=method_label(runs[0]))
+            axis.set_yscale("symlog", linthresh=max(1e-9, float(np.abs(values).min())))
+        numbers[method] |= {"n": len(runs), "converged": [all(run["flat"]["converged"][:count]) for run in runs]}
+    axis.set(xlabel="Eigenvalue, ordered by magnitude", ylabel="Eigenvalue of the Hessian of the test loss")
+    legend_below(axis, 3)
+    return canvas, {"vgg11": {"methods": method_numbers(models["vgg11"]), "eigenvalues": numbers}}
+
+
+def loss_along_eigenvectors(name, models, args):
+    """Figure E4: a panel for each method, a line for each eigenvector, means over runs."""
+    groups = models["vgg11"]
+    rows = -(-len(groups) // 3)
+    canvas, axes = panels(rows, min(3, len(groups)), 2.3, sharex=True, sharey=True)
+    colours, numbers = plt.get_cmap("viridis"), {}
+    for axis, (method, runs) in zip(axes.flat, groups.items()):
+        epsilon = runs[0]["flat"]["line"]["epsilon"]
+        mean = np.mean([run["flat"]["line"]["loss"] for run in runs], 0)
+        for i, loss in enumerate(mean):
+            axis.plot(epsilon, loss, color=colours(i / 10), lw=0.9)
+        axis.set_title(f"{method_label(runs[0])}, n = {len(runs)}")
+        axis.set_yscale("log")
+        axis.set(xlabel="ε" if axis in axes[-1] else "", ylabel="Test loss" if axis in axes[:, 0] else "")
+        numbers[method] = {"n": len(runs), "epsilon": epsilon, "loss": mean.tolist()}
+    for axis in axes.flat[len(groups):]:
+        axis.axis("off")
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.BoundaryNorm(np.arange(0.5, 11), 256), colours)
+    canvas.colorbar(scale, ax=axes, label="Eigenvector, by magnitude", ticks=range(1, 11), shrink=0.8)
+    return canvas, {"vgg11": {"methods": method_numbers(groups), "lines": numbers}}
+
+
+@torch.no_grad()
+def normalised_activations(model, layers, images):
+    """The convolutions' outputs, each feature map normalised by its own mean and deviation over the batch, as batch
+    normalisation does in training mode: a flat array for each of `layers` (train.Block or nn.Conv2d), without the maps
+    that are constant."""
+    result, hooks = [], []
+
+    def take(layer, inputs, output):
+        y = layer.conv(inputs[0]) if isinstance(layer, train.Block) else output
+        deviation, mean = torch.std_mean(y, (0, 2, 3), correction=0, keepdim=True)
+        result.append(((y - mean) / deviation)[:, deviation.flatten() > 1e-12].flatten().numpy())
+
+    try:
+        hooks += [layer.register_forward_hook(take) for layer in layers]
+        model.train()(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return result
+
+
+def vgg19_from_torchvision(args):
+    """own_vgg19's answer for torchvision's network and ImageNet weights, on 32 CIFAR-10 images enlarged to 224x224."""
+    import torchvision
+    try:
+        trained = torchvision.models.vgg19_bn(weights="IMAGENET1K_V1")
+    except Exception as error:
+        raise train.UserError(f"no finished VGG19 run under {args.log_dir}/, and torchvision's weights cannot be had "
+                              f"({train.reason(error)}): train one with 'bash runs.sh figB1 --quick'") from None
+    torch.manual_seed(0)
+    x = torch.from_numpy(train.load_data("cifar10", args.data_dir)["test_x"][:32]).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    images = (F.interpolate(x, 224, mode="bilinear") - mean) / std
+    return lambda after: trained if after else torchvision.models.vgg19_bn(weights=None), images
+
+
+def own_vgg19(run, args):
+    """(a function that gives the network before or after training, images) of a finished run, on 32 test images."""
+    trained, data, _ = load_network(run["dir"], args.data_dir, torch.device("cpu"), "checkpoint.pt")
+    torch.manual_seed(run["seed"])  # the initial weights, as train.make_generators does
+    classes, width = trained.linear.out_features, run["config"]["options"]["width"]
+    images = train.normalise(data["test"][0][:32], data)
+    return lambda after: trained if after else train.build_model("vgg19", classes, width), images
+
+
+def activation_histograms(name, models, args):
+    """Figure B1: from a finished VGG19 run, its initial weights and its last ones, or from torchvision's weights."""
+    run = models["vgg19"]["none"][0] if models else None
+    make, images = own_vgg19(run, args) if run else vgg19_from_torchvision(args)
+    canvas, axes = panels(8, 2, 1.0, sharex=True)
+    grid = np.linspace(-4, 4, 81)
+    source = run["dir"] if run else "torchvision's vgg19_bn, ImageNet weights"
+    numbers = {"run": source, "images": len(images), "layers": []}
+    for column, when in enumerate(("before training", "after training")):
+        network = make(column == 1)
+        layers = [m for m in network.modules() if isinstance(m, train.Block if run else nn.Conv2d)][-8:]
+        for layer, values in enumerate(normalised_activations(network, layers, images)):
+            if len(values) > 10**5:  # enough for a histogram, and the distance's sampling error is below 0.005
+                values = np.random.default_rng(0).choice(values, 10**5, replace=False)
+            distance = float(scipy.stats.kstest(values, "norm", method="asymp").statistic)
+            axis = axes[layer][column]
+            axis.stairs(np.histogram(values, grid, density=True)[0], grid, fill=True, color=BLUE, alpha=0.7)
+            axis.plot(grid, scipy.stats.norm.pdf(grid), color=ORANGE, lw=1)
+            axis.text(0.98, 0.9, f"conv {layer + 9}\nKS {distance:.3f}", ha="right", va="top", fontsize=7,
+                      transform=axis.transAxes)
+            numbers["layers"].append({"when": when, "convolution": layer + 9, "ks": distance, "n": len(values)})
+        axes[0][column].set_title(when)
+        axes[-1][column].set_xlabel("Normalised activation")
+        del network, layers  # a full-width one is 80 MB: it goes, back to the system too, before the next is made
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+    canvas.supylabel("Density", fontsize=8)
+    return canvas, {"vgg19": numbers}
+
+
+def weight_path(args, kind):
+    """A targeted weight in every forward pass of a short VGG11 run on digits: (training batches, values, event).
+
+    kind: "prune", "zero" or "gauss", of a quarter of the last layer's filters, the largest, after the first epoch.
+    """
+    options = train.parse_options((
+        "--dataset digits --width 0.0625 --target L --s 0 --e 0 --r 1 --p 0.25 --epochs 2 --lrs 2 --batch-size 25 "
+        "--device cpu" + (f" --noise {kind} --noise-batches 15" if kind != "prune" else "")).split())
+    arrays = train.load_data("digits")
+    data = train.put_on_device(arrays, torch.device("cpu"))
+    generators = train.make_generators(options, torch.device("cpu"))
+    model = train.build_model("vgg11", 10, options.width)
+    optimizer = train.make_optimizer(model, options)
+    plan = train.pruning_plan(model, options, train.schedule(options))
+    noise = [train.new_noise(model.prunable[layer]) for layer, _ in plan] if kind != "prune" else []
+    block, seen = model.prunable[plan[0][0]], []
+
+    def before_batch(training):
+        for state in noise:
+            train.noise_pass(block, state, options, generators.get("noise"), training)
+        seen.append(block.conv.weight.detach()[:, 0, 1, 1].clone())
+
+    def after_batch():
+        for state in noise:
+            train.end_noise_if_due(block, state, options)
+
+    step, gone = 0, {}
+    for epoch in range(2):
+        *_, step = train.train_epoch(model, data, optimizer, options, generators, step, before_batch, after_batch)
+        due = train.filters_due(model, options, plan, epoch, noise)
+        gone |= train.prune_now(model, optimizer, options, plan, due, noise, generators["target"])
+    filter_index = next(iter(gone.values()))[0]
+    return list(range(1, len(seen) + 1)), [float(values[filter_index]) for values in seen], len(seen) // 2
+
+
+def one_weight(name, models, args):
+    """Figure D1: a short real run of each kind, the same seed and thus the same path up to the event."""
+    canvas, axes = panels(1, 3, 2.4, sharey=True)
+    numbers = {"run": "vgg11, width 0.0625, digits, seed 1, 2 epochs of 40 batches, noise for 15 batches"}
+    for axis, (kind, title, look) in zip(axes[0], (("prune", "Pruning", "L"), ("zero", "Zeroing", "zero-50"),
+                                                   ("gauss", "Gaussian", "gauss-1"))):
+        steps, values, event = weight_path(args, kind)
+        axis.plot(steps, values, ".-", ms=2.5, lw=0.8, color=style(look)[0])
+        axis.axvline(event + 0.5, color="0.5", lw=0.8, ls=":")
+        axis.annotate("event", (event + 0.5, 1), (-3, -8), xycoords=("data", "axes fraction"), fontsize=7, color="0.4",
+                      textcoords="offset points", ha="right")
+        axis.set(title=title, xlabel="Training batch")
+        numbers[kind] = {"step": steps, "weight": values, "event_after_step": event}
+    axes[0][0].set_ylabel("One weight, as the network uses it")
+    return canvas, {"vgg11": numbers}
+
+
+# +--------------------------------------------------------------------------------------------------------------------+
+# | Tables                                                                                                             |
+# +--------------------------------------------------------------------------------------------------------------------+
+
+def table(name, models, args):
+    """Tables C1 and F1: mean and deviation of accuracy and stability, and two-tailed t-tests of the accuracies."""
+    groups = models["resnet18"]
+    against = ({m + HIGH: [m] for m in ADAM[1:]} if name == "table C1" else {F1[2]: [F1[1], F1[0]]})
+    numbers = {"methods": method_numbers(groups), "paired_best_acc": paired_differences(groups), "t_tests": {}}
+    rows = []
+    for method, runs in groups.items():
+        m, paper = numbers["methods"][method], PAPER[name.split()[1], "table"].get(method)
+        m["total_pruned"] = measured([total_pruned(run) for run in runs])
+        tests = {other: t_test(m["best_acc"]["values"], numbers["methods"][other]["best_acc"]["values"])
+                 for other in against.get(method, []) if other in groups}
+        numbers["t_tests"] |= {f"{method} against {other}": test for other, test in tests.items()}
+        label = method_label(groups.get(method.removesuffix(HIGH), runs)[0])  # C.2 names a method by its rate at 46%
+        rows.append([
+            label, f"{m['total_pruned']['mean']:.0f}%", str(m["best_acc"]["n"]),
+            *(plus_minus(m[key], digits) for key, digits in (("best_acc", 2), ("last_acc", 2), ("mean_stability", 3))),
+            "; ".join(f"{method_label(groups[o][0])}: {t['student'][1]:.2g}" for o, t in tests.items() if t["student"])
+            or "–", f"{paper[1]:.2f} ± {paper[2]}; {paper[3]:g}" if paper and args.papers else "–"])
+    header = ["method", "pruned", "n", "best accuracy (%)", "last accuracy (%)", "mean stability (%)",
+              "p, two-tailed, against", "paper's"]
+    header = [title for i, title in enumerate(header) if i < 7 or args.papers]
+    canvas, axes = panels(1, 1, 0.35 + 0.22 * (len(rows) + 1))
+    canvas.set_layout_engine("none")
+    axes[0][0].axis("off")
+    drawn = axes[0][0].table([row[:len(header)] for row in rows], colLabels=header, loc="center", cellLoc="center")
+    drawn.auto_set_font_size(False)
+    drawn.set_fontsize(7)
+    drawn.auto_set_column_width(list(range(len(header))))
+    for (row, _), cell in drawn.get_celld().items():
+        cell.visible_edges = "B" if row == 0 else ""
+    return canvas, {"resnet18": numbers}
+
+
+def plus_minus(m, digits):
+    return f"{m['mean']:.{digits}f}" + (f" ± {m['sd']:.{digits}f}" if m["sd"] is not None else "")
+
+
+# +--------------------------------------------------------------------------------------------------------------------+
+# | Entry                                                                                                              |
+# +--------------------------------------------------------------------------------------------------------------------+
+
+DRAW = {"2": dynamics_and_scatter, "B2": dynamics_and_scatter, "3": rates_figure, "C1": rate_scatters,
+        "C2": rate_kendall, "5": noise_dynamics, "D2": noise_dynamics, "B1": activation_histograms, "D1": one_weight,
+        "E1": eigenvalues, "E2": eigenvalues, "E4": loss_along_eigenvectors, "table C1": table, "table F1": table,
+        **dict.fromkeys(SCATTERS, scatters)}
+
+
+def draw(name, runs, args):
+    """Draws a figure or "table <name>" for every data set and setting found; raises train.UserError without any."""
+    _, target, methods = EVERYTHING[name]
+    settings, left_out = runs_of(name, runs)
+    if args.live:
+        for run in [run for run in left_out if run.get("unfinished") and len(run["curve"])]:
+            settings.setdefault((run["dataset"], run["setting"]), []).append(run)
+    elif name in NEEDS_FLATNESS:
+        settings = {key: with_flatness(found, left_out, args) for key, found in settings.items()}
+        settings = {key: found for key, found in settings.items() if found}
     for run in left_out:
-        print(f"left out: {run['dir']}: {run['problem']}")
-    if not settings:
-        raise train.UserError(f"no finished runs of Figure {figure} under {log_dir}/: train them with 'bash runs.sh "
-                              f"{target}', or name another --log-dir")
+        if not (args.live and run.get("unfinished")):
+            print(f"left out: {run['dir']}: {run['problem']}")
+    if name == "B1" and not settings or name == "D1":
+        settings = {("imagenet" if name == "B1" else "digits", ""): []}
+    label = f"{'Figure ' * (name in FIGURES)}{name}"
+    train.require(settings, f"no finished runs of {label} under {args.log_dir}/: train them with 'bash runs.sh "
+                  f"{target}', or name another --log-dir")
     for (dataset, setting), found in settings.items():
+        models = {model: {m: [r for r in found if r["model"] == model and r["method"] == m] for m in wanted}
+                  for model, wanted in methods.items()}
+        models = {model: {m: g for m, g in groups.items() if g} for model, groups in models.items()}
+        models = {model: g for model, g in models.items() if set(g) - {"none"} or g and methods[model] == ("none",)}
+        args.papers = is_papers(name, dataset, setting)
+        canvas, numbers = DRAW[name](name, models, args)
         title = " ".join(filter(None, (dataset, setting)))
-        canvas, numbers = figure_2(figure, found, title)
-        name = pathlib.Path(fig_dir, "-".join(filter(None, (f"fig{figure}", *title.split())))
-                            if title != "cifar10" else f"fig{figure}")
-        save(canvas, name, {"figure": figure, "dataset": dataset, "setting": setting, "models": numbers,
-                            "left_out": {run["dir"]: run["problem"] for run in left_out}})
+        canvas.suptitle(textwrap.fill(title, int(13 * canvas.get_figwidth())), fontsize=8)
+        file = "-".join([f"fig{name}" if name in FIGURES else name.replace("table ", "tab"),
+                         *([] if args.papers or name == "D1" else title.split())])
         for model, panel in numbers.items():
-            print_table(f"Figure {figure}, {model}, {title}", panel)
-        print(f"drawn: {name}.pdf, .png and .json from {len(found)} runs")
-        if not setting:
-            full = sum(len(methods) * 10 for methods in FIGURES[figure][2].values())
-            if len(found) < full:
-                print(f"{len(found)} of the paper's {full} runs are there; the rest: bash runs.sh {target}")
+            panel["paper"] = PAPER.get((name, model)) or PAPER.get((name.split()[-1], "table")) if args.papers else None
+            print_numbers(f"{label}, {model}, {title}", panel)
+        save(canvas, pathlib.Path(args.fig_dir, file), {
+            "figure": name, "dataset": dataset, "setting": setting, "models": numbers,
+            "left_out": {run["dir"]: run["problem"] for run in left_out}})
+        print(f"drawn: {args.fig_dir}/{file}.pdf, .png and .json" + f" from {len(found)} runs" * bool(found))
+        if found:
+            there, wanted, command = rest_command(name, dataset, setting, found)
+            if there < wanted:
+                print(f"{there} of {wanted} runs are there; the rest: {command}")
+    return settings
 
 
-def print_table(title, panel):
-    print(f"{title}\n  {'method':22} {'n':>3} {'best accuracy %':>18} {'last accuracy %':>18} {'mean stability %':>20}")
-    for method, m in panel["methods"].items():
-        cells = [f"{m[k]['mean']:.{d}f}" + (f" ± {m[k]['sd']:.{d}f}" if m[k]["sd"] is not None else "")
-                 for k, d in (("best_acc", 2), ("last_acc", 2), ("mean_stability", 3))]
+def print_numbers(title, panel):
+    print(title)
+    if panel.get("methods"):
+        print(f"  {'method':22} {'n':>3} {'best accuracy %':>18} {'last accuracy %':>18} {'mean stability %':>20}")
+    for method, m in panel.get("methods", {}).items():
+        cells = [plus_minus(m[k], d) for k, d in (("best_acc", 2), ("last_acc", 2), ("mean_stability", 3))]
         print(f"  {method:22} {m['best_acc']['n']:3} {cells[0]:>18} {cells[1]:>18} {cells[2]:>20}")
-    c = panel["correlation_best_acc_stability"]
-    print("  best accuracy against mean stability: n = " + str(c["n"]) + "".join(
-        f", {k} {c[k][0]:.2f} (p = {c[k][1]:.2g})" if c[k] else f", {k} undefined" for k in ("pearson", "kendall")))
+    for c in panel.get("scatters", []):
+        print(f"  {c['y']} against {c['x']}: n = {c['n']}" + "".join(
+            f", {k} {c[k][0]:.2f} (p = {c[k][1]:.2g})" if c[k] else f", {k} undefined" for k in ("pearson", "kendall")))
+    for pair, test in panel.get("t_tests", {}).items():
+        p = f"p = {test['student'][1]:.2g}" if test["student"] else "no test: too few runs"
+        print(f"  best accuracy, {pair}: {test['difference']:+.2f} points, {p}")
 
 
 def save(canvas, name, numbers):
     """Writes name.pdf, name.png and name.json, each atomically."""
+    canvas.draw_without_rendering()
+    canvas.set_layout_engine("none")  # it is laid out now, and would be again for every file
     for kind in ("pdf", "png"):
         partial = name.with_name(f"{name.name}.partial.{kind}")
         try:
@@ -314,42 +1387,93 @@ def save(canvas, name, numbers):
     train.write_json(name.with_name(f"{name.name}.json"), numbers)
 
 
-# +--------------------------------------------------------------------------------------------------------------------+
-# | Entry                                                                                                              |
-# +--------------------------------------------------------------------------------------------------------------------+
-
 def list_figures(log_dir):
     runs = find_runs(log_dir)
-    for figure, (what, target, _) in FIGURES.items():
-        settings, left_out = runs_of(figure, runs)
-        print(f"--figure {figure}: {what}; from 'bash runs.sh {target}'")
+    for name, (what, target, models) in EVERYTHING.items():
+        option = f"--figure {name}" if name in FIGURES else f"--{name}"
+        print(f"{option}: {what}; " + (f"from 'bash runs.sh {target}'" if models else "needs no runs"))
+        settings, left_out = runs_of(name, runs) if models else ({}, [])
         for (dataset, setting), found in settings.items():
-            print(f"    {' '.join(filter(None, (dataset, setting)))}: {len(found)} finished runs")
+            there, wanted, _ = rest_command(name, dataset, setting, found)
+            print(f"    {' '.join(filter(None, (dataset, setting)))}: {there} of {wanted} runs finished")
         if left_out:
             print(f"    {len(left_out)} unfinished or damaged runs")
+
+
+def draw_live(args):
+    """--live: redraws Figure 2 every 20 seconds until no run of it is unfinished."""
+    while True:
+        runs = find_runs(args.log_dir)
+        with contextlib.suppress(train.UserError) if runs_of("2", runs)[1] else contextlib.nullcontext():
+            draw("2", runs, args)
+        if not any(run.get("unfinished") for run in runs_of("2", runs)[1]):
+            return
+        time.sleep(20)
+
+
+def draw_all(names, args):
+    """Draws each; what cannot be drawn is one line, and raised only where it is all that there is."""
+    runs, drawn, errors = find_runs(args.log_dir), 0, []
+    for name in names:
+        try:
+            draw(name, runs, args)
+            drawn += 1
+        except train.UserError as error:
+            errors.append(error)
+            if len(names) > 1:
+                print(f"{name}: {error}", file=sys.stderr)
+    if errors and len(names) == 1:
+        raise errors[0]
+    train.require(drawn, "nothing could be drawn")
 
 
 def main(argv=None):
     parser = train.OneLineParser(prog="analyze.py", description=__doc__, allow_abbrev=False,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--figure", choices=FIGURES, help="the figure to draw")
-    parser.add_argument("--list", action="store_true", help="list the figures and the runs there are for them")
-    parser.add_argument("--log-dir", default="logs", help="(default: logs)")
-    parser.add_argument("--fig-dir", default="figures", help="(default: figures)")
+    add = parser.add_argument_group("what to do").add_argument
+    add("--figure", choices=[*FIGURES, "all"], nargs="+", default=[], metavar="NAME",
+        help=f"{', '.join(FIGURES)}; or all, tables included")
+    add("--table", choices=TABLES, nargs="+", default=[], help="the tables to draw")
+    add("--flatness", nargs="+", default=[], metavar="RUN_DIR",
+        help="measure the flatness (E) of these runs' networks into flatness.json there")
+    add("--list", action="store_true", help="list the figures and the runs there are for them")
+    add("--live", action="store_true", help="with --figure 2: redraw every 20 s while runs go on")
+    add = parser.add_argument_group("flatness, of the runs named or those of a figure").add_argument
+    add("--eigs", type=int, default=100, help="eigenvalues of the Hessian (default: 100)")
+    add("--images", type=int, default=512, help="test images, the first ones (default: 512)")
+    add("--eig", choices=("lanczos", "power"), default="lanczos",
+        help="power is the paper's method, slower and less precise (default: lanczos)")
+    add("--memory-gb", type=float, default=4, help="for graphs and activations (default: 4)")
+    add = parser.add_argument_group("files").add_argument
+    add("--log-dir", default="logs", help="(default: logs)")
+    add("--fig-dir", default="figures", help="(default: figures)")
+    add("--data-dir", default="data", help="where <dataset>.npz lies or is put (default: data)")
     try:
         args = parser.parse_args(argv)
-        if not args.figure and not args.list:
-            raise train.UserError("nothing to do: give --figure or --list")
+        train.require(args.figure or args.table or args.list or args.flatness,
+                      "nothing to do: give --figure, --table, --flatness or --list")
+        train.require(not args.live or args.figure == ["2"], "--live is for --figure 2")
+        for name in ("eigs", "images", "memory_gb"):
+            value = getattr(args, name)
+            train.require(0 < value < 1e6, f"--{name.replace('_', '-')} {train.short(value)}: give a number above 0")
         if args.list:
             list_figures(args.log_dir)
-        if args.figure:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", category=scipy.stats.ConstantInputWarning)
-                draw(args.figure, args.log_dir, args.fig_dir)
+        for run_dir in args.flatness:
+            measure_flatness(run_dir, args.eigs, args.images, args.eig, args.memory_gb, data_dir=args.data_dir)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=scipy.stats.ConstantInputWarning)
+            if args.live:
+                draw_live(args)
+            elif args.figure or args.table:
+                names = args.figure + [f"table {name}" for name in args.table]
+                draw_all(list(EVERYTHING) if "all" in names else names, args)
         return 0
     except train.UserError as error:
         print(f"analyze.py: {error}", file=sys.stderr)
         return error.code
+    except KeyboardInterrupt:
+        print("analyze.py: interrupted; figures drawn so far are complete", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
 #   bash runs.sh bench                 what a training step costs, against plain PyTorch (options: bench/step.py)
 #   bash runs.sh setup                 only the set-up, which every other target does by itself
 #
-#   targets   fig2 fig3 fig4 fig5 fig6 figB2 tabC1 figC3 figD2 tabF1
+#   targets   fig2 fig3 fig4 fig5 fig6 figB1 figB2 tabC1 figC3 figD1 figD2 tabF1
 #   --seeds   1-10, or 1,4,7            (default: the paper's number)
 #   --jobs    N runs at once            (default: 1; with --quick one per core, at most 4)
 #   --print   print the train.py commands and do nothing
@@ -66,6 +66,10 @@ fig6() {  # E1 to E6 too
     run --model vgg11 --target L --r 40
     run --model vgg11 --target S --scratch
 }
+
+figB1() { [ -z "$quick" ] || run --model vgg19 --target none; }  # else ImageNet's weights, or the runs there are
+
+figD1() { :; }
 
 figB2() {
     run --model vgg11 --target none
@@ -177,7 +181,10 @@ run_target() {
             *) fail "unknown option $1: there are --seeds, --jobs, --print, --quick, and -- for train.py's own" ;;
         esac
     done
-    case $experiment in tabF1) seeds=${seeds:-${quick:-1-3}} ;; esac
+    case $experiment in
+        tabF1) seeds=${seeds:-${quick:-1-3}} ;;
+        figB1 | figD1) seeds=${seeds:-1} ;;
+    esac
     seeds=$(seeds_of "${seeds:-${quick:-1-10}}")
     if [ "$quick" ]; then
         more=" --dataset digits --width 0.25 --val-split 300 --batch-size 12 $(quick_schedule "$experiment")$more"
@@ -190,6 +197,7 @@ run_target() {
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
     list=$work/all
+    : > "$list"
     for seed in $seeds; do "$experiment"; done
     if [ "$print" ]; then
         sed 's/^/python train.py /' "$list"
@@ -209,17 +217,20 @@ run_target() {
 }
 
 draw() {
+    local names
     case $1 in
-        fig2) $PYTHON analyze.py --figure 2 --log-dir "$2" ;;
-        figB2) $PYTHON analyze.py --figure B2 --log-dir "$2" ;;
-        *) echo "$1: its runs are under $2/; this version draws Figures 2 and B2" ;;
+        fig3) names="--figure 3 C1 C2" ;;
+        fig6) names="--figure 6 E1 E2 E3 E4 E5 E6 flatness" ;;
+        fig*) names="--figure ${1#fig}" ;;
+        tab*) names="--table ${1#tab}" ;;
     esac
+    $PYTHON analyze.py $names --log-dir "$2"
 }
 
 target=${1:-help}
 [ $# = 0 ] || shift
 case $target in
-    fig2 | fig3 | fig4 | fig5 | fig6 | figB2 | tabC1 | figC3 | figD2 | tabF1) run_target "$target" "$@" ;;
+    fig2 | fig3 | fig4 | fig5 | fig6 | figB1 | figB2 | tabC1 | figC3 | figD1 | figD2 | tabF1) run_target "$target" "$@" ;;
     setup) setup ;;
     test) setup; exec $PYTHON -m pytest -q tests "$@" ;;
     bench) setup; exec $PYTHON bench/step.py "$@" ;;

@@ -10,12 +10,13 @@ import analyze
 import train
 
 
-def write_run(log_dir, method, seed, accuracies, events=(), setting="", model="vgg11", epochs=None, dataset="cifar10"):
+def write_run(log_dir, method, seed, accuracies, events=(), setting="", model="vgg11", epochs=None, dataset="cifar10",
+              rate=1.3, options=(), **config):
     """A run's files: test accuracies per epoch, and events as {epoch: (before, filters)}."""
     directory = log_dir / dataset / model / "-".join(filter(None, (method, setting))) / f"seed{seed}"
     directory.mkdir(parents=True)
-    config = {"method": method, "setting": setting, "options": {"model": model, "seed": seed},
-              "schedule": {"epochs": epochs or len(accuracies)}, "iterative_rate": 1.3}
+    config |= {"method": method, "setting": setting, "options": {"model": model, "seed": seed, **dict(options)},
+               "schedule": {"epochs": epochs or len(accuracies)}, "iterative_rate": rate}
     (directory / "config.json").write_text(json.dumps(config))
     lines = []
     for epoch, accuracy in enumerate(accuracies):
@@ -118,7 +119,7 @@ def test_the_figure_holds_the_hand_computed_numbers(tmp_path):
     stability = [100 * after / before for values in runs.values() for before, after, _ in values]
     accuracy = [max(after, last) for values in runs.values() for _, after, last in values]
     x, y = np.array(stability) - np.mean(stability), np.array(accuracy) - np.mean(accuracy)
-    statistics = panel["correlation_best_acc_stability"]
+    statistics, = panel["scatters"]
     assert statistics["n"] == 6
     assert statistics["pearson"][0] == pytest.approx((x @ y) / math.sqrt((x @ x) * (y @ y)))
     pairs = [(i, j) for i in range(6) for j in range(i)]
@@ -129,7 +130,8 @@ def test_the_figure_holds_the_hand_computed_numbers(tmp_path):
     assert small["best_acc"]["mean"] == pytest.approx(79.6)
     assert small["best_acc"]["sd"] == pytest.approx(math.sqrt(0.32))
     assert small["mean_stability"]["mean"] == pytest.approx(99.5)
-    assert small["dynamics"]["mean"] == pytest.approx([79.6, 70.5]) and small["dynamics"]["epoch"] == [1, 2]
+    assert panel["dynamics"]["S-r4"]["mean"] == pytest.approx([79.6, 70.5])
+    assert panel["dynamics"]["S-r4"]["epoch"] == [1, 2]
     difference = panel["paired_best_acc"]["L-r40 minus S-r40"]
     assert difference["values"] == pytest.approx([74 - 76, 75 - 75.2]) and difference["seeds"] == [1, 2]
     assert difference["p"] == pytest.approx(scipy.stats.ttest_1samp([-2, -0.2], 0).pvalue)
@@ -197,4 +199,4 @@ def test_list_counts_the_runs(tmp_path, capsys):
     write_run(tmp_path, "S-r4", 2, [60], {0: (80, 1)}, epochs=2)
     assert analyze.main(["--list", "--log-dir", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "cifar10: 1 finished runs" in out and "1 unfinished or damaged runs" in out
+    assert "cifar10: 1 of 80 runs finished" in out and "1 unfinished or damaged runs" in out

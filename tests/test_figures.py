@@ -1,0 +1,366 @@
+"""Every figure and table from logs written here: what is in it, how it looks, what is said of missing runs."""
+import json
+import pathlib
+import shlex
+import subprocess
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+import analyze
+import train
+from test_analyze import write_run
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RUN_FIGURES = [name for name in analyze.EVERYTHING if name not in ("B1", "D1")]
+
+
+def fake_flatness(directory, seed, k=12):
+    random = np.random.default_rng(seed)
+    values = np.sort(random.exponential(5, k))[::-1]
+    values[-1] *= -0.1
+    (directory / "flatness.json").write_text(json.dumps({
+        "images": 512, "eig": "lanczos", "epoch": 315, "eigenvalues": list(values), "converged": [True] * k,
+        "trace_eigs": values.sum(), "trace": values.sum() * 1.1, "trace_se": 0.1, "tr_c": 3 + seed, "tr_f": 4 + seed,
+        "tic": (3 + seed) / values.sum(), "tic_trace": 0.2 + seed, "c_over_f": 0.7, "epsilon": [0.2] * 10,
+        "epsilon_min": None if seed == 2 else 0.1 * seed,
+        "line": {"epsilon": [-0.4, 0.0, 0.4], "loss": [[1.0 + i, 0.5, 1.0] for i in range(10)]}}))
+
+
+def write_all(log_dir, name, seeds=(1, 2, 3), dataset="cifar10", setting=""):
+    """Runs of every method of a figure, each with its own rate, stability and accuracy."""
+    random = np.random.default_rng(0)
+    for model, methods in analyze.EVERYTHING[name][2].items():
+        sgd = "sgd" if name in ("4", "C3") and model == "resnet18" else ""
+        for i, method in enumerate(methods):
+            for seed in seeds:
+                kept = [64] * 12 + [384, 307, 384, 26] if i % 2 else [64] * 16
+                events = {} if method == "none" or "scratch" in method else {3: (85, 2), 5: (86 + i % 3, 4)}
+                directory = write_run(
+                    log_dir, method, seed, 80 + 8 * random.random(9), events, "-".join(filter(None, (sgd, setting))),
+                    model, dataset=dataset, rate=0.5 * 2 ** (i // 3), options={"width": 1.0},
+                    data={"classes": 10}, parameters=11_173_962,
+                    pruned_layers=[{"layer": layer} for layer in (12, 13, 14, 15)])
+                lines = [json.loads(line) for line in (directory / "epochs.jsonl").read_text().splitlines()]
+                (directory / "epochs.jsonl").write_text("".join(json.dumps(x | {"live": kept}) + "\n" for x in lines))
+                fake_flatness(directory, seed)
+
+
+@pytest.fixture
+def canvases(monkeypatch):
+    """Every canvas that is saved, by file name."""
+    kept, save = {}, analyze.save
+    monkeypatch.setattr(analyze, "save", lambda canvas, name, numbers: (kept.update({name.name: canvas}),
+                                                                         save(canvas, name, numbers)))
+    monkeypatch.setattr(analyze.plt, "close", lambda canvas: None)
+    yield kept
+    monkeypatch.undo()
+    analyze.plt.close("all")
+
+
+def file_of(name):
+    return f"fig{name}" if name in analyze.FIGURES else name.replace("table ", "tab")
+
+
+def call(*options, log_dir, fig_dir):
+    return analyze.main([*options, "--log-dir", str(log_dir), "--fig-dir", str(fig_dir)])
+
+
+def option(name):
+    return ["--figure", name] if name in analyze.FIGURES else ["--table", name.split()[1]]
+
+
+def title_of(name):  # what Table F1 trains at is a setting of its own
+    return {"dataset": "cifar100", "setting": "epochs4000-lrs2000-lr0.0001-augment"} if name == "table F1" else {}
+
+
+@pytest.mark.parametrize("name", RUN_FIGURES)
+def test_every_figure_and_table_is_drawn_complete_and_readable(tmp_path, canvases, capsys, name):
+    write_all(tmp_path / "logs", name, **title_of(name))
+    assert call(*option(name), log_dir=tmp_path / "logs", fig_dir=tmp_path) == 0
+    canvas = canvases[file_of(name)]
+    numbers = json.loads((tmp_path / f"{file_of(name)}.json").read_text(), parse_constant=lambda c: pytest.fail(c))
+    assert set(numbers["models"]) == set(analyze.EVERYTHING[name][2]) and not numbers["left_out"]
+    for panel in numbers["models"].values():
+        for method in panel.get("methods", {}).values():
+            assert method["best_acc"]["n"] == 3 == len(method["best_acc"]["values"]) == len(method["runs"])
+    for kind in ("pdf", "png"):
+        assert (tmp_path / f"{file_of(name)}.{kind}").stat().st_size > 5_000
+    canvas.draw_without_rendering()
+    edges = canvas.get_window_extent()
+    for text in canvas.findobj(analyze.matplotlib.text.Text):
+        if text.get_visible() and text.get_text().strip():
+            assert text.get_fontsize() >= 7
+    for text in [t for axis in canvas.axes for t in (axis.title, axis.xaxis.label, axis.yaxis.label)]:
+        if text.get_text():  # nothing is cut off at the edge
+            box = text.get_window_extent()
+            assert edges.x0 - 1 <= box.x0 and box.x1 <= edges.x1 + 1
+            assert edges.y0 - 1 <= box.y0 and box.y1 <= edges.y1 + 1
+    if name in analyze.FIGURES:
+        assert any(axis.get_xlabel() for axis in canvas.axes) and any(axis.get_ylabel() for axis in canvas.axes)
+    for axis in canvas.axes:
+        legend = axis.get_legend()
+        if legend:  # below the axes, so that it covers no data; each method told apart from the others
+            assert legend.get_window_extent().y1 <= axis.get_window_extent().y0
+            looks = [(h.get_color(), h.get_linestyle(), h.get_marker()) for h in legend.legend_handles]
+            assert len(set(looks)) == len(looks)
+
+
+@pytest.mark.parametrize("name", [n for n in analyze.EVERYTHING if analyze.EVERYTHING[n][1] and n not in ("B1",)])
+def test_the_methods_of_a_figure_are_those_that_runs_sh_trains(name):
+    _, target, models = analyze.EVERYTHING[name]
+    methods = {(args.model, train.run_name(args)[0]) for args in directories(target, "--seeds", "1").values()}
+    assert methods == {(model, method) for model, methods in models.items() for method in methods}
+
+
+def directories(target, *options):
+    """The runs of a target: {directory: args}."""
+    command = ["bash", "runs.sh", target, "--print", *options]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return {train.run_directory(args): args for args in (train.parse_options(shlex.split(line)[2:]) for line in lines)}
+
+
+def test_a_method_has_one_look_and_pruning_targets_differ():
+    assert analyze.style("S-r40") == analyze.style("S-r40-ebn") == analyze.style("S-r300")
+    assert analyze.style("S-r4") == analyze.style("S-r4-ebn-signed-s3,4,5,6") != analyze.style("S-r40")
+    assert analyze.style("zero-1") != analyze.style("zero-1105") and analyze.style("zero-1220-all-restore-tb256")
+    assert analyze.style("S-r1-s24x16")[0] != analyze.style("S-r1-s24x16-p0.06x16")[0]
+    assert len({analyze.style(m)[0] for m in ("none", "S-r4", "S-r40", "R-r40", "L-r40", "scratch-S")}) == 6
+
+
+@pytest.mark.parametrize("p, percent", [((0.25, 0.4, 0.25, 0.95), 46), ((0.25, 0.8, 0.25, 0.95), 59),
+                                        ((0, 0, 0, 0.7), 15)])
+def test_total_pruning_percentages_are_the_papers(p, percent):
+    kept = [train.kept_filters(512, fraction, 1)[0] for fraction in p]
+    run = {"config": {"options": {"model": "resnet18", "width": 1.0}, "data": {"classes": 10}, "parameters": 11_173_962,
+                      "pruned_layers": [{"layer": layer} for layer in (12, 13, 14, 15)]}, "live": [64] * 12 + kept}
+    assert round(analyze.total_pruned(run)) == percent
+    run["live"] = [64] * 4 + [128] * 4 + [256] * 4 + [512] * 4
+    assert analyze.total_pruned(run) == 0
+
+
+def test_t_tests_against_the_formulas():
+    a, b = np.array([1.0, 2, 4, 5]), np.array([3.0, 7, 8])
+    pooled = (((a - a.mean()) ** 2).sum() + ((b - b.mean()) ** 2).sum()) / 5
+    t = (a.mean() - b.mean()) / np.sqrt(pooled * (1 / 4 + 1 / 3))
+    result = analyze.t_test(a, b)
+    assert result["difference"] == -3 and result["student"][0] == pytest.approx(t)
+    assert result["student"][1] == pytest.approx(2 * scipy.stats.t.sf(abs(t), 5))
+    assert result["welch"][0] == pytest.approx(-3 / np.sqrt(a.var(ddof=1) / 4 + b.var(ddof=1) / 3))
+    assert analyze.t_test([1.0], [2.0, 3.0])["student"] is None and analyze.t_test([1, 1], [2, 2])["welch"] is None
+
+
+def test_the_papers_stars_in_table_c1_are_students_t_tests():
+    # C.2: of the three changes from 46% (10 runs) to 59% (3 runs), the last two are significant below 10%
+    paper = analyze.PAPER["C1", "table"]
+    p = [scipy.stats.ttest_ind_from_stats(*paper[m][1:3], 10, *paper[m + analyze.HIGH][1:3], 3).pvalue
+         for m in ("S-r4", "S-r40", "L-r40")]
+    assert p[0] > 0.1 and p[1] < 0.1 and p[2] < 0.1
+
+
+def test_table_c1_holds_the_tests_of_59_against_46_percent(tmp_path):
+    write_all(tmp_path / "logs", "table C1")
+    assert call("--table", "C1", log_dir=tmp_path / "logs", fig_dir=tmp_path) == 0
+    panel = json.loads((tmp_path / "tabC1.json").read_text())["models"]["resnet18"]
+    assert list(panel["t_tests"]) == [f"{m}{analyze.HIGH} against {m}" for m in ("S-r4", "S-r40", "L-r40")]
+    low, high = (panel["methods"]["S-r4" + p]["best_acc"]["values"] for p in ("", analyze.HIGH))
+    test = panel["t_tests"][f"S-r4{analyze.HIGH} against S-r4"]
+    assert test["student"][1] == pytest.approx(scipy.stats.ttest_ind(high, low).pvalue)
+    assert panel["paper"]["L-r40"][1] == 88.03 and panel["methods"]["S-r40"]["total_pruned"]["mean"] > 0
+
+
+def test_the_interval_of_a_correlation():
+    random = np.random.default_rng(0)
+    x = random.normal(size=30)
+    y = -x + random.normal(size=30)
+    for kind in ("pearson", "kendall"):
+        low, high = analyze.correlation_interval(x, y, kind)
+        assert -1 <= low < analyze.correlations(x, y)[kind][0] < high < 0
+        assert [low, high] == analyze.correlation_interval(x, y, kind)
+    # Fisher's interval of Pearson's r is what the bootstrap should come near to
+    fisher = scipy.stats.pearsonr(x, y).confidence_interval()
+    assert np.allclose(analyze.correlation_interval(x, y, "pearson"), [fisher.low, fisher.high], atol=0.12)
+    assert analyze.correlation_interval([1, 1, 1], [1, 2, 3], "pearson") is None
+    # the same by scipy's own coefficients, with ties
+    x, y = np.array([1.0, 2, 2, 3, 5, 4]), np.array([2.0, 1, 4, 4, 6, 5])
+    for kind, function in (("pearson", scipy.stats.pearsonr), ("kendall", scipy.stats.kendalltau)):
+        with np.errstate(invalid="ignore"), pytest.warns():
+            slow = scipy.stats.bootstrap((x, y), lambda x, y: function(x, y)[0], n_resamples=analyze.RESAMPLES,
+                                         batch=200, paired=True, vectorized=False, rng=np.random.default_rng(0))
+        expected = np.nanpercentile(slow.bootstrap_distribution, [2.5, 97.5])
+        assert analyze.correlation_interval(x, y, kind) == pytest.approx(expected, abs=1e-12)
+
+
+def test_rates_that_scaling_makes_equal_are_drawn_once(tmp_path):
+    for r, rate in ((4, 8.0), (20, 8.0), (40, 16.0)):
+        write_run(tmp_path / "logs", f"S-r{r}", 1, [60, 70], {0: (80, 1)}, rate=rate)
+    assert call("--figure", "3", log_dir=tmp_path / "logs", fig_dir=tmp_path) == 0
+    numbers = json.loads((tmp_path / "fig3.json").read_text())["models"]["vgg11"]
+    assert {k: v["r"] for k, v in numbers["by_rate"].items()} == {"8": 4, "16": 40}
+
+
+def test_scatters_of_all_six_methods_and_of_pruned_runs_only(tmp_path):
+    write_all(tmp_path / "logs", "E5")
+    write_all(tmp_path / "logs4", "4")
+    for name, log_dir, n in (("E5", "logs", 18), ("4", "logs4", 6)):
+        assert call("--figure", name, log_dir=tmp_path / log_dir, fig_dir=tmp_path) == 0
+        for panel in json.loads((tmp_path / f"fig{name}.json").read_text())["models"].values():
+            assert {s["n"] for s in panel["scatters"]} == {n}
+            assert panel["scatters"][-1].get("by last_acc", {"n": n})["n"] == n
+
+
+def test_a_run_that_never_reached_the_rise_is_left_out_of_that_panel_only(tmp_path):
+    write_all(tmp_path / "logs", "E3")
+    assert call("--figure", "E3", log_dir=tmp_path / "logs", fig_dir=tmp_path) == 0
+    panel = json.loads((tmp_path / "figE3.json").read_text())["models"]["vgg11"]
+    assert [s["n"] for s in panel["scatters"]] == [12, 12]
+
+
+def test_runs_measured_otherwise_or_not_at_all_are_named(tmp_path, capsys):
+    write_all(tmp_path / "logs", "E5")
+    other = tmp_path / "logs/cifar10/vgg11/S-r4/seed1/flatness.json"
+    other.write_text(other.read_text().replace('"images": 512', '"images": 64'))
+    damaged = tmp_path / "logs/cifar10/vgg11/S-r4/seed2/flatness.json"
+    damaged.write_text("{")
+    (tmp_path / "logs/cifar10/vgg11/S-r4/seed3/flatness.json").unlink()  # and has no checkpoint to measure
+    assert call("--figure", "E5", log_dir=tmp_path / "logs", fig_dir=tmp_path) == 0
+    left_out = json.loads((tmp_path / "figE5.json").read_text())["left_out"]
+    assert {pathlib.Path(k).name: v for k, v in left_out.items()}.keys() == {"seed1", "seed2", "seed3"}
+    assert "in images" in left_out[str(other.parent)] and "flatness.json is damaged" in left_out[str(damaged.parent)]
+    out = capsys.readouterr().out
+    assert "15 of 60 runs are there; the rest: bash runs.sh fig6 --seeds 1-10" in out
+
+
+def test_mixed_configurations_and_doubled_runs_are_named(tmp_path):
+    for seed in (1, 2, 3):
+        write_run(tmp_path, "S-r4", seed, [60, 70], {0: (80, 1)}, options={"test_batch_size": 128}, data={"crc32": 1})
+    write_run(tmp_path, "S-r4", 4, [60, 70], {0: (80, 1)}, options={"test_batch_size": 64}, data={"crc32": 1})
+    write_run(tmp_path, "S-r4", 5, [60, 70], {0: (80, 1)}, options={"test_batch_size": 128}, data={"crc32": 2})
+    twin = write_run(tmp_path, "S-r4", 2, [60, 70], {0: (80, 1)}, setting="copy", options={"test_batch_size": 128},
+                     data={"crc32": 1})
+    config = json.loads((twin / "config.json").read_text())
+    (twin / "config.json").write_text(json.dumps(config | {"setting": ""}))
+    problems = {run["dir"]: run["problem"] for run in analyze.find_runs(tmp_path)}
+    first = tmp_path / "cifar10/vgg11/S-r4"
+    assert [problems[str(first / f"seed{seed}")] for seed in (1, 3)] == [None, None]
+    assert problems[str(first / "seed4")].endswith("in test_batch_size")
+    assert problems[str(first / "seed5")].endswith("in crc32")
+    assert [problems[str(first / "seed2")], problems[str(twin)]] == [None, f"is the same run as {first / 'seed2'}"]
+
+
+@pytest.mark.parametrize("target, more, extra", [
+    ("fig2", "--seeds 1-2 -- --width 0.1 --scale-epochs 0.02 --lrs 100 200 --val-split 9".split(),
+     " -- --width 0.1 --scale-epochs 0.02 --lrs 100 200 --val-split 9"),
+    ("fig4", ["--seeds", "2,4", "--", "--no-augment", "--batch-size", "64"], " -- --batch-size 64 --no-augment"),
+    ("tabF1", ["--quick", "--seeds", "1-2"], " --quick"), ("fig6", [], "")])
+def test_the_command_for_the_rest_trains_just_the_missing_runs(tmp_path, target, more, extra):
+    wanted = directories(target, *more)
+    found = []
+    for directory, args in list(wanted.items())[::3]:
+        method, setting = train.run_name(args)
+        found.append({"model": args.model, "method": method, "setting": setting, "seed": args.seed,
+                      "config": {"options": vars(args)}})
+    seeds = {run["seed"] for run in found}
+    name = {"tabF1": "table F1"}.get(target, target.removeprefix("fig"))
+    setting = found[0]["setting"].removeprefix("sgd").lstrip("-")
+    there, total, command = analyze.rest_command(name, found[0]["config"]["options"]["dataset"], setting, found)
+    assert there == len(found)
+    words = command.split()
+    assert words[:3] == ["bash", "runs.sh", target] and all(word in words for word in extra.split())
+    printed = directories(*words[2:])
+    assert total == len(printed)
+    assert printed.keys() == {d for d, args in wanted.items() if not more or args.seed in seeds}
+
+
+def test_live_draws_the_unfinished_runs_curves_and_stops_with_the_last(tmp_path, monkeypatch):
+    log_dir = tmp_path / "logs"
+    write_run(log_dir, "S-r4", 1, [60, 70, 80], {0: (80, 3)})
+    running = write_run(log_dir, "S-r4", 2, [62, 70], {0: (80, 3)}, epochs=3)
+    drawn = []
+
+    def sleep(seconds):
+        drawn.append(json.loads((tmp_path / "fig2.json").read_text())["models"]["vgg11"])
+        line = json.loads((running / "epochs.jsonl").read_text().splitlines()[-1]) | {"epoch": 2, "test_acc": 82}
+        with open(running / "epochs.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    monkeypatch.setattr(analyze.time, "sleep", sleep)
+    assert call("--figure", "2", "--live", log_dir=log_dir, fig_dir=tmp_path) == 0
+    assert len(drawn) == 1 and drawn[0]["dynamics"]["S-r4"]["mean"] == [61, 70]
+    assert drawn[0]["methods"]["S-r4"]["best_acc"]["n"] == 1  # only a finished run has an accuracy
+    last = json.loads((tmp_path / "fig2.json").read_text())["models"]["vgg11"]
+    assert last["dynamics"]["S-r4"]["mean"] == [61, 70, 81] and last["methods"]["S-r4"]["best_acc"]["n"] == 2
+    assert call("--figure", "3", "--live", log_dir=log_dir, fig_dir=tmp_path) == 2
+
+
+def test_all_draws_what_is_there_and_says_what_is_not(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(analyze, "weight_path", lambda args, kind: ([1, 2], [0.1, 0.0], 1))
+    monkeypatch.setattr(analyze, "vgg19_from_torchvision", no_network)
+    write_all(tmp_path / "logs", "2", seeds=(1,))
+    assert call("--figure", "all", log_dir=tmp_path / "logs", fig_dir=tmp_path) == 0
+    assert {p.stem for p in tmp_path.glob("*.png")} >= {"fig2", "fig3", "figC1", "fig6", "figE1", "figD1"}
+    err = capsys.readouterr().err
+    assert "4: no finished runs of Figure 4" in err and "table F1: no finished runs of table F1" in err
+    assert "B1: no network" in err and "Traceback" not in err
+
+
+def no_network(args):
+    raise train.UserError("no network")
+
+
+def test_one_weight_under_pruning_zeroing_and_noise():
+    class args:
+        log_dir = "logs"
+
+    paths = {kind: analyze.weight_path(args, kind) for kind in ("prune", "zero", "gauss")}
+    event = paths["prune"][2]
+    before = {kind: values[:event] for kind, (_, values, _) in paths.items()}
+    assert before["prune"] == before["zero"] == before["gauss"] and len(set(before["prune"])) > event // 2
+    assert set(paths["prune"][1][event:]) == {0.0}
+    zeroed = paths["zero"][1][event:]
+    assert set(zeroed[:15]) == {0.0} and 0.0 not in zeroed[15:] and len(zeroed) == event
+    gauss = np.array(paths["gauss"][1])
+    assert np.abs(np.diff(gauss[event:event + 15])).max() > 5 * np.abs(np.diff(gauss[:event])).max()
+
+
+def test_normalised_activations_have_mean_0_and_variance_1_and_skip_dead_maps():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 3))
+    with torch.no_grad():
+        model[0].weight[1], model[0].bias[1] = 0, 0
+    first, second = analyze.normalised_activations(model, [model[0], model[2]], torch.randn(5, 3, 8, 8))
+    assert first.shape == (5 * 3 * 6 * 6,) and second.shape == (5 * 2 * 4 * 4,)
+    for values in (first, second):
+        assert abs(values.mean()) < 1e-6 and values.var() == pytest.approx(1, abs=1e-5)
+
+
+def test_figure_b1_from_a_vgg19_run_and_from_torchvision(tmp_path, tiny, monkeypatch, capsys):
+    options = "--model vgg19 --width 0.05 --device cpu --batch-size 32 --epochs 2 --lrs 2".split()
+    assert train.main([*options, "--dataset", str(tiny), "--log-dir", str(tmp_path / "logs")]) == 0
+    assert call("--figure", "B1", log_dir=tmp_path / "logs", fig_dir=tmp_path / "own") == 0
+    name, = (p for p in (tmp_path / "own").glob("*.json"))
+    layers = json.loads(name.read_text())["models"]["vgg19"]["layers"]
+    assert [(x["when"], x["convolution"]) for x in layers] == [(w, 9 + i) for w in ("before training", "after training")
+                                                                 for i in range(8)]
+    assert all(0 < x["ks"] < 1 for x in layers)
+
+    import torchvision
+    network = torchvision.models.VGG(torchvision.models.vgg.make_layers(
+        [4, "M", 4, "M", *[4] * 4, "M", *[4] * 4, "M", *[4] * 4, "M"], batch_norm=True), init_weights=False)
+    network.classifier = torch.nn.Identity()
+    monkeypatch.setattr(torchvision.models, "vgg19_bn", lambda weights: network)
+    monkeypatch.setattr(train, "load_data", lambda *a: {"test_x": np.random.default_rng(0).integers(
+        0, 256, (40, 32, 32, 3)).astype(np.uint8)})
+    assert call("--figure", "B1", log_dir=tmp_path / "none", fig_dir=tmp_path) == 0
+    assert "torchvision" in json.loads((tmp_path / "figB1-imagenet.json").read_text())["models"]["vgg19"]["run"]
+
+    def offline(weights):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.models, "vgg19_bn", offline)
+    capsys.readouterr()
+    assert call("--figure", "B1", log_dir=tmp_path / "none", fig_dir=tmp_path) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "no route to host" in err and "bash runs.sh figB1 --quick" in err
