@@ -212,7 +212,7 @@ run_target() {
         awk -v n="$jobs" -v part="$work/part." '{ print > (part NR % n) }' "$work/left"
         printf '%s\n' "$work"/part.* | xargs -P "$jobs" -n 1 "$PYTHON" train.py --runs | cat || failed=1
     fi
-    draw "$experiment" "$logs" || failed=1
+    draw "$experiment" "$logs" "${quick:+--eigs 10 --images 128}" || failed=1
     return $failed
 }
 
@@ -224,7 +224,7 @@ draw() {
         fig*) names="--figure ${1#fig}" ;;
         tab*) names="--table ${1#tab}" ;;
     esac
-    $PYTHON analyze.py $names --log-dir "$2"
+    $PYTHON analyze.py $names --log-dir "$2" $3
 }
 
 target=${1:-help}

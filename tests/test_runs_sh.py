@@ -48,6 +48,12 @@ def test_every_target_is_a_list_of_valid_distinct_runs(target):
     assert max(train.schedule(args)["epochs"] for args in quick) <= 16
 
 
+def test_figures_without_runs_of_their_own_train_nothing_but_a_small_vgg19():
+    assert commands("figB1") == commands("figD1") == commands("figD1", "--quick") == []
+    quick, = commands("figB1", "--quick")
+    assert (quick.model, quick.target, quick.dataset, quick.seed) == ("vgg19", "none", "digits", 1)
+
+
 def test_runs_shared_by_two_experiments_have_one_directory():
     directories = {target: {train.run_directory(args) for args in commands(target, "--seeds", "1")} for target in RUNS}
     assert len(directories["fig2"] & directories["fig6"]) == 4  # none, S r4, S r40, L r40 of vgg11
