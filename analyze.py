@@ -444,13 +444,13 @@ def orthogonalise(w, *bases):
 def lanczos(product, n, k, tol, draw):
     """The k eigenpairs of largest magnitude of a symmetric operator: values (k,) float64 and orthonormal rows (k, n).
 
-    product: v (n,) → Hv; draw: () → random (n,), in the memory where the vectors are to live; tol: residual / |λ_1|.
+    product: v (n,) → Hv; draw: () → random (n,) where the vectors are to live; tol: residual / |λ_1|.
 
     Lanczos with full reorthogonalisation, as a sequence of chains. A chain runs until all its pairs among the k
     largest have residuals, estimated by beta |s_m|, of at most tol |λ_1|; or until its space is invariant (beta = 0),
     or as large as memory should hold. These pairs are set aside, and the next chain starts orthogonally to them: from
     the unconverged ones' sum if memory was the limit, else at random. Since one chain sees one vector only of a
-    multiple eigenvalue, the search ends when a random chain of 20 steps or more has met none beyond |λ_k| + tol |λ_1|.
+    multiple eigenvalue, the search ends when a random chain of 20 steps has met none beyond |λ_k| + tol |λ_1|.
     It also ends after 30 k + 200 products, and then returns what it has.
     """
     values, vectors = np.zeros(0), draw()[None, :][:0]
@@ -938,7 +938,7 @@ def draw_scatter(axis, groups, x="mean_stability", y="best_acc", baseline=False,
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
-# | Figures: each takes {model: {method: [run, …]}} and returns the canvas and, by model, the numbers drawn            |
+# | Figures: each takes {model: {method: runs}} and returns the canvas and, by model, the numbers drawn                |
 # +--------------------------------------------------------------------------------------------------------------------+
 
 def dynamics_and_scatter(name, models, args):

@@ -230,7 +230,7 @@ draw() {
 target=${1:-help}
 [ $# = 0 ] || shift
 case $target in
-    fig2 | fig3 | fig4 | fig5 | fig6 | figB1 | figB2 | tabC1 | figC3 | figD1 | figD2 | tabF1) run_target "$target" "$@" ;;
+    fig[2-6] | figB[12] | tabC1 | figC3 | figD[12] | tabF1) run_target "$target" "$@" ;;
     setup) setup ;;
     test) setup; exec $PYTHON -m pytest -q tests "$@" ;;
     bench) setup; exec $PYTHON bench/step.py "$@" ;;

@@ -4,7 +4,7 @@
     python bench/figures.py --machine amd-epyc-2-threads
 
 The logs are generated, for this measure only: real configurations and files, accuracies out of a random generator.
-Every run of every runs.sh target with three seeds, and Figure 2's with more. Writes bench/results/<machine>-figures.json.
+Every run of every runs.sh target with three seeds, Figure 2's with more. Writes bench/results/<machine>-figures.json.
 """
 import argparse
 import json

@@ -107,8 +107,8 @@ def main():
                "k": cli.k, "parameters": sum(p.numel() for p in model.parameters()), "threads": torch.get_num_threads(),
                "versions": {"python": platform.python_version(), "torch": torch.__version__}}
     results["per_sample_gradients"] = gradients = compare_gradients(data)
-    print(f"per-sample gradients, width 0.25, {gradients['images']} images: {gradients['speedup']:.1f} times faster than a "
-          f"loop (at least {SPEED_TARGET})", flush=True)
+    print(f"per-sample gradients, width 0.25, {gradients['images']} images: {gradients['speedup']:.1f} times faster than "
+          f"a loop (at least {SPEED_TARGET})", flush=True)
     results["eigs"] = rows = compare_eigs(model, x, y, cli.k)
     ratio = results["products_ratio"] = rows[0]["products"] / rows[2]["products"]
     print(f"products at equal residual: {ratio:.3f} of the power method's (at most {PRODUCTS_TARGET})")
