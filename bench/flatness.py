@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""What the flatness measures cost: Lanczos against the paper's power method, per-sample gradients against a loop.
+"""Lanczos against the paper's power method, and per-sample gradients against a loop, on a network trained on CIFAR-10.
 
-    python bench/flatness.py --checkpoint logs/cifar10/vgg11/S-r4-w0.125-x0.025/seed1 --images 128 --k 30
-    python bench/flatness.py --machine amd-epyc-2-threads
+    python bench/flatness.py                            # 100 pairs of vgg11, width 0.25, 512 images: hours on 2 cores
+    python bench/flatness.py --eigs 30 --images 128     # a quarter of an hour
 
-A run of VGG11 on CIFAR-10 is trained if --checkpoint names none. Both methods find the k leading eigenpairs of the same
-Hessian. The power method runs twice: as in the paper (at most 100 steps a pair, until the value changes by less than
-1e-4 of itself), and on until each pair's residual is 1e-3 of the largest eigenvalue, which is what Lanczos gives, in at
-most 1,000 steps. Residuals are true ones, with respect to H itself. Writes bench/results/<machine>-flatness.json.
+Trains the network first (3 epochs, into logs/) where it is missing. Three searches for the same eigenpairs: Lanczos, to
+residuals of 1e-3 |λ_1|; the power method by the paper's rule (100 steps, 1e-4); and the power method until each pair's
+residual is that of Lanczos, stopped at --cap times Lanczos's products. Products are those of the search itself; every
+residual is then recomputed. Writes bench/results/<machine>-flatness.json anew after each of them.
 """
 import argparse
 import pathlib
-import platform
+import re
 import statistics
 import sys
 import time
@@ -23,96 +23,103 @@ import torch.nn.functional as F
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import analyze  # noqa: E402
+import step  # noqa: E402  (bench/step.py, for the machine's description)
 import train  # noqa: E402
 
-RESIDUAL = 1e-3  # of the largest eigenvalue
-PRODUCTS_TARGET, SPEED_TARGET = 0.1, 5
+TOLERANCE = 1e-3
 
 
-def checkpoint_of(cli):
-    """The run to measure; trained here where it is not named."""
-    if cli.checkpoint:
-        return pathlib.Path(cli.checkpoint)
-    options = ["--model", "vgg11", "--width", "0.125", "--scale-epochs", "0.025", "--log-dir", str(ROOT / "logs"),
-               "--data-dir", cli.data_dir]
-    train.require(train.main(options) == 0, "the run to measure could not be trained")
-    return train.run_directory(train.parse_options(options))
+class OutOfProducts(Exception):
+    pass
 
 
-def describe(name, values, vectors, apply, products, seconds):
-    """A method's row: products and time, and the true residuals of its pairs relative to the largest eigenvalue."""
-    residuals = np.array([float((apply(v) - float(value) * v).norm()) for value, v in zip(values, vectors)])
-    relative = residuals / np.abs(values).max()
-    row = {"method": name, "products": products, "seconds": round(seconds, 1), "eigenvalues": values.tolist(),
-           "largest_residual": float(relative.max()), "median_residual": float(np.median(relative)),
-           "pairs_within": int((relative <= RESIDUAL).sum()), "pairs": len(values)}
-    print(f"{name}: {products} products, {seconds:.0f} s; residuals / |λ1| at most {row['largest_residual']:.2g}, "
-          f"{row['pairs_within']} of {row['pairs']} within {RESIDUAL:g}", flush=True)
-    return row
-
-
-def compare_eigs(model, x, y, k):
+def search(method, model, x, y, k, cap=None):
+    """One search for k pairs: products, seconds, the pairs' |residual| / |λ_1| at most, and how many are within 1e-3."""
+    product, generator = analyze.hessian_product(model, x, y), torch.Generator().manual_seed(0)
     n = sum(p.numel() for p in model.parameters())
-    rows = []
-    for name, method in (
-            ("Lanczos", lambda product, draw: analyze.lanczos(product, n, k, RESIDUAL, draw)),
-            ("power, the paper's rule", lambda product, draw: analyze.power_method(product, n, k, draw)),
-            ("power, equal residual", lambda product, draw: analyze.power_method(product, n, k, draw, RESIDUAL))):
-        product, generator = analyze.hessian_product(model, x, y), torch.Generator().manual_seed(0)
-        clock = time.monotonic()
-        values, vectors = method(product, lambda: torch.randn(n, generator=generator))
-        rows.append(describe(name, values, vectors, product, product.products, time.monotonic() - clock))
-    return rows
+
+    def counted(v):
+        if cap and product.products >= cap:
+            raise OutOfProducts
+        return product(v)
+
+    def draw():
+        return torch.randn(n, generator=generator)
+    clock = time.monotonic()
+    try:
+        if method == "lanczos":
+            values, vectors = analyze.lanczos(counted, n, k, TOLERANCE, draw)
+        else:
+            values, vectors = analyze.power_method(counted, n, k, draw, TOLERANCE if method == "residual" else None)
+    except OutOfProducts:
+        return {"method": method, "products": product.products, "finished": False,
+                "seconds": round(time.monotonic() - clock, 1)}
+    seconds, products = time.monotonic() - clock, product.products
+    residuals = [float((product(v) - value * v).norm()) / np.abs(values).max()
+                 for value, v in zip(values.tolist(), vectors)]
+    return {"method": method, "products": products, "finished": True, "seconds": round(seconds, 1),
+            "within_1e-3": sum(r <= TOLERANCE for r in residuals), "largest_residual": max(residuals),
+            "residuals": residuals, "eigenvalues": values.tolist()}
 
 
-def compare_gradients(data, images=512, rounds=3):
-    """Median seconds for Tr(C) of `images` images at width 0.25, and of one backward pass for each image."""
-    torch.manual_seed(0)
-    model = train.build_model("vgg11", 10, 0.25).eval()
-    x, y = train.normalise(data["test"][0][:images], data), data["test"][1][:images]
+def per_sample(model, x, y, rounds=3):
+    """Milliseconds an image for Tr(C): a loop of batch-1 backward passes against analyze, in turn, and their ratio."""
     params = list(model.parameters())
 
     def loop():
-        total = 0.0
-        for image, label in zip(x.split(1), y.split(1)):
-            grads = torch.autograd.grad(F.cross_entropy(model(image), label), params)
-            total += sum(float(g.square().sum()) for g in grads)
-        return total / len(x)
+        return sum(float(sum(g.square().sum() for g in torch.autograd.grad(
+            F.cross_entropy(model(x[i:i + 1]), y[i:i + 1]), params))) for i in range(len(x))) / len(x)
 
-    seconds, answers = {"ours": [], "loop": []}, {}
-    for _ in range(rounds):  # interleaved
-        for name, function in (("ours", lambda: analyze.gradient_covariance_trace(model, x, y)), ("loop", loop)):
-            clock = time.monotonic()
-            answers[name] = function()
-            seconds[name].append(time.monotonic() - clock)
-    assert abs(answers["ours"] / answers["loop"] - 1) < 1e-3, answers
-    ratios = [a / b for a, b in zip(seconds["loop"], seconds["ours"])]
-    return {"images": images, "width": 0.25, "rounds": rounds, "speedup": statistics.median(ratios),
-            "speedups": ratios, **{f"{k}_seconds": statistics.median(v) for k, v in seconds.items()}}
+    def timed(function):
+        clock = time.perf_counter()
+        value = function()
+        return value, 1e3 * (time.perf_counter() - clock) / len(x)
+
+    ours = [None] * rounds
+    theirs = [None] * rounds
+    analyze.gradient_covariance_trace(model, x, y)
+    for i in range(rounds):
+        (a, theirs[i]), (b, ours[i]) = timed(loop), timed(lambda: analyze.gradient_covariance_trace(model, x, y))
+    return {"loop_ms": theirs, "ms": ours, "relative_difference": abs(b / a - 1),
+            "ratio": statistics.median(t / o for t, o in zip(theirs, ours))}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", metavar="RUN_DIR", help="(default: VGG11 at width 0.125, 8 epochs of CIFAR-10)")
-    add("--k", type=int, default=30, help="leading eigenpairs (default: 30)")
-    add("--images", type=int, default=128, help="of the Hessian (default: 128)")
-    add("--data-dir", default=str(ROOT / "data"))
-    add("--machine", default=platform.node(), help="the name of the results' file")
+    add("--eigs", type=int, default=100, help="(default: 100)")
+    add("--images", type=int, default=512, help="(default: 512)")
+    add("--width", type=float, default=0.25, help="(default: 0.25)")
+    add("--epochs", type=int, default=3, help="of the training (default: 3)")
+    add("--cap", type=float, default=20, help="power method at equal residual: stop at so many times Lanczos's products")
+    add("--data-dir", default="data", help="(default: data)")
+    add("--machine", help="what the results are called (default: made of the processor's name and the threads)")
     cli = parser.parse_args()
-    run_dir = checkpoint_of(cli)
-    model, data, source = analyze.load_network(run_dir, cli.data_dir, torch.device("cpu"))
+    options = train.parse_options([
+        "--model", "vgg11", "--width", str(cli.width), "--epochs", str(cli.epochs), "--lrs", "--device", "cpu",
+        "--data-dir", cli.data_dir, "--log-dir", str(ROOT / "logs" / "bench")])
+    train.keep_freed_memory()
+    train.train(options)
+    model, data, source = analyze.load_network(train.run_directory(options), cli.data_dir, torch.device("cpu"))
     x, y = train.normalise(data["test"][0][:cli.images], data), data["test"][1][:cli.images]
-    results = {"checkpoint": {"run": "/".join(run_dir.absolute().parts[-4:]), **source}, "images": cli.images,
-               "k": cli.k, "parameters": sum(p.numel() for p in model.parameters()), "threads": torch.get_num_threads(),
-               "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-    results["per_sample_gradients"] = gradients = compare_gradients(data)
-    print(f"per-sample gradients, width 0.25, {gradients['images']} images: {gradients['speedup']:.1f} times faster than "
-          f"a loop (at least {SPEED_TARGET})", flush=True)
-    results["eigs"] = rows = compare_eigs(model, x, y, cli.k)
-    ratio = results["products_ratio"] = rows[0]["products"] / rows[2]["products"]
-    print(f"products at equal residual: {ratio:.3f} of the power method's (at most {PRODUCTS_TARGET})")
-    train.write_json(ROOT / "bench" / "results" / f"{cli.machine}-flatness.json", results)
+
+    machine = step.describe_machine(torch.device("cpu"))
+    name = cli.machine or re.sub("[^a-z0-9]+", "-", f"{machine['cpu']} {machine['threads']} threads".lower()).strip("-")
+    path = ROOT / "bench" / "results" / f"{name}-flatness.json"
+    results = {"machine": machine, "settings": vars(cli), "epoch": source["epoch"],
+               "parameters": sum(p.numel() for p in model.parameters()),
+               "per_sample": per_sample(model, x, y), "searches": []}
+    print("per-sample gradients: {ratio:.1f} times faster than the loop (goal: 5)".format(**results["per_sample"]))
+    for method in ("lanczos", "paper", "residual"):
+        cap = int(cli.cap * results["searches"][0]["products"]) if method == "residual" else None
+        row = search(method, model, x, y, cli.eigs, cap)
+        row["products_over_lanczos"] = row["products"] / (results["searches"] or [row])[0]["products"]
+        results["searches"].append(row)
+        train.write_json(path, results)
+        print(f"{method:9} {row['products']:6} products ({row['products_over_lanczos']:.1f} times Lanczos's), "
+              f"{row['seconds']:.0f} s, " + ("{within_1e-3} of {0} pairs within 1e-3, largest residual "
+              "{largest_residual:.2g}".format(cli.eigs, **row) if row["finished"] else "stopped there"), flush=True)
+    print(path)
 
 
 if __name__ == "__main__":

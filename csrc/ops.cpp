@@ -95,6 +95,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_conv2d_backward(
 
 TORCH_LIBRARY(gst, m) {
   m.def("ebn_score(Tensor gamma, Tensor beta, bool signed=False) -> Tensor");
+  m.def("same_bits(Tensor a, Tensor b) -> bool");
   m.def("masked_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? live_out, Tensor? live_in, int stride, "
         "int padding) -> Tensor");
   m.def("masked_conv2d_backward(Tensor grad, Tensor x, Tensor weight, bool has_bias, Tensor? live_out, "

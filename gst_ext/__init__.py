@@ -17,10 +17,11 @@ import math
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 
 try:
     from . import _C  # noqa: F401  (loading it registers torch.ops.gst)
-    available = hasattr(torch.ops.gst, "bn_act_backward")
+    available = hasattr(torch.ops.gst, "same_bits")
     why_not = None if available else "it is an older build"
 except ImportError as error:  # not built, or built for another torch
     available, why_not = False, str(error)
@@ -173,6 +174,50 @@ class ConvBnAct(torch.autograd.Function):
         return *[g if wanted else None for g, wanted in zip(found, ctx.needs_input_grad)], *[None] * 14
 
 
+FOLDED = WeakTensorKeyDictionary()  # a block's weight: (shapes, copies of what it was folded from, weight, bias)
+
+
+def may_fold(x, weight, residual_map, act, training):
+    """Whether a block is evaluated on the CPU without anything that a convolution of folded weights cannot give."""
+    return (not training and not torch.is_grad_enabled() and act is None and residual_map is None and
+            isinstance(weight, torch.nn.Parameter) and x.device.type == "cpu" and x.numel() > 0 and
+            x.dtype == weight.dtype == torch.float32 and torch.backends.mkldnn.is_available() and
+            hasattr(torch.ops.mkldnn, "_convolution_pointwise"))
+
+
+def folded(x, weight, bias, gamma, beta, mean, var, live_out, live_in, stride, padding, eps):
+    """(weight, bias) of the convolution that is a block's convolution and batch norm, the weight packed by the library.
+
+    They are kept while whatever they were made of has the same bits. A tensor's version would be cheaper to ask for,
+    but fused optimisers and changes through .data do not count it up.
+    """
+    made_of = weight, bias, gamma, beta, mean, var, live_out, live_in
+    shapes = *x.shape, stride, padding, eps
+    kept = FOLDED.get(weight)
+    if kept is None or kept[0] != shapes or not all(
+            a is b if a is None or b is None else torch.ops.gst.same_bits(a, b) for a, b in zip(made_of, kept[1])):
+        scale, part = live_part(gamma, live_out) / (live_part(var, live_out) + eps).sqrt(), live_part(weight, live_out)
+        part = (part if live_in is None else part[:, live_in]) * scale.view(-1, 1, 1, 1)
+        center = live_part(mean, live_out) if bias is None else live_part(mean - bias, live_out)
+        packed = torch.ops.mkldnn._reorder_convolution_weight(
+            part.contiguous(memory_format=torch.channels_last), [padding] * 2, [stride] * 2, [1, 1], 1, list(x.shape))
+        copies = [None if t is None else t.detach().clone() for t in made_of]
+        FOLDED[weight] = kept = shapes, copies, packed, live_part(beta, live_out) - center * scale
+    return kept[2:]
+
+
+def folded_conv(x, weight, bias, stride, padding, residual, relu):
+    """The convolution of folded weights, with the shortcut and ReLU done as its values are written."""
+    rest = [padding] * 2, [stride] * 2, [1, 1], 1
+    x = x.contiguous(memory_format=torch.channels_last)
+    activation = "relu" if relu else "none"
+    if residual is None:
+        return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *rest, activation, [], "")
+    residual = residual.contiguous(memory_format=torch.channels_last)
+    return torch.ops.mkldnn._convolution_pointwise.binary(x, residual, weight, bias, *rest, "add", None,
+                                                          activation if relu else None, [], "")
+
+
 def masked_conv_bn_act(x, weight, bias, gamma, beta, running_mean, running_var, live_out=None, live_in=None, stride=1,
                        padding=1, residual=None, residual_map=None, act=None, measure=None, training=True, relu=True,
                        momentum=0.1, eps=1e-5, act_keep=0.9, score=None):
@@ -184,7 +229,12 @@ def masked_conv_bn_act(x, weight, bias, gamma, beta, running_mean, running_var, 
     if torch.is_autocast_enabled(x.device.type):
         narrow = torch.get_autocast_dtype(x.device.type)
         x, weight, bias, residual = (t if t is None else t.to(narrow) for t in (x, weight, bias, residual))
-    if available:
+    if available and training:
+        FOLDED.pop(weight, None)  # which is memory
+    if available and may_fold(x, weight, residual_map, act, training) and (live_out is None or len(live_out)):
+        parts = folded(x, weight, bias, gamma, beta, running_mean, running_var, live_out, live_in, stride, padding, eps)
+        out = folded_conv(x, *parts, stride, padding, residual, relu)
+    elif available:
         out = ConvBnAct.apply(x, weight, bias, residual, gamma, beta, running_mean, running_var, live_out, live_in,
                               stride, padding, residual_map, act, measure, training, relu, momentum, eps, act_keep)
     else:

@@ -307,6 +307,33 @@ def test_both_backends_agree_in_float32_too(device, name):
         assert (got[k] - want[k]).norm() <= 3e-2 * want[k].norm(), k
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vgg11", "resnet18", "resnet20"])
+def test_evaluation_by_folded_weights_is_never_stale(name):
+    x = draw(0, 32, 3, 32, 32, dtype=torch.float32).contiguous(memory_format=LAYOUTS[1])
+    models = [model.eval() for model in pair_of_networks(name, "some", dtype=torch.float32)]
+    for block in (block for model in models for block in model.prunable):
+        block.measure = False
+
+    def fused_step(block):
+        block.conv.weight.grad = torch.ones_like(block.conv.weight)
+        torch.optim.SGD([block.conv.weight], 1e-2, fused=True).step()
+    changes = [lambda block: None, lambda block: block.conv.weight.mul_(3), lambda block: block.bn.bias.add_(1),
+               lambda block: block.conv.weight.data.neg_(), lambda block: block.bn.running_var.data.mul_(2),
+               lambda block: block.bn.running_mean.add_(1), lambda block: block.bn.weight.data.mul_(0.5), fused_step,
+               lambda block: train.prune_block(block, block.mask.nonzero()[0])]
+    before = None
+    for change in changes:
+        for model in models:
+            change(model.prunable[1])
+            train.use_backend(model, model.backend)
+        want, got = (model(x) for model in models)
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+        assert before is None or not torch.equal(before, got)
+        before = got
+        assert torch.equal(got, models[1](x)) and models[1].prunable[0].conv.weight in gst_ext.FOLDED
+
+
 def test_pruned_filters_have_no_gradient_and_the_maps_between_blocks_are_compact():
     _, model = pair_of_networks("resnet18", "some")
     shapes = []

@@ -148,12 +148,12 @@ def test_multiple_zero_and_all_eigenvalues(values, k):
 
 
 def test_lanczos_goes_on_when_its_vectors_fill_the_memory_meant_for_them():
-    # 132 Lanczos vectors do not resolve the end of this spectrum, 0.002 apart, to 1e-7: restarts have to
-    values = list(np.concatenate([1 - 2e-3 * np.arange(40), np.linspace(0, 0.9, 1000)]))
+    # the end of this spectrum is a cluster that the 132 vectors of a chain do not resolve to 1e-6: restarts have to
+    values = list(np.concatenate([1 + 0.004 * np.arange(8), np.linspace(-0.9, 0.99, 1000)]))
     matrix, product, draw = operator(values)
     counted = []
-    found, _ = analyze.lanczos(lambda v: counted.append(0) or product(v), len(values), 8, 1e-7, draw)
-    assert found == pytest.approx(by_magnitude(np.array(values))[:8], abs=1e-9)
+    found, _ = analyze.lanczos(lambda v: counted.append(0) or product(v), len(values), 8, 1e-6, draw)
+    assert found == pytest.approx(by_magnitude(np.array(values))[:8], abs=1e-6)
     assert 4 * 8 + 100 < len(counted) < 30 * 8 + 200
 
 
@@ -209,7 +209,7 @@ def test_covariance_and_fisher_traces_are_their_definitions(name, keeps_bn):
 def test_fisher_trace_of_softmax_regression_is_the_trace_of_its_hessian_and_drawn_labels_estimate_it():
     model, x, y = softmax_regression(classes=4)
     trace = float(closed_form_hessian(model, x).trace())
-    assert analyze.fisher_trace(model, x, y) == (pytest.approx(trace, rel=1e-10), 0)
+    assert analyze.fisher_trace(model, x, y)[0] == pytest.approx(trace, rel=1e-10)
     model, x, y = softmax_regression(classes=15, images=60)
     exact = float(closed_form_hessian(model, x).trace())
     drawn = np.array([analyze.fisher_trace(model, x, y, seed=seed) for seed in range(40)])
@@ -261,44 +261,42 @@ def trained(run, directory, tmp_path):
 
 
 def test_a_run_s_flatness_is_measured_once_for_each_setting(trained, capsys):
-    options = ["--flatness", str(trained), "--eigs", "12", "--images", "16"]
+    options = ["--flatness", str(trained), "--eigs", "4", "--images", "16"]
     assert analyze.main(options) == 0
     out, path = capsys.readouterr().out, trained / "flatness.json"
-    assert "12 of 12 pairs converged" in out
+    assert "4 of 4 pairs converged" in out
     first, found = path.read_bytes(), json.loads(path.read_text())
     assert (found["checkpoint"], found["epoch"], found["mode"], found["images"]) == ("epoch2.pt", 2, "eval", 16)
 
     model, data, _ = analyze.load_network(trained, "data", torch.device("cpu"))
     x, y = train.normalise(data["test"][0][:16], data), data["test"][1][:16]
     assert any(not block.mask.all() for block in model.prunable) and not model.training
-    assert found["loss"] == pytest.approx(float(F.cross_entropy(model(x), y)))
+    assert found["loss"] == pytest.approx(float(F.cross_entropy(model(x), y).detach()))
     assert found["accuracy"] == pytest.approx(100 * float((model(x).argmax(1) == y).float().mean()))
     assert found["tr_c"] == pytest.approx(np.mean(sample_norms(model, x, y)), rel=1e-4)
     assert found["trace_eigs"] == pytest.approx(sum(found["eigenvalues"]))
     assert found["tic"] == pytest.approx(found["tr_c"] / found["trace_eigs"])
     assert found["tic_trace"] == pytest.approx(found["tr_c"] / found["trace"])
     assert found["c_over_f"] == pytest.approx(found["tr_c"] / found["tr_f"])
-    assert len(found["line"]["loss"]) == len(found["epsilon"]) == 10
+    assert len(found["line"]["loss"]) == len(found["epsilon"]) == 4
     assert {len(line) for line in found["line"]["loss"]} == {len(found["line"]["epsilon"])} == {81}
     assert all(line[40] == pytest.approx(found["loss"], rel=1e-5) for line in found["line"]["loss"])
     assert found["epsilon_min"] == min(e for e in found["epsilon"] if e is not None)
 
     assert analyze.main(options) == 0
     assert "measured already" in capsys.readouterr().out and path.read_bytes() == first
-    for change in (["--images", "8"], ["--eigs", "3"], ["--eigs", "3", "--eig", "power"]):
-        assert analyze.main([*options, *change]) == 0
-        again = json.loads(path.read_text())
-        assert [again["images"], again["eigs"], again["eig"]] == [8 if "--images" in change else 16,
-                                                                 3 if "--eigs" in change else 12,
-                                                                 "power" if "--eig" in change else "lanczos"]
+    for key, value in (("images", 8), ("eigs", 1), ("eig", "power")):
+        assert analyze.main([*options, f"--{key}", str(value)]) == 0
+        assert json.loads(path.read_text())[key] == value != found[key]
     path.write_text("{")
     assert analyze.main(options) == 0 and json.loads(path.read_text())["eigenvalues"] == found["eigenvalues"]
 
 
 def test_without_a_kept_epoch_the_last_one_of_a_finished_run_is_measured(trained):
     (trained / "epoch2.pt").unlink()
-    found = analyze.measure_flatness(trained, eigs=2, images=8)
+    found = analyze.measure_flatness(trained, eigs=11, images=4)
     assert (found["checkpoint"], found["epoch"]) == ("checkpoint.pt", 3)
+    assert len(found["line"]["loss"]) == len(found["epsilon"]) == 10
 
 
 def cut(path):
@@ -321,12 +319,12 @@ def test_a_damaged_run_is_one_line(trained, capsys, damage, word):
     assert not (trained / "flatness.json").exists()
 
 
-@pytest.mark.parametrize("more, word", [
+@pytest.mark.parametrize("wrong, word", [
     (["--eigs", "0"], "--eigs 0"), (["--images", "-3"], "--images -3"), (["--memory-gb", "0"], "--memory-gb 0"),
     (["--memory-gb", "nan"], "--memory-gb nan"), (["--eig", "qr"], "--eig"), (["--images", "1.5"], "--images"),
     (["--images", "65"], "there are 64 test images"), (["--flatness", "nowhere"], "nowhere/config.json")])
-def test_bad_options_are_one_line(trained, capsys, more, word):
+def test_bad_options_are_one_line(trained, capsys, wrong, word):
     capsys.readouterr()
-    assert analyze.main(["--flatness", str(trained), *more]) == 2
+    assert analyze.main(["--flatness", str(trained), *wrong]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and word in error
