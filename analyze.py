@@ -1089,7 +1089,7 @@ def scatters(name, models, args):
 
 
 def eigenvalues(name, models, args):
-    """Figures E1, the first ten, and E2, all that were computed."""
+    """Figures E1, the first ten eigenvalues of the Hessian of the test loss, and E2, the sizes of all computed."""
     canvas, axes = panels(1, 1, 3.6)
     canvas.set_size_inches(5.0, 3.6)
     axis, numbers = axes[0][0], {}
@@ -1105,10 +1105,11 @@ def eigenvalues(name, models, args):
             axis.vlines(x, low, high, color=colour, lw=1)
             numbers[method] = {"mean": mean.tolist(), "low": no_nan(low), "high": no_nan(high)}
         else:
-            numbers[method] = draw_band(axis, order, values, method, label=method_label(runs[0]))
-            axis.set_yscale("symlog", linthresh=max(1e-9, float(np.abs(values).min())))
+            numbers[method] = draw_band(axis, order, np.abs(values), method, label=method_label(runs[0]))
+            numbers[method]["negative"] = [int(n) for n in (values < 0).sum(0)]  # in so many runs
+            axis.set_yscale("log")
         numbers[method] |= {"n": len(runs), "converged": [all(run["flat"]["converged"][:count]) for run in runs]}
-    axis.set(xlabel="Eigenvalue, ordered by magnitude", ylabel="Eigenvalue of the Hessian of the test loss")
+    axis.set(xlabel="Eigenvalue, ordered by magnitude", ylabel="Eigenvalue" if name == "E1" else "|Eigenvalue|")
     legend_below(axis, 3)
     return canvas, {"vgg11": {"methods": method_numbers(models["vgg11"]), "eigenvalues": numbers}}
 

@@ -58,8 +58,8 @@ def search(method, model, x, y, k, cap=None):
     residuals = [float((product(v) - value * v).norm()) / np.abs(values).max()
                  for value, v in zip(values.tolist(), vectors)]
     return {"method": method, "products": products, "finished": True, "seconds": round(seconds, 1),
-            "within_1e-3": sum(r <= TOLERANCE for r in residuals), "largest_residual": max(residuals),
-            "residuals": residuals, "eigenvalues": values.tolist()}
+            "within_1e-3": sum(bool(r <= TOLERANCE) for r in residuals),
+            "largest_residual": float(max(residuals)), "residuals": [float(r) for r in residuals], "eigenvalues": values.tolist()}
 
 
 def per_sample(model, x, y, rounds=3):
@@ -80,7 +80,7 @@ def per_sample(model, x, y, rounds=3):
     analyze.gradient_covariance_trace(model, x, y)
     for i in range(rounds):
         (a, theirs[i]), (b, ours[i]) = timed(loop), timed(lambda: analyze.gradient_covariance_trace(model, x, y))
-    return {"loop_ms": theirs, "ms": ours, "relative_difference": abs(b / a - 1),
+    return {"loop_ms": theirs, "ms": ours, "images": len(x), "relative_difference": abs(b / a - 1),
             "ratio": statistics.median(t / o for t, o in zip(theirs, ours))}
 
 
@@ -101,14 +101,17 @@ def main():
     train.keep_freed_memory()
     train.train(options)
     model, data, source = analyze.load_network(train.run_directory(options), cli.data_dir, torch.device("cpu"))
-    x, y = train.normalise(data["test"][0][:cli.images], data), data["test"][1][:cli.images]
 
+    def images(n):
+        return train.normalise(data["test"][0][:n], data), data["test"][1][:n]
+
+    x, y = images(cli.images)
     machine = step.describe_machine(torch.device("cpu"))
     name = cli.machine or re.sub("[^a-z0-9]+", "-", f"{machine['cpu']} {machine['threads']} threads".lower()).strip("-")
     path = ROOT / "bench" / "results" / f"{name}-flatness.json"
     results = {"machine": machine, "settings": vars(cli), "epoch": source["epoch"],
                "parameters": sum(p.numel() for p in model.parameters()),
-               "per_sample": per_sample(model, x, y), "searches": []}
+               "per_sample": per_sample(model, *images(512)), "searches": []}
     print("per-sample gradients: {ratio:.1f} times faster than the loop (goal: 5)".format(**results["per_sample"]))
     for method in ("lanczos", "paper", "residual"):
         cap = int(cli.cap * results["searches"][0]["products"]) if method == "residual" else None
