@@ -14,6 +14,7 @@ Ratios are taken within a round. Filters go by the l2 norm of the initial weight
 """
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -194,13 +195,27 @@ def network_worker(job, device):
         model.train()
         step()
         if n == 0:
-            return profile(step)
+            return {"ms": profile(step), "tensor_mib": tensor_peak_mib(step, model, optimizer)}
         reset_peak(device)
         seconds = timed(step, device, n)
         peak = memory_mib(device, peak=True) - before
         evaluation = timed(lambda: train.evaluate(model, data, "test", options), device)[0]
         return {"steps": 1000 * statistics.median(seconds), "evaluation": evaluation / n_test * 10_000, "peak": peak}
     return answer
+
+
+def tensor_peak_mib(step, model, optimizer):
+    """The most that tensors held on the CPU at one time in a step: resident memory also counts what the allocator and
+    the libraries keep, and falls with neither. None on a GPU, where memory_mib counts tensors."""
+    state = [t for values in optimizer.state.values() for t in values.values()]
+    held = sum(t.nbytes for t in [*model.parameters(), *model.buffers(), *state])
+    if next(model.parameters()).is_cuda:
+        return None
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        step()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return round((held + max(itertools.accumulate(changes))) / 2**20, 1)
 
 
 def profile(step):
@@ -306,8 +321,7 @@ def measure_point(model, point, cli, job, device, results):
                     failed |= {variant: answer["failed"]} if "failed" in answer else {}
                     answers[variant] += [answer] * (i >= 0)
         for variant in {MASKED, "ext"} & set(cli.variants) - set(failed):
-            results["profile"].append({"model": model, "point": point, "variant": variant,
-                                       "ms": ask(workers[variant], 0)})
+            results["profile"].append({"model": model, "point": point, "variant": variant} | ask(workers[variant], 0))
     results["matrix_peak"].append({"model": model, "point": point, "gflops": spread(peaks, 1)})
     for kind, unit in (("steps", "ms"), ("evaluation", "seconds")):
         rows = results[kind]
@@ -356,6 +370,11 @@ def targets(results):
                     (ratio(results[kind], *at, "ext", other) or {}).get("median"))
         add(f"peak MiB, {' '.join(at)}: ext, at most {MASKED}'s", *(
             row_of(results["steps"], *at, variant).get("peak_mib") for variant in (MASKED, "ext")))
+        ext, eager = (row_of(results["profile"], *at, variant).get("tensor_mib") for variant in ("ext", MASKED))
+        add(f"peak MiB of tensors, {' '.join(at)}: ext, at most {MASKED}'s", eager, ext)
+        if at[1] == "end":
+            unpruned = row_of(results["profile"], at[0], "unpruned", "ext").get("tensor_mib")
+            add(f"peak MiB of tensors, {' '.join(at)}: ext, at most unpruned", unpruned, ext)
     for row in results["bn_act"]:
         add(f"bn_act, {row['channels']} channels {row['size']}x{row['size']}{' + shortcut' * row['shortcut']}: ext / "
             "eager", BN_TARGET, row.get("ratio"))
