@@ -517,6 +517,7 @@ def power_method(product, n, k, draw, residual=None):
                 done = abs(value - old) < POWER_TOLERANCE * abs(value)
             else:
                 done = (w - value * v).norm() <= residual * max([abs(value), *values.abs().tolist()])
+                done = done and abs(value - old) < 0.01 * abs(value)  # a random vector has a small residual too
             if not w.any():
                 break
             v, old = w / w.norm(), value
