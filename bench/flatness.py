@@ -34,7 +34,7 @@ class OutOfProducts(Exception):
 
 
 def search(method, model, x, y, k, cap=None):
-    """One search for k pairs: products, seconds, the pairs' |residual| / |λ_1| at most, and how many are within 1e-3."""
+    """One search for k pairs: products, seconds, residuals / |λ_1|, and how many of them are within 1e-3."""
     product, generator = analyze.hessian_product(model, x, y), torch.Generator().manual_seed(0)
     n = sum(p.numel() for p in model.parameters())
 
@@ -59,7 +59,8 @@ def search(method, model, x, y, k, cap=None):
                  for value, v in zip(values.tolist(), vectors)]
     return {"method": method, "products": products, "finished": True, "seconds": round(seconds, 1),
             "within_1e-3": sum(bool(r <= TOLERANCE) for r in residuals),
-            "largest_residual": float(max(residuals)), "residuals": [float(r) for r in residuals], "eigenvalues": values.tolist()}
+            "largest_residual": float(max(residuals)), "residuals": [float(r) for r in residuals],
+            "eigenvalues": values.tolist()}
 
 
 def per_sample(model, x, y, rounds=3):
@@ -91,7 +92,7 @@ def main():
     add("--images", type=int, default=512, help="(default: 512)")
     add("--width", type=float, default=0.25, help="(default: 0.25)")
     add("--epochs", type=int, default=3, help="of the training (default: 3)")
-    add("--cap", type=float, default=20, help="power method at equal residual: stop at so many times Lanczos's products")
+    add("--cap", type=float, default=20, help="stop the power method at so many times Lanczos's products")
     add("--data-dir", default="data", help="(default: data)")
     add("--machine", help="what the results are called (default: made of the processor's name and the threads)")
     cli = parser.parse_args()
