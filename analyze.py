@@ -124,14 +124,16 @@ PAPER = {  # what the appendix reports; accuracies and stabilities in %
                       "pearson": [-0.88, 1.2e-10], "kendall": [-0.64, 8.4e-07]},
     ("B2", "resnet18"): {"S-r4": {"stability": 99.96}, "S-r40": {"stability": 98.14}, "L-r40": {"stability": 96.66},
                          "pearson": [-0.65, 5e-05], "kendall": [-0.43, 0.00061]},
-    ("C3", "resnet18"): {"none": {"best_acc": 94.35}, "S p 0.06": {"best_acc": 94.25, "stability": 99.96},
-                         "S p 0.1": {"best_acc": 94.41, "stability": 99.93}},
-    ("C1", "table"): {  # method: (total pruning, accuracy, deviation, stability, deviation)
+    ("C3", "resnet18"): {"none": {"best_acc": 94.35},
+                         "S-r1-s24x16-p0.06x16": {"best_acc": 94.25, "stability": 99.96},
+                         "S-r1-s24x16": {"best_acc": 94.41, "stability": 99.93}},
+    ("table C1", "resnet18"): {  # method: (total pruning, accuracy, deviation, stability, deviation)
         "S-r4": (46, 87.65, 0.26, 99.957, 0.006), "S-r4" + HIGH: (59, 87.52, 0.11, 99.935, 0.012),
         "S-r40": (46, 87.72, 0.18, 99.470, 0.203), "S-r40" + HIGH: (59, 87.95, 0.18, 98.912, 0.303),
         "L-r40": (46, 88.03, 0.26, 98.904, 0.229), "L-r40" + HIGH: (59, 87.48, 0.37, 98.143, 0.434)},
-    ("F1", "table"): {"none": (0, 73.28, 0.12, 100, None), F1[0]: (15, 73.11, 0.13, 100, None),
-                      F1[1]: (15, 73.22, 0.09, 91.94, 4.10), F1[2]: (15, 73.41, 0.08, 86.98, 6.87)},
+    ("table F1", "resnet18"): {
+        "none": (0, 73.28, 0.12, 100, None), F1[0]: (15, 73.11, 0.13, 100, None),
+        F1[1]: (15, 73.22, 0.09, 91.94, 4.10), F1[2]: (15, 73.41, 0.08, 86.98, 6.87)},
 }
 RESAMPLES = 2000
 plt.rcParams.update({"font.size": 8, "axes.titlesize": 7, "legend.fontsize": 7, "xtick.labelsize": 7,
@@ -734,15 +736,14 @@ def load_network(run_dir, data_dir, device, checkpoint=None):
                   f"{run_dir} was trained on other data than {dataset} is now: put its own back, or see --data-dir")
     try:
         state = torch.load(run_dir / checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        with torch.device("meta"):
-            model = train.build_model(options["model"], len(arrays["classes"]), options["width"])
+        model = train.build_model(options["model"], len(arrays["classes"]), options["width"])
         model.load_state_dict(state["model"], assign=True)
-        epoch, crc = int(state["epoch"]), zlib.crc32(np.memmap(run_dir / checkpoint))
+        source = {"checkpoint": checkpoint, "crc32": zlib.crc32(np.memmap(run_dir / checkpoint)),
+                  "epoch": int(state["epoch"])}
     except Exception as error:  # zip, pickle and torch each have their own for a damaged file
         raise train.UserError(f"{run_dir / checkpoint} is missing or damaged ({train.reason(error)}): train the run "
                               "again") from None
-    return (model.to(device).eval(), train.put_on_device(arrays, device, options["val_split"]),
-            {"checkpoint": checkpoint, "crc32": crc, "epoch": epoch})
+    return model.to(device).eval(), train.put_on_device(arrays, device, options["val_split"]), source
 
 
 def measure_flatness(run_dir, eigs=100, images=512, eig="lanczos", memory_gb=4, checkpoint=None, data_dir="data"):
@@ -822,18 +823,25 @@ def measure_flatness(run_dir, eigs=100, images=512, eig="lanczos", memory_gb=4, 
     return result
 
 
+def flatness_of(run, args):
+    """What a run's flatness.json adds to its summary, measured now where there is none; else its problem."""
+    path = pathlib.Path(run["dir"], "flatness.json")
+    try:
+        flat = json.loads(path.read_text()) if path.exists() else measure_flatness(
+            run["dir"], args.eigs, args.images, args.eig, args.memory_gb, data_dir=args.data_dir)
+        return {**{k: flat[k] for k in LABELS if k in flat}, "flat": flat, "top": flat["eigenvalues"][0]}
+    except train.UserError as error:
+        return {"problem": str(error)}
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        return {"problem": f"flatness.json is damaged ({type(error).__name__}): delete it to measure again"}
+
+
 def with_flatness(runs, left_out, args):
-    """The runs with their flatness measures, measured now where they are missing; those without go to left_out."""
+    """Copies of the runs with their flatness measures; those without go to left_out of this figure, not of others."""
     for run in runs:
-        path = pathlib.Path(run["dir"], "flatness.json")
-        try:
-            flat = json.loads(path.read_text()) if path.exists() else measure_flatness(
-                run["dir"], args.eigs, args.images, args.eig, args.memory_gb, data_dir=args.data_dir)
-            run.update({k: flat[k] for k in LABELS if k in flat}, flat=flat, top=flat["eigenvalues"][0])
-        except train.UserError as error:
-            run["problem"] = str(error)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            run["problem"] = f"flatness.json is damaged ({type(error).__name__}): delete it to measure again"
+        if "flatness" not in run:  # kept for the next figure
+            run["flatness"] = flatness_of(run, args)
+    runs = [{**run, **run["flatness"]} for run in runs]
     name_mixed(runs, lambda run: "", lambda run: {k: run["flat"].get(k) for k in ("images", "eig", "epoch", "eigs")})
     left_out += [run for run in runs if run["problem"]]
     return [run for run in runs if not run["problem"]]
@@ -877,7 +885,7 @@ def draw_band(axis, x, values, method, **more):
     return {"mean": mean.tolist(), "low": no_nan(low), "high": no_nan(high)}
 
 
-def draw_dynamics(axis, groups, columns=2):
+def draw_dynamics(axis, groups, title, columns=2):
     """Mean test accuracy per epoch and its 95% band, a method each; returns the numbers drawn, by method."""
     numbers, tops, floors = {}, [], []
     for method, runs in groups.items():
@@ -901,7 +909,9 @@ def draw_dynamics(axis, groups, columns=2):
             axis.annotate(f"{mean[worst]:.0f}%", (curve["epoch"][worst], floor), (0, 2), ha="center",
                           textcoords="offset points", fontsize=7, color=style(method)[0],
                           bbox={"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.8})
-    axis.set(xlabel="Epoch", ylabel="Test accuracy (%)")
+    counts = sorted({len(runs) for runs in groups.values()})
+    axis.set(xlabel="Epoch", ylabel="Test accuracy (%)",
+             title=f"{title}, {' to '.join(map(str, counts[::len(counts) - 1 or 1]))} runs a method")
     legend_below(axis, columns, "Stability (method)")
     return numbers
 
@@ -949,9 +959,7 @@ def dynamics_and_scatter(name, models, args):
     for row, (model, groups) in zip(axes, models.items()):
         done = {m: [r for r in g if not r["problem"]] for m, g in groups.items()}
         done = {m: g for m, g in done.items() if g}
-        counts = sorted({len(g) for g in groups.values()})
-        dynamics = draw_dynamics(row[0], groups)
-        row[0].set_title(f"{model}, {' to '.join(map(str, counts[::len(counts) - 1 or 1]))} runs a method")
+        dynamics = draw_dynamics(row[0], groups, model)
         numbers[model] = {"methods": method_numbers(done), "scatters": [draw_scatter(row[1], done)],
                           "paired_best_acc": paired_differences(done), "dynamics": dynamics}
     return canvas, numbers
@@ -964,10 +972,9 @@ def noise_dynamics(name, models, args):
     canvas, axes = panels(1, len(kinds), 4.0)
     dynamics = {}
     for axis, kind in zip(axes[0], kinds):
-        dynamics |= draw_dynamics(axis, {m: g for m, g in groups.items() if m.startswith((kind, "none", "L"))}, 1)
-        counts = sorted({len(g) for m, g in groups.items()})
-        axis.set_title({"zero": "Zeroing noise", "gauss": "Gaussian noise"}.get(kind, "")
-                       + f", {' to '.join(map(str, counts[::len(counts) - 1 or 1]))} runs a method")
+        title = {"zero": "Zeroing noise", "gauss": "Gaussian noise", "none": "no noise"}[kind]
+        shown = {m: runs for m, runs in groups.items() if m.startswith((kind, "none", "L"))}
+        dynamics |= draw_dynamics(axis, shown, title, 1)
     return canvas, {"vgg11": {"methods": method_numbers(groups), "paired_best_acc": paired_differences(groups),
                               "dynamics": dynamics}}
 
@@ -1212,7 +1219,7 @@ def activation_histograms(name, models, args):
     return canvas, {"vgg19": numbers}
 
 
-def weight_path(args, kind):
+def weight_path(kind):
     """A targeted weight in every forward pass of a short VGG11 run on digits: (training batches, values, event).
 
     kind: "prune", "zero" or "gauss", of a quarter of the last layer's filters, the largest, after the first epoch.
@@ -1220,8 +1227,7 @@ def weight_path(args, kind):
     options = train.parse_options((
         "--dataset digits --width 0.0625 --target L --s 0 --e 0 --r 1 --p 0.25 --epochs 2 --lrs 2 --batch-size 25 "
         "--device cpu" + (f" --noise {kind} --noise-batches 15" if kind != "prune" else "")).split())
-    arrays = train.load_data("digits")
-    data = train.put_on_device(arrays, torch.device("cpu"))
+    data = train.put_on_device(train.load_data("digits"), torch.device("cpu"))
     generators = train.make_generators(options, torch.device("cpu"))
     model = train.build_model("vgg11", 10, options.width)
     optimizer = train.make_optimizer(model, options)
@@ -1253,7 +1259,7 @@ def one_weight(name, models, args):
     numbers = {"run": "vgg11, width 0.0625, digits, seed 1, 2 epochs of 40 batches, noise for 15 batches"}
     for axis, (kind, title, look) in zip(axes[0], (("prune", "Pruning", "L"), ("zero", "Zeroing", "zero-50"),
                                                    ("gauss", "Gaussian", "gauss-1"))):
-        steps, values, event = weight_path(args, kind)
+        steps, values, event = weight_path(kind)
         axis.plot(steps, values, ".-", ms=2.5, lw=0.8, color=style(look)[0])
         axis.axvline(event + 0.5, color="0.5", lw=0.8, ls=":")
         axis.annotate("event", (event + 0.5, 1), (-3, -8), xycoords=("data", "axes fraction"), fontsize=7, color="0.4",
@@ -1275,7 +1281,7 @@ def table(name, models, args):
     numbers = {"methods": method_numbers(groups), "paired_best_acc": paired_differences(groups), "t_tests": {}}
     rows = []
     for method, runs in groups.items():
-        m, paper = numbers["methods"][method], PAPER[name.split()[1], "table"].get(method)
+        m, paper = numbers["methods"][method], PAPER[name, "resnet18"].get(method)
         m["total_pruned"] = measured([total_pruned(run) for run in runs])
         tests = {other: t_test(m["best_acc"]["values"], numbers["methods"][other]["best_acc"]["values"])
                  for other in against.get(method, []) if other in groups}
@@ -1345,7 +1351,7 @@ def draw(name, runs, args):
         file = "-".join([f"fig{name}" if name in FIGURES else name.replace("table ", "tab"),
                          *([] if args.papers or name == "D1" else title.split())])
         for model, panel in numbers.items():
-            panel["paper"] = PAPER.get((name, model)) or PAPER.get((name.split()[-1], "table")) if args.papers else None
+            panel["paper"] = PAPER.get((name, model)) if args.papers else None
             print_numbers(f"{label}, {model}, {title}", panel)
         save(canvas, pathlib.Path(args.fig_dir, file), {
             "figure": name, "dataset": dataset, "setting": setting, "models": numbers,
@@ -1355,7 +1361,6 @@ def draw(name, runs, args):
             there, wanted, command = rest_command(name, dataset, setting, found)
             if there < wanted:
                 print(f"{there} of {wanted} runs are there; the rest: {command}")
-    return settings
 
 
 def print_numbers(title, panel):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How long `analyze.py --figure all` takes on 200 finished runs of 325 epochs, and how much memory it needs.
 
-    python bench/figures.py --machine amd-epyc-2-threads
+    python bench/figures.py
 
 The logs are generated, for this measure only: real configurations and files, accuracies out of a random generator.
 Every run of every runs.sh target with three seeds, Figure 2's with more. Writes bench/results/<machine>-figures.json.
@@ -9,7 +9,6 @@ Every run of every runs.sh target with three seeds, Figure 2's with more. Writes
 import argparse
 import json
 import pathlib
-import platform
 import shlex
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import analyze  # noqa: E402
+import step  # noqa: E402  (bench/step.py, for the machine's description)
 import train  # noqa: E402
 
 LIMIT_SECONDS, LIMIT_GB = 60, 1.0
@@ -41,8 +41,6 @@ def runs_of_all_targets(log_dir, count=200):
                                    capture_output=True, text=True).stdout.splitlines()
             for line in lines:
                 args = train.parse_options([*shlex.split(line)[2:], "--log-dir", str(log_dir)])
-                if "tabF1" != target:
-                    args.epochs = 325 if args.optimizer == "adam" else args.epochs
                 runs.setdefault(train.run_directory(args), args)
     return dict(list(runs.items())[:count])
 
@@ -81,12 +79,14 @@ def write_run(directory, args, arrays):
                                                   "loss": random.uniform(1, 2, (10, 81)).tolist()}}))
     if args.model == "vgg19":
         torch.manual_seed(0)
-        train.save_checkpoint(directory / "checkpoint.pt", {"model": train.build_model("vgg19").state_dict()})
+        weights = train.build_model("vgg19").state_dict()
+        train.save_checkpoint(directory / "checkpoint.pt", {"epoch": 325, "model": weights})
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--machine", default=platform.node(), help="the name of the results' file")
+    parser.add_argument("--machine", help="what the results are called (default: made of the processor's name and the "
+                        "threads)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
@@ -104,10 +104,11 @@ def main():
         drawn = sorted(path.stem for path in (folder / "figures").glob("*.png"))
     train.require(result.returncode == 0 and not result.stderr, result.stderr or result.stdout)
     peak = int(result.stdout.split()[-2]) * 1024 / 1e9
-    answer = {"what": "analyze.py --figure all on generated logs", "runs": len(runs), "epochs": 325, "figures": drawn,
-              "seconds": round(seconds, 1), "limit_seconds": LIMIT_SECONDS, "peak_gb": round(peak, 3),
-              "limit_gb": LIMIT_GB, "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-    train.write_json(ROOT / "bench" / "results" / f"{args.machine}-figures.json", answer)
+    machine = step.describe_machine(torch.device("cpu"))
+    answer = {"machine": machine, "what": "analyze.py --figure all on generated logs", "runs": len(runs), "epochs": 325,
+              "figures": drawn, "seconds": round(seconds, 1), "limit_seconds": LIMIT_SECONDS, "peak_gb": round(peak, 3),
+              "limit_gb": LIMIT_GB}
+    train.write_json(step.results_path(machine, "figures", args.machine), answer)
     print(f"{len(drawn)} figures and tables from {len(runs)} runs: {seconds:.1f} s (at most {LIMIT_SECONDS}), "
           f"{peak:.2f} GB (at most {LIMIT_GB})")
 

@@ -11,7 +11,6 @@ residual is then recomputed. Writes bench/results/<machine>-flatness.json anew a
 """
 import argparse
 import pathlib
-import re
 import statistics
 import sys
 import time
@@ -108,8 +107,7 @@ def main():
 
     x, y = images(cli.images)
     machine = step.describe_machine(torch.device("cpu"))
-    name = cli.machine or re.sub("[^a-z0-9]+", "-", f"{machine['cpu']} {machine['threads']} threads".lower()).strip("-")
-    path = ROOT / "bench" / "results" / f"{name}-flatness.json"
+    path = step.results_path(machine, "flatness", cli.machine)
     results = {"machine": machine, "settings": vars(cli), "epoch": source["epoch"],
                "parameters": sum(p.numel() for p in model.parameters()),
                "per_sample": per_sample(model, *images(512)), "searches": []}

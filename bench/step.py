@@ -404,6 +404,12 @@ def describe_machine(device):
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None}
 
 
+def results_path(machine, what, name=None):
+    """bench/results/<name>-<what>.json, the name made of the machine's (describe_machine) where none is given."""
+    made = machine["gpu"] or f"{machine['cpu']} {machine['threads']} threads"
+    return ROOT / "bench" / "results" / f"{name or re.sub('[^a-z0-9]+', '-', made.lower()).strip('-')}-{what}.json"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -427,9 +433,7 @@ def main():
     device = train.choose_device(options_of(job | {"model": cli.models[0]}))
     train.keep_freed_memory()  # this process measures the matrix peak, which page faults would lower
     machine = describe_machine(device)
-    name = machine["gpu"] or f"{machine['cpu']} {machine['threads']} threads"
-    name = cli.machine or re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
-    path = pathlib.Path(cli.out or ROOT / "bench" / "results" / f"{name}-step.json")
+    path = pathlib.Path(cli.out or results_path(machine, "step", cli.machine))
     results = {"machine": machine, "settings": {k: v for k, v in vars(cli).items() if k not in ("worker", "out")},
                "steps": [], "evaluation": [], "matrix_peak": [], "bn_act": [], "profile": [], "targets": []}
     measure_bn(cli, job, results)

@@ -154,7 +154,7 @@ def test_t_tests_against_the_formulas():
 
 def test_the_papers_stars_in_table_c1_are_students_t_tests():
     # C.2: of the three changes from 46% (10 runs) to 59% (3 runs), the last two are significant below 10%
-    paper = analyze.PAPER["C1", "table"]
+    paper = analyze.PAPER["table C1", "resnet18"]
     p = [scipy.stats.ttest_ind_from_stats(*paper[m][1:3], 10, *paper[m + analyze.HIGH][1:3], 3).pvalue
          for m in ("S-r4", "S-r40", "L-r40")]
     assert p[0] > 0.1 and p[1] < 0.1 and p[2] < 0.1
@@ -231,6 +231,17 @@ def test_runs_measured_otherwise_or_not_at_all_are_named(tmp_path, capsys):
     assert "in images" in left_out[str(other.parent)] and "flatness.json is damaged" in left_out[str(damaged.parent)]
     out = capsys.readouterr().out
     assert "15 of 60 runs are there; the rest: bash runs.sh fig6 --seeds 1-10" in out
+    assert call("--figure", "E5", "E6", log_dir=tmp_path / "logs", fig_dir=tmp_path) == 0
+    numbers = json.loads((tmp_path / "figE6.json").read_text())  # which needs no flatness
+    assert numbers["left_out"] == {} and numbers["models"]["vgg11"]["scatters"][0]["n"] == 18
+
+
+def test_the_papers_numbers_stand_beside_their_own_figure_only(tmp_path):
+    write_all(tmp_path / "logs", "C1")
+    write_all(tmp_path / "logs", "C3")
+    assert call("--figure", "C1", "C3", log_dir=tmp_path / "logs", fig_dir=tmp_path) == 0
+    c1, c3 = (json.loads((tmp_path / f"fig{name}.json").read_text())["models"] for name in ("C1", "C3"))
+    assert c1["vgg11"]["paper"] is None and c3["resnet18"]["paper"].keys() == c3["resnet18"]["methods"].keys()
 
 
 def test_mixed_configurations_and_doubled_runs_are_named(tmp_path):
@@ -296,7 +307,7 @@ def test_live_draws_the_unfinished_runs_curves_and_stops_with_the_last(tmp_path,
 
 
 def test_all_draws_what_is_there_and_says_what_is_not(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(analyze, "weight_path", lambda args, kind: ([1, 2], [0.1, 0.0], 1))
+    monkeypatch.setattr(analyze, "weight_path", lambda kind: ([1, 2], [0.1, 0.0], 1))
     monkeypatch.setattr(analyze, "vgg19_from_torchvision", no_network)
     write_all(tmp_path / "logs", "2", seeds=(1,))
     assert call("--figure", "all", log_dir=tmp_path / "logs", fig_dir=tmp_path) == 0
@@ -311,10 +322,7 @@ def no_network(args):
 
 
 def test_one_weight_under_pruning_zeroing_and_noise():
-    class args:
-        log_dir = "logs"
-
-    paths = {kind: analyze.weight_path(args, kind) for kind in ("prune", "zero", "gauss")}
+    paths = {kind: analyze.weight_path(kind) for kind in ("prune", "zero", "gauss")}
     event = paths["prune"][2]
     before = {kind: values[:event] for kind, (_, values, _) in paths.items()}
     assert before["prune"] == before["zero"] == before["gauss"] and len(set(before["prune"])) > event // 2
