@@ -9,6 +9,7 @@ file are those of its appendix. Every default is the paper's setting for the mod
     python train.py --model vgg11 --target none --scale-epochs 0.08     # the baseline, in 26 epochs
     python train.py --model vgg11 --target L --noise zero --noise-batches 50
     python train.py --model resnet20 --target S --r 60                  # SGD, l1 scores, every layer
+    python train.py --model vgg11 --target S --seeds 1-10               # ten runs in one process
     python train.py --dataset digits --width 0.25 --epochs 20 --lrs 12 18 --target S --s 0 --e 9 --p 0.5 --r 3
 
 A run leaves logs/<dataset>/<model>/<method>/seed<k>/ with config.json, epochs.jsonl, checkpoint.pt and, at its end,
@@ -25,9 +26,12 @@ import os
 import pathlib
 import platform
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
+import uuid
 import zlib
 from fractions import Fraction
 
@@ -57,7 +61,12 @@ ADAM_PRUNING = {  # B.1
     "vgg": dict(s=[3, 4, 5, 6], e=[150, 150, 150, 275], p=[0.3, 0.3, 0.3, 0.9], r=40, score="l2", save_epoch=315),
     "resnet": dict(s=[7, 8, 9, 10], e=[150, 150, 170, 275], p=[0.25, 0.4, 0.25, 0.95], r=40, score="act", save_epoch=0),
 }
-NOT_THE_RESULT = ("log_dir", "data_dir", "device", "backend", "runs", "plan", "save_epoch")  # not what a run computes
+NOT_THE_RESULT = ("log_dir", "data_dir", "device", "backend", "save_epoch", "tensorboard", "seeds", "runs", "at_once",
+                  "plan", "retry_failed", "status")  # not what a run computes
+GRAPHED = ("cuda",)  # devices whose steps are captured in graphs
+WARM_UP = 3  # calls of a step before it becomes a graph: the libraries choose their algorithms in them
+AT_ONCE = 16  # runs in one process at most, unless --at-once says more
+BEAT, SILENCE = 30, 120  # seconds: how often a run's claim is refreshed, and when one that is not belongs to the dead
 
 
 class UserError(Exception):
@@ -104,6 +113,15 @@ def repeated(kind):
         return [kind(value)] * int(times or 1)
     parse.__name__ = f"{kind.__name__} or VxN"
     return parse
+
+
+def seed_list(text):
+    """An argparse type: 1-3,7 is [1, 2, 3, 7]."""
+    parts = [[int(end) for end in part.split("-")] for part in text.split(",")]
+    seeds = [seed for part in parts for seed in range(part[0], part[-1] + 1)]
+    if not seeds or max(map(len, parts)) > 2 or len(seeds) > 10_000:
+        raise ValueError
+    return seeds
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -170,9 +188,17 @@ def make_parser():
         help="CUDA: only deterministic kernels; CPU runs repeat exactly anyway (default: no)")
     add("--log-dir", default="logs", help="(default: logs)")
     add("--save-epoch", type=int, metavar="N", help="also keep the weights after the N-th epoch, as epoch<N>.pt; 0: no")
-    add("--runs", metavar="FILE", help="train the runs listed in FILE, a line of options each, one after the other")
+    add("--tensorboard", action=flag, default=False, help="also write <run>/tensorboard, if installed (default: no)")
+
+    add = parser.add_argument_group("many runs, each with the files and results it would have alone").add_argument
+    add("--seeds", type=seed_list, metavar="1-10", help="a run for each seed, 1-10 or 1,4,7, in place of --seed")
+    add("--runs", metavar="FILE", help="train the runs listed in FILE, a line of options each")
+    add("--at-once", type=int, metavar="N", help="runs that take turns in this process; on a GPU they compute side by "
+        "side (default: what a GPU's memory holds, at most 16; 1 on a CPU)")
     add("--plan", metavar="FILE", help="train nothing: say how many of the runs listed in FILE are left, fetch their "
         "data, and print their lines")
+    add("--retry-failed", action=flag, default=False, help="count failed runs as left in --plan (default: no)")
+    add("--status", metavar="FILE", nargs="+", help="train nothing: say what became of the runs listed in each FILE")
     return parser
 
 
@@ -187,7 +213,8 @@ def parse_options(argv):
         if name not in given:
             setattr(args, name, value)
 
-    for name in ("epochs", "batch_size", "test_batch_size", "r", "noise_batches", "seed", "val_split", "save_epoch"):
+    for name in ("epochs", "batch_size", "test_batch_size", "r", "noise_batches", "at_once", "seed", "val_split",
+                 "save_epoch"):
         value, least = getattr(args, name), 0 if name in ("seed", "val_split", "save_epoch") else 1
         require(value is None or least <= value < 2**32, f"--{name.replace('_', '-')} {value}: give {least} or more")
     for name in ("width", "scale_epochs", "lr", "weight_decay"):
@@ -704,9 +731,9 @@ def filters_due(model, args, plan, epoch, noise):
     """{index in plan: number of filters to go after this epoch}; nothing to remove is nothing due (A.4)."""
     due = {}
     for i, (layer, kept) in enumerate(plan):
-        live = int((~noise[i]["targeted"]).sum() if noise else model.prunable[layer].mask.sum())
-        if kept.get(epoch, live) < live:
-            due[i] = live - kept[epoch]
+        if epoch in kept:  # else the device would be asked, and waited for, in vain
+            live = int((~noise[i]["targeted"]).sum() if noise else model.prunable[layer].mask.sum())
+            due |= {i: live - kept[epoch]} if kept[epoch] < live else {}
     return due
 
 
@@ -787,7 +814,7 @@ def end_noise(block, state, args):
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
-# | Files: all writes are atomic, one process per run directory                                                        |
+# | Files: all writes are atomic, one process per run directory, on whatever host                                      |
 # +--------------------------------------------------------------------------------------------------------------------+
 
 @contextlib.contextmanager
@@ -836,6 +863,87 @@ def lock_directory(directory, wait=False):
     except OSError:
         raise UserError(f"{directory} is in use by another process: wait for it, or choose another --seed", 1) from None
     return lock
+
+
+def this_host():
+    """What tells this host, since it was started, from every other."""
+    with contextlib.suppress(OSError):
+        return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{uuid.getnode():x}"
+
+
+def read_claim(path):
+    """(its text, when it was last refreshed) of a claim, "" where there is none; opened, since network file systems
+    may answer from memory otherwise."""
+    try:
+        with open(path) as file:
+            return file.read(), os.fstat(file.fileno()).st_mtime_ns
+    except FileNotFoundError:
+        return "", 0
+
+
+DEAD = set()  # processes on other hosts, "host name pid", whose claims were seen not to be refreshed any more
+
+
+@contextlib.contextmanager
+def claimed(directory):
+    """Holds a run for this process; gives a function that raises UserError once another process has taken it over.
+
+    A lock keeps processes of one host apart, and goes with its process. Hosts that share only a file system, which may
+    not share locks, are kept apart by a claim that its holder refreshes. The claim of another host is taken over when
+    it was watched for SILENCE seconds without being refreshed, so that no two clocks need agree.
+    """
+    lock, path = lock_directory(directory), directory / ".claim"
+    mine = f"{this_host()} {platform.node() or 'unnamed'} {os.getpid()} {uuid.uuid4().hex}"
+    holder, refreshed = read_claim(path)
+    who, until = holder.rpartition(" ")[0], time.monotonic() + SILENCE
+    while holder and who.split(" ")[0] != this_host() and who not in DEAD and time.monotonic() < until:
+        time.sleep(min(1, SILENCE / 10))
+        seen = read_claim(path)
+        require(seen == (holder, refreshed), f"{directory} is in use by process {' on '.join(who.split(' ')[:0:-1])}: "
+                "leave it to that, or choose another --seed", 1)
+    if holder:
+        DEAD.add(who)
+    with writing(path):
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileExistsError), open(path, "x") as file:  # else another host was quicker
+            file.write(mine)
+
+    def still_ours():
+        require(read_claim(path)[0] == mine, f"{directory} has been taken over by another process, which goes on with "
+                "it: nothing was written since", 1)
+
+    def refresh():
+        with contextlib.suppress(OSError):
+            while not over.wait(BEAT):
+                os.utime(path)
+
+    over = threading.Event()
+    try:
+        still_ours()
+        threading.Thread(target=refresh, daemon=True).start()
+        yield still_ours
+    finally:
+        over.set()
+        with contextlib.suppress(OSError):
+            if read_claim(path)[0] == mine:
+                path.unlink()
+        lock.close()
+
+
+@contextlib.contextmanager
+def failure_noted(directory, still_ours):
+    """Leaves the reason of a failure in failed.txt, for --status; an earlier one is forgotten."""
+    path = directory / "failed.txt"
+    with writing(path):
+        path.unlink(missing_ok=True)
+    try:
+        yield
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        with contextlib.suppress(UserError):  # a full disk, or a run that is another's now
+            still_ours()
+            write_atomically(path, f"{error}\n".encode())
+        raise
 
 
 def describe_run(args, data, model, times, plan, device):
@@ -891,6 +999,9 @@ def resume(path, model, optimizer, generators, noise, device):
         model.load_state_dict(state["model"])
         use_backend(model, model.backend)
         optimizer.load_state_dict(state["optimizer"])
+        for group in optimizer.param_groups:
+            if "capturable" in group:  # the checkpoint may come from another device
+                group["capturable"] = device.type == "cuda"
         for name, generator in generators.items():
             generator.set_state(state["generators"][name])
         for layer_state, saved in zip(noise, state["noise"], strict=True):
@@ -934,57 +1045,102 @@ def predict(model, images, data, args):
 
 
 @torch.no_grad()
-def evaluate(model, data, split, args, before_batch=None, after_batch=None):
-    """Accuracy in % on a split, in eval mode; the value is read back from the device once."""
+def evaluate(model, data, split, args, before_batch=None, after_batch=None, graphs=None):
+    """Accuracy in % on a split, in eval mode: () float64, on the device."""
     model.eval()
     x, y = data[split]
     correct = torch.zeros((), dtype=torch.int64, device=x.device)
+
+    def count(images, labels):
+        return (predict(model, images, data, args).argmax(1) == labels).sum()
+
     for start in range(0, len(x), args.test_batch_size):
         batch = slice(start, start + args.test_batch_size)
         if before_batch:
             before_batch(training=False)
-        correct += (predict(model, x[batch], data, args).argmax(1) == y[batch]).sum()
+        correct += replayed(graphs, "evaluate", count, x[batch], y[batch])
         if after_batch:
             after_batch()
-    return 100 * correct.item() / len(x)
+    return 100 * correct.double() / len(x)
 
 
-def train_epoch(model, data, optimizer, args, generators, step, before_batch=None, after_batch=None):
-    """One pass over the training data; returns (mean loss, accuracy in %, next step), read back once, at the end."""
+def train_epoch(model, data, optimizer, args, generators, step, before_batch=None, after_batch=None, graphs=None):
+    """One pass over the training data; returns (mean loss and share of right answers, (2,) on the device; next step).
+
+    graphs: a dict for CUDA graphs of the step (replayed); None: no graphs.
+    """
     model.train()
     x, y = data["train"]
     device, n = x.device, len(x)
     order = torch.randperm(n, generator=generators["order"]).to(device)
-    if args.augment:
-        offsets, flips = (t.to(device) for t in draw_crops(n, generators["augment"]))
+    crops = [t.to(device) for t in draw_crops(n, generators["augment"])] if args.augment else []
     totals = torch.zeros(2, dtype=torch.float64, device=device)
-    for start in range(0, n, args.batch_size):
-        batch = slice(start, start + args.batch_size)
-        index = order[batch]
-        images = crop_and_flip(data["padded"], index, offsets[:, batch], flips[batch]) if args.augment else x[index]
-        labels = y[index]
-        step += 1
-        for block in model.prunable:
-            block.measure = args.score == "act" and step % ACT_EVERY == 0
-        if before_batch:
-            before_batch(training=True)
+
+    def train_batch(index, *crops):
+        images, labels = crop_and_flip(data["padded"], index, *crops) if crops else x[index], y[index]
         logits = predict(model, images, data, args)
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        return torch.stack([loss.detach() * len(index), (logits.detach().argmax(1) == labels).sum()])
+
+    for start in range(0, n, args.batch_size):
+        batch = slice(start, start + args.batch_size)
+        step += 1
+        measure = args.score == "act" and step % ACT_EVERY == 0
+        for block in model.prunable:
+            block.measure = measure
+        if before_batch:
+            before_batch(training=True)
+        totals += replayed(graphs, f"train {measure}", train_batch, order[batch], *[t[..., batch] for t in crops])
         if after_batch:
             after_batch()
-        totals += torch.stack([loss.detach() * len(index), (logits.detach().argmax(1) == labels).sum()])
     for block in model.prunable:
         block.measure = False
-    loss, accuracy = (totals / n).tolist()
-    return loss, 100 * accuracy, step
+    return totals / n, step
+
+
+def replayed(graphs, name, function, *inputs):
+    """function(*inputs); on a GPU from a CUDA graph, after WARM_UP calls of that name with inputs of those shapes.
+
+    graphs (dict) keeps them, by what was captured; whatever changes the network's shapes or the learning rate, which a
+    graph holds fast, has to clear it. function must leave nothing behind but what it returns and what it writes in
+    place. Without graphs (None) it is called as it is.
+    """
+    if graphs is None:
+        return function(*inputs)
+    key = name, *[tuple(t.shape) for t in inputs]
+    calls, replay, held = graphs.setdefault(key, (0, None, None))
+    if calls < WARM_UP:
+        graphs[key] = calls + 1, None, None
+        return function(*inputs)
+    if replay is None:
+        held = [t.clone() for t in inputs]
+        replay = record(function, held)
+        graphs[key] = calls, replay, held
+    for mine, new in zip(held, inputs):
+        mine.copy_(new)
+    return replay()
+
+
+def record(function, held):
+    """Captures function(*held) in a CUDA graph, computing nothing; returns what replays it and gives its output."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        output = function(*held)
+
+    def replay():
+        graph.replay()
+        return output
+    return replay
 
 
 def make_optimizer(model, args):
     if args.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
+        on_gpu = next(model.parameters()).is_cuda
+        return torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True,
+                                capturable=on_gpu)
     return torch.optim.SGD(model.parameters(), args.lr, MOMENTUM, weight_decay=args.weight_decay, fused=True)
 
 
@@ -1000,30 +1156,60 @@ def make_generators(args, device):
 
 def train(args):
     """Trains, prunes and logs one run as `args` (from parse_options) say; returns its summary (summarize_epochs)."""
+    run = training(args, {})
+    with stream_of(args):
+        while True:
+            try:
+                next(run)
+            except StopIteration as end:
+                return end.value
+
+
+def stream_of(args):
+    """A CUDA stream of its own to work on; on a CPU, nothing."""
+    on_gpu = choose_device(args).type == "cuda"
+    return torch.cuda.stream(torch.cuda.Stream() if on_gpu else None)
+
+
+def training(args, shared):
+    """`train` as a generator, which yields once an epoch, when the device has work and the host would wait for it.
+
+    shared: a dict where runs of one process keep the data sets they share on the device.
+    """
     directory = run_directory(args)
-    label = "/".join(directory.parts[-3:])
     if (directory / "done.json").exists():
         print(f"{directory}: finished already", flush=True)
         return None
     device = choose_device(args)
-    arrays = load_data(args.dataset, args.data_dir)
-    lock = lock_directory(directory)
-    data = put_on_device(arrays, device, args.val_split)
-    if args.augment:
-        data["padded"] = F.pad(data["train"][0], (0, 0, *[CROP_PADDING] * 4))
+    source = args.dataset, args.data_dir, args.val_split, args.augment, device
+    if source not in shared:
+        arrays = load_data(args.dataset, args.data_dir)
+        shared[source] = arrays, put_on_device(arrays, device, args.val_split)
+        if args.augment:
+            shared[source][1]["padded"] = F.pad(shared[source][1]["train"][0], (0, 0, *[CROP_PADDING] * 4))
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # the other runs' streams do not wait for this one
+    with claimed(directory) as still_ours, failure_noted(directory, still_ours):
+        return (yield from epochs_of(args, directory, device, *shared[source], still_ours))
+
+
+def epochs_of(args, directory, device, arrays, data, still_ours):
+    """The epochs of `training`, from the first or from where a checkpoint stands."""
+    label = "/".join(directory.parts[-3:])
     generators = make_generators(args, device)
     backend = choose_backend(args)
     model = use_backend(build_model(args.model, len(arrays["classes"]), args.width).to(device), backend)
     optimizer = make_optimizer(model, args)
     times = schedule(args)
     plan = pruning_plan(model, args, times)
-    noise, hooks = [], {}
+    noise, graphs = [], {} if device.type in GRAPHED else None
+    hooks = {"graphs": graphs}
     if args.noise != "none":
         noise = [new_noise(model.prunable[layer]) for layer, _ in plan]
         noised = [(model.prunable[layer], state) for (layer, _), state in zip(plan, noise)]
-        hooks = {"before_batch": lambda training: [noise_pass(block, state, args, generators.get("noise"), training)
-                                                   for block, state in noised],
-                 "after_batch": lambda: [end_noise_if_due(block, state, args) for block, state in noised]}
+        hooks |= {"before_batch": lambda training: [noise_pass(block, state, args, generators.get("noise"), training)
+                                                    for block, state in noised],
+                  "after_batch": lambda: [end_noise_if_due(block, state, args) for block, state in noised]}
 
     config = describe_run(args, arrays, model, times, plan, device) | {"backend": backend}
     first_epoch, step, lines = 0, 0, []
@@ -1037,49 +1223,79 @@ def train(args):
         prune_now(model, optimizer, args, plan, scratch, noise, generators["target"])
     write_atomically(directory / "epochs.jsonl", "".join(line + "\n" for line in lines).encode())
     records = [json.loads(line) for line in lines]
+    live = [int(block.mask.sum()) for block in model.prunable]
 
-    with progress_bar(label, times["epochs"], first_epoch) as bar:
+    with (progress_bar(label, times["epochs"], first_epoch) as bar,
+          tensorboard(args, directory, first_epoch) as scalars):
         for epoch in range(first_epoch, times["epochs"]):
             clock = time.monotonic()
             lr = args.lr * 0.1 ** sum(epoch >= x for x in times["lrs"])
+            if graphs and lr != optimizer.param_groups[0]["lr"]:
+                graphs.clear()
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss, train_acc, step = train_epoch(model, data, optimizer, args, generators, step, **hooks)
+            totals, step = train_epoch(model, data, optimizer, args, generators, step, **hooks)
+            test_acc = before = evaluate(model, data, "test", args, **hooks)
+            yield
+            choose_device(args)  # whoever had its turn may have set another precision
+
+            gone, due = {}, filters_due(model, args, plan, epoch, noise)
+            if due:
+                gone = prune_now(model, optimizer, args, plan, due, noise, generators["target"])
+                live = [int(block.mask.sum()) for block in model.prunable]
+                if graphs:
+                    graphs.clear()
+            if due or noise:
+                test_acc = evaluate(model, data, "test", args, **hooks)
+            val_acc = evaluate(model, data, "val", args, graphs=graphs) if args.val_split else before
+            loss, train_acc, before, test_acc, val_acc = torch.stack([*totals, before, test_acc, val_acc]).tolist()
             require(math.isfinite(loss), f"{directory}: the loss is {loss} in epoch {epoch}: lower --lr (now {lr:g}); "
                     "the checkpoint of the epoch before is kept", 1)
 
-            gone, due = {}, filters_due(model, args, plan, epoch, noise)
-            test_acc = before = evaluate(model, data, "test", args, **hooks)
-            if due:
-                gone = prune_now(model, optimizer, args, plan, due, noise, generators["target"])
-            if due or noise:
-                test_acc = evaluate(model, data, "test", args, **hooks)
-            val_acc = evaluate(model, data, "val", args) if args.val_split else None
-
             records.append({
-                "epoch": epoch, "lr": lr, "train_loss": loss, "train_acc": train_acc, "test_acc_before": before,
-                "test_acc": test_acc, "val_acc": val_acc,
+                "epoch": epoch, "lr": lr, "train_loss": loss, "train_acc": 100 * train_acc, "test_acc_before": before,
+                "test_acc": test_acc, "val_acc": val_acc if args.val_split else None,
                 "stability": 100 * test_acc / before if gone and before else None,
-                "removed": [len(gone.get(layer, ())) for layer, _ in plan],
-                "live": [int(block.mask.sum()) for block in model.prunable], "filters": gone,
+                "removed": [len(gone.get(layer, ())) for layer, _ in plan], "live": live, "filters": gone,
                 "noised": [{k: state[k] for k in ("test", "train")} for state in noise],
-                "seconds": round(time.monotonic() - clock, 3)})
+                "seconds": round(max(0, time.monotonic() - clock), 3)})
             lines.append(json.dumps(records[-1]))
+            still_ours()
             if epoch + 1 == times["save_epoch"]:
                 save_checkpoint(directory / f"epoch{epoch + 1}.pt", {"epoch": epoch + 1, "model": model.state_dict()})
             save_checkpoint(directory / "checkpoint.pt", {
                 "epoch": epoch + 1, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                 "noise": noise, "generators": {name: g.get_state() for name, g in generators.items()}, "log": lines})
             append_line(directory / "epochs.jsonl", lines[-1])  # after the checkpoint, which can rebuild it
+            scalars(records[-1])
             report(label, records, bar)
 
     summary = summarize_epochs(records)
     write_json(directory / "done.json", summary)
-    lock.close()
     print(f"{label}: best accuracy {summary['best_acc']:.2f}% (epoch {summary['best_epoch']}), last "
           f"{summary['last_acc']:.2f}%, mean stability {summary['mean_stability']:.2f}% over {summary['events']} "
           "pruning events", flush=True)
     return summary
+
+
+@contextlib.contextmanager
+def tensorboard(args, directory, first_epoch):
+    """Gives what writes an epoch's numbers for TensorBoard, under --tensorboard; else what does nothing."""
+    if not args.tensorboard:
+        yield lambda record: None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs its package: pip install tensorboard, or leave the option out") from None
+    with writing(directory), SummaryWriter(directory / "tensorboard", purge_step=first_epoch) as writer:
+        def write(record):
+            names = "lr", "train_loss", "train_acc", "test_acc_before", "test_acc", "val_acc", "stability"
+            for name in names:
+                if record[name] is not None:
+                    writer.add_scalar(name, record[name], record["epoch"])
+            writer.add_scalar("live_filters", sum(record["live"]), record["epoch"])
+        yield write
 
 
 def progress_bar(label, epochs, first_epoch):
@@ -1145,30 +1361,88 @@ def keep_freed_memory():
 
 
 def read_runs(path):
-    """The runs listed in a file, a line of options each: {directory: (args, line)}, each directory once."""
+    """The runs listed in a file, a line of options each, as runs_of gives them."""
     try:
         commands = [shlex.split(line) for line in open(path) if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as lines of options: {reason(error)}") from None
+    return runs_of(commands)
+
+
+def runs_of(commands):
+    """The runs of option lists, one for each seed: {directory: (args, line)}, each directory once."""
     runs = {}
     for command in commands:
         args = parse_options(command)
-        runs.setdefault(run_directory(args), (args, shlex.join(command)))
+        for seed in args.seeds or [args.seed]:
+            one = argparse.Namespace(**vars(args) | {"seed": seed, "seeds": None})
+            line = shlex.join(command) + (f" --seeds {seed}" if args.seeds else "")  # the last one counts
+            runs.setdefault(run_directory(one), (one, line))
     return runs
 
 
-def print_plan(runs):
+def lines_of(directory):
+    """How many epochs a run has logged."""
+    log = directory / "epochs.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+def state_of(directory):
+    """"done", "running", "failed" or "waiting" (half-done runs too)."""
+    if (directory / "done.json").exists():
+        return "done"
+    holder, refreshed = read_claim(directory / ".claim")
+    if holder and holder.split(" ")[0] != this_host() and time.time() - refreshed / 1e9 < SILENCE:
+        return "running"
+    with contextlib.suppress(FileNotFoundError), open(directory / ".lock") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return "running"
+    return "failed" if (directory / "failed.txt").exists() else "waiting"
+
+
+def print_plan(runs, retry_failed):
     """--plan: what is left of the runs, in numbers on stderr, as lines on stdout."""
-    todo = {directory: run for directory, run in runs.items() if not (directory / "done.json").exists()}
-    logs = [directory / "epochs.jsonl" for directory in todo]
-    done = [log.read_bytes().count(b"\n") if log.exists() else 0 for log in logs]
+    states = {directory: state_of(directory) for directory in runs}
+    failed = [directory for directory, state in states.items() if state == "failed" and not retry_failed]
+    running = [directory for directory, state in states.items() if state == "running"]
+    todo = {d: run for d, run in runs.items() if states[d] != "done" and d not in failed + running}
+    done = [lines_of(directory) for directory in todo]
     epochs = sum(schedule(args)["epochs"] for args, _ in todo.values()) - sum(done)
-    print(f"{len(runs)} runs: {len(runs) - len(todo)} finished, {sum(map(bool, done))} half-done; to do now: "
+    finished = sum(state == "done" for state in states.values())
+    print(f"{len(runs)} runs: {finished} finished, {sum(map(bool, done))} half-done; to do now: "
           f"{len(todo)} runs, {epochs:,} epochs", file=sys.stderr)
+    if running:
+        print(f"{len(running)} runs are being trained by another process, such as {running[0]}", file=sys.stderr)
+    if failed:
+        print(f"{len(failed)} runs that failed before are left alone, such as {failed[0]}: "
+              f"{(failed[0] / 'failed.txt').read_text().strip()} (--retry-failed trains them again)", file=sys.stderr)
     for dataset, data_dir in {(args.dataset, args.data_dir) for args, _ in todo.values()}:
         load_data(dataset, data_dir)  # a download that fails should fail here, once
     for _, line in todo.values():
         print(line)
+
+
+def print_status(files):
+    """--status: a line for each file of runs, named after it, and a line for each run that failed."""
+    print(f"{'':12} {'runs':>6} {'done':>6} {'running':>8} {'failed':>7} {'waiting':>8}  time left")
+    for file in files:
+        runs, failures, left, pace = read_runs(file), [], [], []
+        states = {directory: state_of(directory) for directory in runs}
+        for directory, (args, _) in runs.items():
+            if states[directory] == "failed":
+                failures.append(f"  failed: {directory}: {(directory / 'failed.txt').read_text().strip()}")
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # no epoch, or a damaged one
+                pace.append(json.loads((directory / "epochs.jsonl").read_bytes().split(b"\n")[-2])["seconds"])
+            if states[directory] in ("running", "waiting"):
+                left.append(max(0, schedule(args)["epochs"] - lines_of(directory)))
+        count = [list(states.values()).count(state) for state in ("done", "running", "failed", "waiting")]
+        hours = sum(left) * sum(pace) / max(1, len(pace)) / max(1, count[1]) / 3600
+        time_left = f"{hours:.1f} h, {max(1, count[1])} at once" if pace else "not known"
+        print(f"{pathlib.Path(file).name:12} {len(runs):6} {count[0]:6} {count[1]:8} {count[2]:7} {count[3]:8}  "
+              f"{time_left if left else 'nothing to do'}")
+        print("".join(line + "\n" for line in failures), end="")
 
 
 def in_one_line(function, *arguments):
@@ -1186,31 +1460,68 @@ def in_one_line(function, *arguments):
     except OSError as error:  # a folder that may not even be looked into, and its kind
         print(f"train.py: {error}: mend that, or choose other folders with --log-dir and --data-dir", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("train.py: interrupted; the same command continues this run", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print(f"train.py: {str(stop) or 'interrupted'}; the same command goes on from the last finished epoch",
+              file=sys.stderr)
+        return 143 if str(stop) else 130
 
 
-def train_all(runs):
-    """--runs: one after the other; a run that fails is reported, and the others go on."""
-    failed = 0
-    for args, line in runs.values():
-        code = in_one_line(train, args)
-        if code == 130:
-            raise UserError("the runs after this one are left as they are", code)
-        if code:
-            print(f"failed: train.py {line}", file=sys.stderr)
-        failed += code != 0
+def terminate(*_):
+    raise KeyboardInterrupt("terminated")
+
+
+def fit_at_once(peak, free):
+    """How many runs a GPU holds when the first takes `peak` bytes at most and `free` are left beside it."""
+    return max(1, min(AT_ONCE, 1 + int(0.8 * free / max(1, peak))))
+
+
+def train_all(runs, at_once):
+    """--runs, --seeds: so many at once take turns; a run that fails is reported, and the others go on.
+
+    at_once: None for one, and on a GPU, once the first run has shown what memory it takes, for as many as fit.
+    """
+    waiting, going, shared, failed, limit = list(runs.values()), [], {}, 0, at_once or 1
+    while waiting or going:
+        while waiting and len(going) < limit:
+            args, line = waiting.pop(0)
+            going.append((training(args, shared), args, line, []))
+        for turn in list(going):
+            run, args, line, stream = turn
+
+            def work():
+                stream[:] = stream or [stream_of(args)]
+                with stream[0]:
+                    next(run)
+
+            try:
+                code = in_one_line(work)
+            except StopIteration:
+                code = None
+            if code in (130, 143):
+                raise UserError("the runs that are not finished stand where their last epochs ended", code)
+            if code:
+                print(f"failed: train.py {line}", file=sys.stderr)
+                failed += 1
+            if code != 0:
+                going.remove(turn)
+        if at_once is None and torch.cuda.is_available() and torch.cuda.max_memory_reserved():
+            limit = at_once = fit_at_once(torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[0])
     require(not failed, f"{failed} of {len(runs)} runs failed; the same command continues them", 1)
 
 
 def run(argv):
     args = parse_options(argv)
     keep_freed_memory()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminate)
     if args.plan:
-        print_plan(read_runs(args.plan))
+        print_plan(read_runs(args.plan), args.retry_failed)
+    elif args.status:
+        print_status(args.status)
     elif args.runs:
-        train_all(read_runs(args.runs))
+        train_all(read_runs(args.runs), args.at_once)
+    elif args.seeds:
+        train_all(runs_of([argv]), args.at_once)
     else:
         train(args)
 

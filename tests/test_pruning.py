@@ -281,7 +281,7 @@ def test_act_averages_every_tenth_batch_across_epochs(name):
     seen = spy_on_activations(model)
     step = 0
     for epoch in range(3):  # 13 batches each: the 10th, 20th and 30th lie in different places of their epochs
-        _, _, step = train.train_epoch(*setup, step)
+        _, step = train.train_epoch(*setup, step)
         model.eval()
         with torch.no_grad():
             model(torch.randn(2, 3, 32, 32))  # no score is taken from evaluation

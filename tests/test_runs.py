@@ -436,7 +436,9 @@ def test_a_damaged_checkpoint_is_one_line_and_stays_as_it_is(run, directory, mon
     capsys.readouterr()
     assert run() == 1
     assert str(path) in error_line(capsys)
-    assert {name: file for name, file in files_of(directory()).items() if name != ".lock"} == before
+    assert str(path) in (directory() / "failed.txt").read_text(), "for --status"
+    after = files_of(directory())
+    assert {name: file for name, file in after.items() if name not in (".lock", "failed.txt")} == before
 
 
 @pytest.mark.parametrize("damage", ("damaged", "missing", "a list", "another data set"))
@@ -616,7 +618,7 @@ EPOCH = ("--batch-size", "10", "--target", "S", "--width", "0.06")
     ("--model", "vgg11", "--noise", "zero", "--noise-batches", "5", "--noise-restore"),
     ("--model", "resnet20", "--noise", "gauss", "--noise-batches", "50"),
 ], ids=" ".join)
-def test_an_epoch_of_training_waits_for_the_device_once_and_at_its_end(read_backs, more):
+def test_an_epoch_of_training_never_waits_for_the_device(read_backs, more):
     setup = training_setup(*EPOCH, *more)
     model, _, _, args, _ = setup
     hooks, within = {}, []
@@ -635,15 +637,36 @@ def test_an_epoch_of_training_waits_for_the_device_once_and_at_its_end(read_back
 
     with read_backs:
         train.train_epoch(*setup, 0, **hooks, after_batch=after_batch)
-    assert len(within) == 10 and not any(within), read_backs.seen
-    assert len(read_backs.seen) == 1, read_backs.seen
+    assert len(within) == 10 and not read_backs.seen, read_backs.seen
 
 
-def test_an_evaluation_waits_for_the_device_once(read_backs):
+def test_an_evaluation_never_waits_for_the_device(read_backs):
     model, data, _, args, _ = training_setup(*EPOCH, "--test-batch-size", "10")
     with read_backs:
         train.evaluate(model, data, "test", args)
-    assert len(read_backs.seen) == 1, read_backs.seen
+    assert not read_backs.seen
+
+
+@pytest.mark.parametrize("more", [(), ("--val-split", 10), ("--target", "S", "--p", 0.5, "--s", 9, "--e", 9, "--r", 1,
+                                                            "--epochs", 10)])
+def test_an_epoch_without_pruning_meets_the_device_once(run, monkeypatch, read_backs, more):
+    within, between = [], train.save_checkpoint
+
+    def epoch(*call, function=train.train_epoch, **rest):
+        within.append([])
+        return function(*call, **rest)
+
+    def end(*call):  # what is saved has to be read
+        within[-1] += read_backs.seen
+        with torch.utils._python_dispatch._disable_current_modes():
+            between(*call)
+        read_backs.seen.clear()
+
+    monkeypatch.setattr(train, "train_epoch", epoch)
+    monkeypatch.setattr(train, "save_checkpoint", end)
+    with read_backs:
+        assert run(*more) == 0
+    assert len(within) >= 5 and within[1:4] == [["tolist"]] * 3
 
 
 @pytest.mark.parametrize("more, splits", [
