@@ -65,6 +65,7 @@ NOT_THE_RESULT = ("log_dir", "data_dir", "device", "backend", "save_epoch", "ten
                   "plan", "retry_failed", "status")  # not what a run computes
 GRAPHED = ("cuda",)  # devices whose steps are captured in graphs
 WARM_UP = 3  # calls of a step before it becomes a graph: the libraries choose their algorithms in them
+SHAPE_STEPS = 20  # steps that are timed to choose the shapes of pruned layers
 AT_ONCE = 16  # runs in one process at most, unless --at-once says more
 BEAT, SILENCE = 30, 120  # seconds: how often a run's claim is refreshed, and when one that is not belongs to the dead
 
@@ -458,9 +459,10 @@ class Block(nn.Module):
     mask (c_out,) bool, True = live; bn_mask the same for the batch norm's scale and shift and the shortcut, which
     differs from mask only under --prune-bn keep; act (c_out,) the running mean |a| before ReLU.
 
-    The backend "eager" multiplies by the masks. "ext" computes compact maps, of the live channels only: live_in and
-    live_out (int64 indices, None for all) are the channels it gets and gives, shortcut_map where each of its own lies
-    in the shortcut (-1: nowhere). use_backend sets them, which whoever changes masks has to call again.
+    The backend "eager" multiplies by the masks. "ext" computes compact maps: live_in and live_out (int64 indices, None
+    for all) are the channels it gets and gives, all that are live and as many pruned ones, which stay zero, as make a
+    shape the device likes; shortcut_map says where each lies in the shortcut (-1: nowhere). use_backend sets them,
+    which whoever changes masks has to call again.
     """
 
     def __init__(self, c_in, c_out, kernel=3, stride=1, bias=False):
@@ -495,15 +497,33 @@ class Block(nn.Module):
             self.act.mul_(ACT_KEEP).add_(a.detach().abs().mean((0, 2, 3), dtype=torch.float32), alpha=1 - ACT_KEEP)
         return F.relu(a, inplace=True)
 
-    def connect(self, live_in):
-        """Takes the live channels of its input and returns those of its output (indices, None for all)."""
+    def connect(self, live_in, multiple):
+        """Takes the channels of its input and returns those of its output (indices, None for all)."""
         self.keeps_bn = not torch.equal(self.mask, self.bn_mask)
-        self.live_in, self.live_out = live_in, None if self.bn_mask.all() else self.bn_mask.nonzero().flatten()
+        n = self.computed() if multiple is None else rounded_up(int(self.bn_mask.sum()), multiple, len(self.mask))
+        chosen = torch.argsort(~self.bn_mask, stable=True)[:n].sort().values if n < len(self.mask) else None
+        self.live_in, self.live_out = live_in, in_place_of(self.live_out, chosen)
         return self.live_out
+
+    def computed(self):
+        """How many filters it computes: under "ext" the live ones, and those that fill up the shape."""
+        return len(self.mask) if self.backend == "eager" or self.live_out is None else len(self.live_out)
+
+
+def rounded_up(n, multiple, most):
+    return min(most, -(-n // multiple) * multiple)
+
+
+def in_place_of(old, new):
+    """new, but in old's memory where it fits in there: a captured graph goes on reading its indices from that."""
+    return new if old is None or new is None or old.shape != new.shape else old.copy_(new)
 
 
 def use_backend(model, backend):
-    """Makes every block of `model` compute by "ext" or "eager", by its masks as they are now; returns the model."""
+    """Makes every block of `model` compute by "ext" or "eager", by its masks as they are now; returns the model.
+
+    Under "ext" a pruned block computes its live filters, rounded up to model.multiple; None: as many as it does now.
+    """
     for block in model.modules():
         if isinstance(block, Block):
             block.backend = backend
@@ -511,6 +531,11 @@ def use_backend(model, backend):
     if backend == "ext":
         model.connect()
     return model
+
+
+def shapes_of(model):
+    """What a captured step holds fast of how `model` computes; where the channels lie it reads anew each time."""
+    return [(block.keeps_bn, block.computed(), block.shortcut_map is None) for block in model.prunable]
 
 
 def classify(model, x):
@@ -548,7 +573,7 @@ class VGG(nn.Module):
     def connect(self):
         self.live = None
         for block in self.prunable:
-            self.live = block.connect(self.live)
+            self.live = block.connect(self.live, self.multiple)
 
     def forward(self, x):
         return classify(self, self.features(x))  # 32x32 images end as 1x1 maps, larger ones are averaged
@@ -576,10 +601,11 @@ class ResNet(nn.Module):
         self.prunable = [block for pair in self.pairs for block in pair]
 
     def connect(self):
-        self.live = self.stem.connect(None)
+        self.live = self.stem.connect(None, 1)
         for (first, second), shortcut in zip(self.pairs, self.shortcuts):
-            came, self.live = self.live, second.connect(first.connect(self.live))
-            second.shortcut_map = shortcut_map(shortcut, came, second)
+            came = self.live
+            self.live = second.connect(first.connect(came, self.multiple), self.multiple)
+            second.shortcut_map = in_place_of(second.shortcut_map, shortcut_map(shortcut, came, second))
 
     def forward(self, x):
         x = self.stem(x)
@@ -588,16 +614,21 @@ class ResNet(nn.Module):
         return classify(self, x)
 
 
-def shortcut_map(shortcut, live, block):
-    """Where each live filter of `block` lies in what live_shortcut gives (-1: nowhere), an index; None: in order."""
-    if isinstance(shortcut, nn.Sequential):
-        return block.live_out
+def shortcut_map(shortcut, came, block):
+    """Where each filter that `block` computes lies in what live_shortcut gives (-1: nowhere), an index; None: in order.
+
+    came: the channels that come in, as Block.connect takes them. A pruned filter's shortcut is pruned too.
+    """
     before, n = (shortcut.before, shortcut.c_in) if isinstance(shortcut, PaddedShortcut) else (0, len(block.mask))
-    if before == 0 and live is block.live_out is None:
+    if isinstance(shortcut, nn.Sequential):
+        came = None  # a projection gives all its maps
+    alive = block.bn_mask.tolist()
+    if before == 0 and n == len(alive) and came is block.live_out is None and all(alive):
         return None
-    where = {channel + before: i for i, channel in enumerate(range(n) if live is None else live.tolist())}
-    filters = range(len(block.mask)) if block.live_out is None else block.live_out.tolist()
-    return torch.tensor([where.get(f, -1) for f in filters], dtype=torch.int64, device=block.mask.device)
+    where = {channel + before: i for i, channel in enumerate(range(n) if came is None else came.tolist())}
+    filters = range(len(alive)) if block.live_out is None else block.live_out.tolist()
+    return torch.tensor([where.get(f, -1) if alive[f] else -1 for f in filters], dtype=torch.int64,
+                        device=block.mask.device)
 
 
 def live_shortcut(shortcut, x, block):
@@ -638,6 +669,7 @@ def build_model(name, num_classes=10, width=1.0):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+    model.multiple = 1
     return use_backend(model.to(memory_format=torch.channels_last), "eager")
 
 
@@ -1136,6 +1168,55 @@ def record(function, held):
     return replay
 
 
+def measure_shapes(args, num_classes, data, device):
+    """Measures what decides whether an event is worth new shapes or only masks; a dict, as config.json holds it.
+
+    multiple: what numbers of filters are rounded up to: that of 1, 8, 16 and 32 whose step is fastest when an odd
+    half of each pruned layer is left. ms: the steps' times, "unpruned" and by multiple. ms_per_filter: what a filter
+    less saves of a step. capture_ms: what new shapes cost, warm-up included.
+    """
+    args = argparse.Namespace(**vars(args) | {"score": "l2"})  # no step that measures activations is among these
+    model = use_backend(build_model(args.model, num_classes, args.width).to(device), "ext")
+    optimizer, generators = make_optimizer(model, args), make_generators(args, device)
+    few = {name: data[name] for name in data if name not in ("test", "val")}
+    few["train"] = tuple(t[:SHAPE_STEPS * args.batch_size] for t in data["train"])
+    steps = -(-len(few["train"][0]) // args.batch_size)
+
+    def epochs_ms():
+        graphs, ms = {}, []
+        for _ in range(WARM_UP + 2):
+            clock = time.perf_counter()
+            train_epoch(model, few, optimizer, args, generators, 0, graphs=graphs)[0].tolist()
+            ms.append(1000 * (time.perf_counter() - clock))
+        return min(ms[WARM_UP:]) / steps, ms[0]
+
+    found = {"unpruned": epochs_ms()}
+    blocks = [model.prunable[layer] for layer, _ in pruning_plan(model, args, schedule(args))]
+    for block in blocks:
+        prune_block(block, torch.arange(len(block.mask) // 2 | 1, len(block.mask)))
+    gone = sum(int((~block.mask).sum()) for block in blocks)
+    for model.multiple in (1, 8, 16, 32):
+        model.connect()
+        found[model.multiple] = epochs_ms()
+    ms = {name: round(step, 4) for name, (step, _) in found.items()}
+    best = min((1, 8, 16, 32), key=ms.get)
+    return {"multiple": best, "ms": ms, "ms_per_filter": max(0.0, ms["unpruned"] - ms[best]) / max(1, gone),
+            "capture_ms": max(0.0, found[best][1] - steps * ms[best])}
+
+
+def choose_shapes(model, shapes, plan, due, steps):
+    """Just before filters go: lets them change the model's shapes only if `steps` then save more than a capture costs.
+
+    due: as filters_due gives them; steps: until the next event. The choice is model.multiple.
+    """
+    fewer = 0
+    for i, k in due.items():
+        block = model.prunable[plan[i][0]]
+        fewer += block.computed() - rounded_up(int(block.mask.sum()) - k, shapes["multiple"], len(block.mask))
+    worth = fewer * shapes["ms_per_filter"] * steps > shapes["capture_ms"]
+    model.multiple = shapes["multiple"] if worth else None
+
+
 def make_optimizer(model, args):
     if args.optimizer == "adam":
         on_gpu = next(model.parameters()).is_cuda
@@ -1190,14 +1271,18 @@ def training(args, shared):
         if device.type == "cuda":
             torch.cuda.synchronize()  # the other runs' streams do not wait for this one
     with claimed(directory) as still_ours, failure_noted(directory, still_ours):
-        return (yield from epochs_of(args, directory, device, *shared[source], still_ours))
+        return (yield from epochs_of(args, directory, device, *shared[source], shared, still_ours))
 
 
-def epochs_of(args, directory, device, arrays, data, still_ours):
+def epochs_of(args, directory, device, arrays, data, shared, still_ours):
     """The epochs of `training`, from the first or from where a checkpoint stands."""
-    label = "/".join(directory.parts[-3:])
+    label, backend, shapes = "/".join(directory.parts[-3:]), choose_backend(args), None
+    if device.type in GRAPHED and backend == "ext" and args.p and args.noise == "none" and args.prune_bn == "drop":
+        what = args.model, args.width, len(args.p), args.batch_size, args.precision, args.dataset, device
+        if what not in shared:
+            shared[what] = measure_shapes(args, len(arrays["classes"]), data, device)
+        shapes = shared[what]
     generators = make_generators(args, device)
-    backend = choose_backend(args)
     model = use_backend(build_model(args.model, len(arrays["classes"]), args.width).to(device), backend)
     optimizer = make_optimizer(model, args)
     times = schedule(args)
@@ -1211,7 +1296,8 @@ def epochs_of(args, directory, device, arrays, data, still_ours):
                                                     for block, state in noised],
                   "after_batch": lambda: [end_noise_if_due(block, state, args) for block, state in noised]}
 
-    config = describe_run(args, arrays, model, times, plan, device) | {"backend": backend}
+    config = describe_run(args, arrays, model, times, plan, device) | {"backend": backend, "shapes": shapes}
+    model.multiple = shapes["multiple"] if shapes else 1
     first_epoch, step, lines = 0, 0, []
     if (directory / "checkpoint.pt").exists():
         check_same_run(directory, config)
@@ -1241,9 +1327,13 @@ def epochs_of(args, directory, device, arrays, data, still_ours):
 
             gone, due = {}, filters_due(model, args, plan, epoch, noise)
             if due:
+                captured = shapes_of(model)
+                if shapes:
+                    upcoming = min((e for _, kept in plan for e in kept if e > epoch), default=times["epochs"])
+                    choose_shapes(model, shapes, plan, due, (upcoming - epoch) * step // (epoch + 1))
                 gone = prune_now(model, optimizer, args, plan, due, noise, generators["target"])
                 live = [int(block.mask.sum()) for block in model.prunable]
-                if graphs:
+                if graphs and shapes_of(model) != captured:
                     graphs.clear()
             if due or noise:
                 test_acc = evaluate(model, data, "test", args, **hooks)
@@ -1257,6 +1347,7 @@ def epochs_of(args, directory, device, arrays, data, still_ours):
                 "test_acc": test_acc, "val_acc": val_acc if args.val_split else None,
                 "stability": 100 * test_acc / before if gone and before else None,
                 "removed": [len(gone.get(layer, ())) for layer, _ in plan], "live": live, "filters": gone,
+                "computed": [block.computed() for block in model.prunable],
                 "noised": [{k: state[k] for k in ("test", "train")} for state in noise],
                 "seconds": round(max(0, time.monotonic() - clock), 3)})
             lines.append(json.dumps(records[-1]))
