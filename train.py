@@ -1626,8 +1626,14 @@ def train_all(runs, at_once):
             except StopIteration:
                 going.remove(turn)
             except Exception as error:
-                tell(error)
                 going.remove(turn)
+                if going and isinstance(error, torch.OutOfMemoryError):
+                    limit = at_once = len(going)
+                    waiting.append((directory, (args, line)))
+                    print(f"train.py: the GPU's memory holds {limit} runs at once: {directory} goes on when one of "
+                          "them has ended", file=sys.stderr)
+                    continue
+                tell(error)
                 if state_of(directory) not in ("running", "done"):  # by another process
                     print(f"failed: train.py {line}", file=sys.stderr)
                     failed += 1

@@ -110,6 +110,31 @@ def test_a_kill_in_the_midst_of_many_runs_loses_none(listed, alone, directory, m
         assert what_is_left(directory(*LISTED[name], logs="together")) == alone[name], name
 
 
+def test_runs_that_do_not_fit_into_the_memory_wait_until_they_do(listed, alone, directory, monkeypatch, capsys):
+    train_epoch, going = train.train_epoch, []
+
+    def small_memory(model, *rest, **more):
+        going[:] = [m for m in going if m is not model] + [model]
+        if len(going) == 3:
+            going.pop()
+            raise torch.OutOfMemoryError
+        return train_epoch(model, *rest, **more)
+
+    def done(path, value, function=train.write_json):
+        function(path, value)
+        if path.name == "done.json":
+            going.pop(0)  # the run whose turn was longest ago
+
+    monkeypatch.setattr(train, "train_epoch", small_memory)
+    monkeypatch.setattr(train, "write_json", done)
+    names = ("random", "none", "deterministic")
+    assert train.main(["--runs", listed(names=names), "--at-once", "3"]) == 0
+    assert capsys.readouterr().err.count("memory holds 2 runs at once") == 1
+    for name in names:
+        assert what_is_left(directory(*LISTED[name], logs="together")) == alone[name], name
+        assert not (directory(*LISTED[name], logs="together") / "failed.txt").exists()
+
+
 def test_seeds_are_runs_of_their_own(run, directory):
     assert run(*PRUNE, "--seeds", "1,3-4", "--at-once", 2) == 0
     for seed in (1, 3, 4):
