@@ -41,6 +41,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import gst_ext
@@ -68,6 +69,7 @@ NOT_THE_RESULT = ("log_dir", "data_dir", "device", "backend", "save_epoch", "ten
 GRAPHED = ("cuda",)  # devices whose steps are captured in graphs
 WARM_UP = 3  # calls of a step before it becomes a graph: the libraries choose their algorithms in them
 SHAPE_STEPS = 20  # steps that are timed to choose the shapes of pruned layers
+CHECKPOINT_EVERY = {"cpu": 0, "cuda": 30}  # seconds at least; on a GPU, writing may take longer than an epoch
 AT_ONCE = 16  # runs in one process at most, unless --at-once says more
 BEAT, SILENCE = 30, 120  # seconds: how often a run's claim is refreshed, and when one that is not belongs to the dead
 
@@ -1054,6 +1056,29 @@ def save_checkpoint(path, state, check=None):
     write_atomically(path, buffer.getbuffer(), check)
 
 
+@contextlib.contextmanager
+def checkpoints(path, every, still_ours):
+    """Gives keep(state, last), which writes a run's state at most every so many seconds, and the last one always.
+
+    What is not written stays in memory, and is written when the run ends in whatever way but a kill -9.
+    """
+    pending, written = None, -math.inf
+
+    def keep(state, last):
+        nonlocal pending, written
+        if last or time.monotonic() - written >= every:
+            save_checkpoint(path, state, still_ours)
+            pending, written = None, time.monotonic()
+        else:
+            pending = tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, state)
+
+    try:
+        yield keep
+    finally:
+        if pending:
+            save_checkpoint(path, pending, still_ours)
+
+
 def read_checkpoint(path, mmap=False):
     """What save_checkpoint wrote; damage raises one of many exceptions, and a flipped bit, which torch loads, too."""
     with zipfile.ZipFile(path) as file:
@@ -1353,7 +1378,8 @@ def epochs_of(args, directory, device, arrays, data, shared, still_ours):
     live = [int(block.mask.sum()) for block in model.prunable]
 
     with (progress_bar(label, times["epochs"], first_epoch) as bar,
-          tensorboard(args, directory, first_epoch) as scalars):
+          tensorboard(args, directory, first_epoch) as scalars,
+          checkpoints(directory / "checkpoint.pt", CHECKPOINT_EVERY[device.type], still_ours) as keep):
         for epoch in range(first_epoch, times["epochs"]):
             clock = time.monotonic()
             lr = args.lr * 0.1 ** sum(epoch >= x for x in times["lrs"])
@@ -1396,10 +1422,9 @@ def epochs_of(args, directory, device, arrays, data, shared, still_ours):
             if epoch + 1 == times["save_epoch"]:
                 save_checkpoint(directory / f"epoch{epoch + 1}.pt", {"epoch": epoch + 1, "model": model.state_dict()},
                                 still_ours)
-            save_checkpoint(directory / "checkpoint.pt", {
-                "epoch": epoch + 1, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "noise": noise, "generators": {name: g.get_state() for name, g in generators.items()}, "log": lines},
-                still_ours)
+            keep({"epoch": epoch + 1, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                  "noise": noise, "generators": {name: g.get_state() for name, g in generators.items()}, "log": lines},
+                 last=epoch + 1 == times["epochs"])
             append_line(directory / "epochs.jsonl", lines[-1])  # after the checkpoint, which can rebuild it
             scalars(records[-1])
             report(label, records, bar)
@@ -1613,32 +1638,38 @@ def train_all(runs, at_once):
     at_once: None for one, and on a GPU, once the first run has shown what memory it takes, for as many as fit.
     """
     waiting, going, shared, failed, limit = list(runs.items()), [], {}, 0, at_once or 1
-    while waiting or going:
-        while waiting and len(going) < limit:
-            directory, (args, line) = waiting.pop(0)
-            going.append((training(args, shared), args, line, directory, []))
-        for turn in list(going):
-            run, args, line, directory, stream = turn
-            try:
-                stream[:] = stream or [stream_of(args)]
-                with stream[0]:
-                    next(run)
-            except StopIteration:
-                going.remove(turn)
-            except Exception as error:
-                going.remove(turn)
-                if going and isinstance(error, torch.OutOfMemoryError):
-                    limit = at_once = len(going)
-                    waiting.append((directory, (args, line)))
-                    print(f"train.py: the GPU's memory holds {limit} runs at once: {directory} goes on when one of "
-                          "them has ended", file=sys.stderr)
-                    continue
-                tell(error)
-                if state_of(directory) not in ("running", "done"):  # by another process
-                    print(f"failed: train.py {line}", file=sys.stderr)
-                    failed += 1
-        if at_once is None and torch.cuda.is_available() and torch.cuda.max_memory_reserved():
-            limit = at_once = fit_at_once(torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[0])
+    try:
+        while waiting or going:
+            while waiting and len(going) < limit:
+                directory, (args, line) = waiting.pop(0)
+                going.append((training(args, shared), args, line, directory, []))
+            for turn in list(going):
+                run, args, line, directory, stream = turn
+                try:
+                    stream[:] = stream or [stream_of(args)]
+                    with stream[0]:
+                        next(run)
+                except StopIteration:
+                    going.remove(turn)
+                except Exception as error:
+                    going.remove(turn)
+                    if going and isinstance(error, torch.OutOfMemoryError):
+                        limit = at_once = len(going)
+                        waiting.append((directory, (args, line)))
+                        print(f"train.py: the GPU's memory holds {limit} runs at once: {directory} goes on when one of "
+                              "them has ended", file=sys.stderr)
+                        continue
+                    tell(error)
+                    if state_of(directory) not in ("running", "done"):  # by another process
+                        print(f"failed: train.py {line}", file=sys.stderr)
+                        failed += 1
+            if at_once is None and torch.cuda.is_available() and torch.cuda.max_memory_reserved():
+                limit = at_once = fit_at_once(torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[0])
+    finally:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # each run's stream, which is not the one that works from here on
+        for run, *_ in going:
+            run.close()  # which writes the checkpoints that are not on disk yet
     require(not failed, f"{failed} of {len(runs)} runs failed; the same command continues them", 1)
 
 
