@@ -75,7 +75,7 @@ class UserError(Exception):
     """Something the user can mend: printed as one line. `code` is the exit code, 2 before the run and 1 during it."""
 
     def __init__(self, message, code=2):
-        super().__init__(message)
+        super().__init__(" ".join(message.splitlines()))  # a file's name may hold anything
         self.code = code
 
 
@@ -595,7 +595,7 @@ def shortcut_map(shortcut, live, block):
     if isinstance(shortcut, nn.Sequential):
         return block.live_out
     before, n = (shortcut.before, shortcut.c_in) if isinstance(shortcut, PaddedShortcut) else (0, len(block.mask))
-    if before == 0 and live is block.live_out is None:
+    if n == len(block.mask) and live is block.live_out is None:
         return None
     where = {channel + before: i for i, channel in enumerate(range(n) if live is None else live.tolist())}
     filters = range(len(block.mask)) if block.live_out is None else block.live_out.tolist()
@@ -846,7 +846,7 @@ def write_atomically(path, content, check=None):
             if check:
                 check()
             os.replace(partial, path)
-        except (OSError, UserError):
+        except BaseException:
             partial.unlink(missing_ok=True)
             raise
 
