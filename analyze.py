@@ -158,9 +158,12 @@ def summarize(run_dir):
     try:
         config = json.loads((run_dir / "config.json").read_text())
         options = config["options"]
-        run.update(config=config, method=config["method"], setting=config["setting"], model=options["model"],
-                   dataset=run_dir.parent.parent.parent.name, seed=options["seed"])
+        named = dict(method=config["method"], setting=config["setting"], model=options["model"], seed=options["seed"])
+        if [type(value) for value in named.values()] != [str, str, str, int] or (
+                options.get("optimizer") not in (None, *train.OPTIMIZERS)):
+            raise TypeError
         epochs = config["schedule"]["epochs"]
+        run.update(named, config=config, dataset=run_dir.parent.parent.parent.name)
     except (OSError, ValueError, KeyError, TypeError) as error:
         return {**run, "problem": f"config.json is missing or damaged ({type(error).__name__})"}
     records = []

@@ -209,7 +209,7 @@ read_options() {  # of a target or of status
 }
 
 list_runs() {  # writes $work/<experiment>, a line of train.py options for each run
-    local experiment=$1 more=$options own=${quick:-1-10} seed
+    local experiment=$1 more=$options own=${quick:-1-10} all seed
     case $1 in
         tabF1) own=${quick:-1-3} ;;
         figB1 | figD1) own=1 ;;
@@ -219,7 +219,8 @@ list_runs() {  # writes $work/<experiment>, a line of train.py options for each 
     fi
     list=$work/$1
     : > "$list"
-    for seed in $(seeds_of "${seeds:-$own}"); do "$experiment"; done
+    all=$(seeds_of "${seeds:-$own}")
+    for seed in $all; do "$experiment"; done
 }
 
 status() {

@@ -78,7 +78,7 @@ class UserError(Exception):
     """Something the user can mend: printed as one line. `code` is the exit code, 2 before the run and 1 during it."""
 
     def __init__(self, message, code=2):
-        super().__init__(message)
+        super().__init__(" ".join(message.splitlines()))  # a file's name may hold anything
         self.code = code
 
 
@@ -627,7 +627,7 @@ def shortcut_map(shortcut, came, block):
     if isinstance(shortcut, nn.Sequential):
         came = None  # a projection gives all its maps
     alive = block.bn_mask.tolist()
-    if before == 0 and n == len(alive) and came is block.live_out is None and all(alive):
+    if n == len(alive) and came is block.live_out is None and all(alive):
         return None
     where = {channel + before: i for i, channel in enumerate(range(n) if came is None else came.tolist())}
     filters = range(len(alive)) if block.live_out is None else block.live_out.tolist()
@@ -880,7 +880,7 @@ def write_atomically(path, content, check=None):
             if check:
                 check()
             os.replace(partial, path)
-        except (OSError, UserError):
+        except BaseException:
             partial.unlink(missing_ok=True)
             raise
 

@@ -153,7 +153,8 @@ def test_a_claim_is_refreshed_while_its_run_goes_on_and_never_anothers(directory
 
 def test_a_full_disk_leaves_no_claim_that_nobody_holds(directory, monkeypatch):
     def full(path, *mode, real=open, **more):
-        return real("/dev/full", "w") if mode == ("x",) else real(path, *mode, **more)
+        with real(path, *mode, **more) as file:
+            return real("/dev/full", "w") if mode == ("x",) else os.fdopen(os.dup(file.fileno()), *mode, **more)
 
     directory().mkdir(parents=True)
     (directory() / ".claim").touch()
@@ -185,6 +186,20 @@ def hold(directory, held, release, host):
             still_ours()
     except train.UserError as error:
         held.put(str(error))
+
+
+def test_a_silence_that_two_hosts_saw_gives_the_run_to_the_one_who_came_last(directory, claim, monkeypatch):
+    sleep = time.sleep
+
+    def replace(seconds):  # the other saw the same, and replaces the claim that took its place meanwhile
+        sleep(seconds)
+        if claim.read_text().startswith(train.this_host()):
+            claim.write_text("third-boot host3 3 3")
+
+    monkeypatch.setattr(time, "sleep", replace)
+    with pytest.raises(train.UserError, match="taken over"), train.claimed(directory()):
+        pass
+    assert claim.read_text() == "third-boot host3 3 3"
 
 
 @pytest.mark.parametrize("before", (None, ELSEWHERE))

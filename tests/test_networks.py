@@ -276,3 +276,9 @@ def test_masked_and_physically_smaller_network_agree(name, training):
         masked = model(x)
     assert not torch.allclose(masked, whole, rtol=1e-3), "the pruned filters must have mattered"
     torch.testing.assert_close(masked, small, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("width", (0.04, 0.06, 0.1))  # stages of 1, 1 and 3, of 1, 2 and 4, and of 2, 3 and 6 filters
+def test_shortcuts_of_very_narrow_networks_are_the_same_for_both_backends(width):
+    model, x = tiny_model("resnet20", width).eval(), torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(train.use_backend(model, "ext")(x), train.use_backend(model, "eager")(x))

@@ -16,8 +16,8 @@ RUNS = {"fig2": 8, "fig3": 21, "fig4": 9, "fig5": 8, "fig6": 6, "figB2": 8, "tab
         "tabF1": 4}
 
 
-def runs_sh(*options, cwd=ROOT):
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+def runs_sh(*options, cwd=ROOT, python=sys.executable):
+    environment = {**os.environ, "PYTHON": str(python), "OMP_NUM_THREADS": "1"}
     return subprocess.run(["bash", "runs.sh", *options], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
@@ -28,7 +28,7 @@ def copy_project(folder):
 
 
 def commands(*options):
-    result = runs_sh(*options, "--print")
+    result = runs_sh(options[0], "--print", *options[1:])
     assert result.returncode == 0, result.stderr
     lines = [shlex.split(line) for line in result.stdout.splitlines()]
     assert all(line[:2] == ["python", "train.py"] for line in lines)
@@ -75,7 +75,9 @@ def test_figure_runs_have_the_appendix_settings():
 
 
 @pytest.mark.parametrize("options", [("nope",), ("fig2", "--seeds", "x"), ("fig2", "--jobs", "0"), ("fig2", "--nope"),
-                                     ("fig2", "--seeds")])
+                                     ("fig2", "--seeds"), ("fig2", "--devices", "0,,1"), ("fig2", "--group", "2"),
+                                     ("fig2", "--devices", "0", "--jobs", "2"), ("status", "--jobs", "2"),
+                                     ("fig2", "--slurm", "--group", "0")])
 def test_a_wrong_call_is_one_line_and_exit_code_2(options):
     result = runs_sh(*options)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and result.stderr.startswith("runs.sh: ")
@@ -118,3 +120,49 @@ def test_runs_listed_in_a_file_are_what_each_would_be_alone(tmp_path, options, d
     for method in methods:
         assert train.main(options(*method, logs="alone")) == 0
         assert without_seconds(directory(*method, logs="together")) == without_seconds(directory(*method, logs="alone"))
+
+
+SMALL = ("--seeds", "1", "--", "--width", "0.05", "--scale-epochs", "0.005", "--dataset")
+
+
+def test_devices_get_a_process_each_and_all_runs_between_them(tmp_path, tiny):
+    copy_project(tmp_path)
+    spy = tmp_path / "python"  # notes what it should train, and trains nothing
+    spy.write_text(f'#!/bin/sh\n[ "$2" != --plan ] || exec {sys.executable} "$@"\n'
+                   '[ "$2" != --runs ] || cat "$3" > "runs-on-$CUDA_VISIBLE_DEVICES"\n')
+    spy.chmod(0o755)
+    result = runs_sh("fig2", "--devices", "2,GPU-5,7", *SMALL, str(tiny), cwd=tmp_path, python=spy)
+    assert result.returncode == 0, result.stderr
+    lists = {path.name: path.read_text().splitlines() for path in tmp_path.glob("runs-on-*")}
+    assert set(lists) == {"runs-on-2", "runs-on-GPU-5", "runs-on-7"} and sorted(map(len, lists.values())) == [2, 3, 3]
+    assert len(set(sum(lists.values(), []))) == 8
+
+
+def test_status_looks_at_the_same_runs_as_a_target(tmp_path, tiny):
+    copy_project(tmp_path)
+    line = commands("figC3", *SMALL, str(tiny))[0]
+    done = tmp_path / train.run_directory(line)
+    failed = tmp_path / train.run_directory(commands("fig4", *SMALL, str(tiny))[1])
+    for directory in (done, failed):
+        directory.mkdir(parents=True)
+    (done / "done.json").write_text("{}")
+    (failed / "failed.txt").write_text("the loss is nan\nand more")
+    result = runs_sh("status", *SMALL, str(tiny), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    table = {words[0]: words[1:6] for words in map(str.split, result.stdout.splitlines()) if words[0] in RUNS}
+    assert set(table) == set(RUNS)
+    assert table["figC3"] == ["3", "1", "0", "0", "2"] and table["fig4"] == ["9", "1", "0", "1", "7"]
+    assert table["fig2"] == ["8", "0", "0", "0", "8"]
+    assert result.stdout.count("the loss is nan") == 1 and "and more" not in result.stdout
+    for more, left in (((), 7), (("--retry-failed",), 8)):
+        result = runs_sh("fig4", "--slurm", "--print", *more, *SMALL, str(tiny), cwd=tmp_path)
+        assert f"to do now: {left} runs" in result.stderr and f"--array 1-{left} " in result.stdout, result
+
+
+def test_tasks_of_a_gpu_get_more_runs_than_those_of_a_cpu(tmp_path, tiny):
+    copy_project(tmp_path)
+    for options, tasks in (((), 8), (("--gres=gpu:1 --mem 8G",), 1), (("--gres=gpu:1", "--group", "3"), 3)):
+        result = runs_sh("fig2", "--slurm", *options, "--print", *SMALL, str(tiny), cwd=tmp_path)
+        assert result.returncode == 0 and f"--array 1-{tasks} " in result.stdout, result
+        assert result.stdout.count("--gres=gpu:1") == 2 * bool(options), "the job that draws gets them, too"
+    assert not (tmp_path / "logs").exists()
