@@ -14,7 +14,7 @@ variants are
   compile         train.py's loop around torch.compile(model); "compile + graphs": with mode="reduce-overhead"
   ours            train.py's runs, logs and checkpoints included, unpruned; "ours x8": eight taking turns as under
                   --seeds. "ours S r4": Figure 2's Prune_S, r 4, where filters go after each epoch that is timed
-Every variant is a process of its own; in each round each is asked in turn, in rotating order, while the others are idle,
+Every variant is a process of its own; in each round each is asked in turn, in rotating order, while the others idle,
 and ratios are taken within a round. Times are from CUDA events (a clock on a CPU), of whole epochs after warm-up and
 capture. Writes bench/results/<machine>-epoch.json anew after every single measurement.
 """
@@ -59,7 +59,7 @@ SPEEDUPS = {LOADER: 8, COMPILE: 1.3}  # of "ours" over these at least, in bf16
 def options_of(job, *more):
     """train.py's options for a job, and more of them."""
     given = [f"--{name.replace('_', '-')}={job[name]}"
-             for name in ("model", "width", "batch_size", "device", "precision", "dataset")]
+             for name in ("model", "width", "batch_size", "device", "precision", "dataset", "data_dir")]
     return train.parse_options([*given, f"--log-dir={job['folder']}/{job['variant']}", *more])
 
 
@@ -112,7 +112,7 @@ def ours(job, device):
 def in_memory(job, device):
     """An epoch of train.py's own loop in plain PyTorch, compiled or not, with no graph of ours."""
     options = options_of(job)
-    arrays = train.load_data(options.dataset)
+    arrays = train.load_data(options.dataset, options.data_dir)
     data, generators = train.put_on_device(arrays, device), train.make_generators(options, device)
     model = train.build_model(options.model, len(arrays["classes"]), options.width).to(device)
     optimizer = train.make_optimizer(model, options)
@@ -143,7 +143,7 @@ def usual_script(job, device):
     """An epoch as most scripts for CIFAR-10 write it, on the eager masked network."""
     from torchvision import transforms
     options = options_of(job)
-    arrays = train.load_data(options.dataset)
+    arrays = train.load_data(options.dataset, options.data_dir)
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.4914, 0.4822, 0.4465),
                                                                                 (0.2470, 0.2435, 0.2616))])
     loaders = {split: torch.utils.data.DataLoader(
@@ -183,11 +183,12 @@ def new_worker(job):
     variant = job["variant"]
     epoch, captures = (usual_script if variant == LOADER else ours if variant in OURS | PRUNINGS else in_memory)(
         job, device)
+    warm_up = WARM_UP if variant in OURS | PRUNINGS else 2
 
     def answer(n):
         captures.clear()
         first = 0 if n else seconds_of(epoch, device, 1)
-        seconds = seconds_of(epoch, device, n or WARM_UP - 1)
+        seconds = seconds_of(epoch, device, n or warm_up - 1)
         peak = torch.cuda.max_memory_reserved() / 2**20 if device.type == "cuda" else step.memory_mib(device, peak=True)
         return {"first_epoch": first, "seconds": seconds, "captures": len(captures), "capture_seconds": sum(captures),
                 "peak_mib": peak}
@@ -275,11 +276,10 @@ def run_seconds(options, epoch, event):
 
 def event_seconds(results, model, precision, runs):
     """What an event adds to an epoch, per run: new shapes, and the second evaluation; None where not measured."""
-    pruning = next((row for row in results["epochs"] if (row["model"], row["precision"]) == (model, precision) and
-                    row["variant"] in PRUNINGS and row["runs"] == runs and row["rounds"]), None)
-    plain = next((row for row in results["epochs"] if (row["model"], row["precision"]) == (model, precision) and
-                  row["variant"] in OURS and row["runs"] == runs and row["rounds"]), None)
-    return pruning and plain and max(0.0, pruning["amortised"]["median"] - plain["amortised"]["median"])
+    pruning, plain = (next((row["amortised"]["median"] for row in results["epochs"] if row["variant"] in variants and
+                            (row["model"], row["precision"], row["runs"]) == (model, precision, runs) and
+                            row["rounds"]), None) for variants in (PRUNINGS, OURS))
+    return None if None in (pruning, plain) else max(0.0, pruning - plain)
 
 
 def estimates(results):
@@ -294,8 +294,8 @@ def estimates(results):
             continue
         best = min(rows, key=lambda row: row["amortised"]["median"])
         alone = next((row["seconds"]["median"] for row in rows if row["runs"] == 1), None)
-        events = {runs: event_seconds(results, model, precision, runs) for runs in (1, 8)}
-        event = events[8 if best["runs"] > 1 and events[8] is not None else 1]
+        events = [event_seconds(results, model, precision, runs) for runs in ((8, 1) if best["runs"] > 1 else (1, 8))]
+        event = next((seconds for seconds in events if seconds is not None), None)
         lines = {method: train.parse_options([f"--model={model}", *more]) for method, more in METHODS.items()}
         found.append({
             "model": model, "precision": precision, "epoch_seconds_alone": alone, "at_once": best["runs"],
@@ -367,8 +367,9 @@ def print_rows(results, model, precision):
                 continue
             share = f"{row['share_of_peak']:8.1%}" if "share_of_peak" in row else f"{'-':>8}"
             to_masked = f"{row['ratio']['median']:16.3f}" if row["ratio"] else f"{'-':>16}"
-            print(f"{row['variant']:26} {'{median:.4f} ({q1:.4f}-{q3:.4f})'.format(**row['amortised']):>25} {to_masked} "
-                  f"{share} {row['mib_per_run']:9.0f} {row['first_epoch_seconds']:11.2f} {row['capture_seconds']:12.2f}")
+            time_ = "{median:.4f} ({q1:.4f}-{q3:.4f})".format(**row["amortised"])
+            print(f"{row['variant']:26} {time_:>25} {to_masked} {share} {row['mib_per_run']:9.0f} "
+                  f"{row['first_epoch_seconds']:11.2f} {row['capture_seconds']:12.2f}")
     sys.stdout.flush()
 
 
@@ -407,7 +408,7 @@ def main():
         for precision in cli.precisions:
             for model in cli.models:
                 job = {"model": model, "precision": precision, "dataset": str(dataset)}
-                job |= {name: getattr(cli, name) for name in ("width", "batch_size", "device")}
+                job |= {name: getattr(cli, name) for name in ("width", "batch_size", "device", "data_dir")}
                 with tempfile.TemporaryDirectory() as job["folder"]:  # runs leave checkpoints
                     measure(job, cli, device, results, path)
                 print_rows(results, model, precision)
