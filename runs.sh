@@ -233,7 +233,12 @@ case $target in
     fig[2-6] | figB[12] | tabC1 | figC3 | figD[12] | tabF1) run_target "$target" "$@" ;;
     setup) setup ;;
     test) setup; exec $PYTHON -m pytest -q tests "$@" ;;
-    bench) setup; exec $PYTHON bench/step.py "$@" ;;
+    bench)
+        setup
+        $PYTHON bench/step.py "$@"
+        [ $# != 0 ] || ! $PYTHON -c "import sys, torch; sys.exit(not torch.cuda.is_available())" ||
+            $PYTHON bench/epoch.py
+        ;;
     help | --help | -h) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" ;;
     *) fail "unknown target $target: bash runs.sh help lists them" ;;
 esac

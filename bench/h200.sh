@@ -6,7 +6,8 @@
 #   bench/h200.sh --device cpu --results /tmp/dry     tiny sizes on a CPU: does it all run
 #
 # Each part has a time limit of its own, and one that fails or is late does not stop the next. Results are written as
-# soon as they are known, as <machine>-step.json, -epoch.json and -at-once.json, and all that is said as <machine>-h200.log.
+# soon as they are known, as <machine>-step.json, -epoch.json and -at-once.json, and all that is said in
+# <machine>-h200.log.
 # PYTHON=/path/to/python uses that interpreter as it is, without any set-up.
 set -uo pipefail
 cd "$(dirname "$0")/.."

@@ -164,7 +164,7 @@ def reset_peak(device):
 
 
 def matrix_peak(device, dtype=torch.float32):
-    """GFLOP/s of a large product and of a large 3x3 convolution, the greater of the two, in sizes that fill a device."""
+    """GFLOP/s of a large product or a large 3x3 convolution, whichever is faster, in sizes that fill the device."""
     n, images = (8192, 2048) if device.type == "cuda" else (2048, 128)
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
     x, weight = (torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)

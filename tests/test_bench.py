@@ -1,4 +1,4 @@
-"""The benchmarks: dry runs with tiny sizes, what their results must hold whatever the times are, and their arithmetic."""
+"""The benchmarks: dry runs with tiny sizes, what results must hold whatever the times are, and their arithmetic."""
 import json
 import os
 import pathlib
@@ -29,9 +29,9 @@ def bench(*command, **more):
 def test_an_epoch_is_timed_for_every_variant_and_shared_out_among_its_runs(tmp_path):
     variants = [epoch.MASKED, epoch.LOADER, "ours", "ours x2", epoch.PRUNING]
     out = tmp_path / "epoch.json"
-    done = bench("epoch.py", "--device", "cpu", "--models", "vgg11", "--precisions", "fp32", "--width", "0.05", "--images",
-                 "60", "--batch-size", "32", "--rounds", "2", "--epochs", "1", "--data-dir", tmp_path, "--out", out,
-                 "--variants", *variants)
+    done = bench("epoch.py", "--device", "cpu", "--models", "vgg11", "--precisions", "fp32", "--width", "0.05",
+                 "--images", "60", "--batch-size", "32", "--rounds", "2", "--epochs", "1", "--data-dir", tmp_path,
+                 "--out", out, "--variants", *variants)
     assert done.returncode == 0, done.stderr
     results = json.loads(out.read_text())
     assert results["data"] == "random" and not results["full_size"]
@@ -137,7 +137,7 @@ def test_reproduce_plans_goes_on_and_draws(tmp_path, tiny):
     lines = (tmp_path / "logs" / "reproduce" / "runs").read_text().splitlines()
     runs = [train.parse_options(shlex.split(line)) for line in lines]
     assert plan["runs"] == len(runs) == 4 * plan["seeds"] and plan["minutes"] == 3 and 3 <= plan["seeds"] <= 10
-    assert {(args.model, train.run_name(args)[0]) for args in runs[:4]} == {("vgg11", method) for method in epoch.METHODS}
+    assert [(args.model, train.run_name(args)[0]) for args in runs[:4]] == [("vgg11", m) for m in epoch.METHODS]
     assert [args.seed for args in runs] == [seed for seed in range(1, plan["seeds"] + 1) for _ in range(4)]
     second = bench("reproduce.sh", "3", *more, **places)
     assert second.returncode == 0 and "goes on" not in second.stdout, second.stderr
