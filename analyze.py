@@ -735,7 +735,7 @@ def load_network(run_dir, data_dir, device, checkpoint=None):
     train.require(crc == {k: zlib.crc32(np.ascontiguousarray(arrays[k])) for k in crc},
                   f"{run_dir} was trained on other data than {dataset} is now: put its own back, or see --data-dir")
     try:
-        state = torch.load(run_dir / checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        state = train.read_checkpoint(run_dir / checkpoint, mmap=True)
         model = train.build_model(options["model"], len(arrays["classes"]), options["width"])
         model.load_state_dict(state["model"], assign=True)
         source = {"checkpoint": checkpoint, "crc32": zlib.crc32(np.memmap(run_dir / checkpoint)),

@@ -4,17 +4,25 @@
 #   bash runs.sh fig2 --quick          Figure 2 in minutes: handwritten digits, narrow networks, two seeds
 #   bash runs.sh fig2                  Figure 2 itself: CIFAR-10, 2 networks x 4 methods x 10 seeds, 325 epochs each
 #   bash runs.sh fig2 --seeds 1-3 --jobs 2 -- --device cpu --scale-epochs 0.08
+#   bash runs.sh fig3 --slurm "--partition gpu --gres=gpu:1 --time 8:00:00"    the same on a cluster (README)
+#   bash runs.sh status                every target's runs: done, running, failed and why, waiting, time left
 #   bash runs.sh test                  the tests (options go to pytest)
 #   bash runs.sh bench                 what a training step costs, against plain PyTorch (options: bench/step.py)
 #   bash runs.sh setup                 only the set-up, which every other target does by itself
 #
 #   targets   fig2 fig3 fig4 fig5 fig6 figB1 figB2 tabC1 figC3 figD1 figD2 tabF1
 #   --seeds   1-10, or 1,4,7            (default: the paper's number)
-#   --jobs    N runs at once            (default: 1; with --quick one per core, at most 4)
-#   --print   print the train.py commands and do nothing
+#   --jobs    N processes at once      (default: 1; with --quick one per core, at most 4; with --slurm no limit)
+#   --devices 0,1,... one process for each of these GPUs, which its runs share
+#   --slurm   ["sbatch options"] submit the runs as a job array, of which --jobs tasks run at once, and a job that draws
+#   --group   N runs for each of Slurm's tasks, which share its device
+#             (default: 8 where the sbatch options ask for a GPU, else 1)
+#   --retry-failed   train failed runs again, too
+#   --print   print the train.py commands, or with --slurm all that would be submitted, and do nothing
 #   --quick   digits, width 0.25, two seeds, a scaled schedule
 #   -- ...    more options for every train.py command
 #
+# status takes --seeds, --quick and -- as a target does, to look at the same runs.
 # Finished runs are skipped and half-done ones continued, so the same command picks up after any interruption.
 # PYTHON=/path/to/python uses that interpreter as it is, without any set-up.
 set -euo pipefail
@@ -169,54 +177,160 @@ seeds_of() {  # 1-3,7 -> 1 2 3 7
     done
 }
 
-run_target() {
-    local experiment=$1 seeds="" jobs="" print="" quick="" more="" logs=logs seed failed=0
-    shift
+read_options() {  # of a target or of status
     while [ $# -gt 0 ]; do
         case $1 in
-            --seeds | --jobs) [ $# -ge 2 ] || fail "$1 needs a value"; printf -v "${1#--}" %s "$2"; shift 2 ;;
-            --print) print=1; shift ;;
-            --quick) quick=1-2; shift ;;  # its seeds
-            --) shift; more=" $*"; break ;;
-            *) fail "unknown option $1: there are --seeds, --jobs, --print, --quick, and -- for train.py's own" ;;
+            --seeds | --jobs | --devices | --group)
+                [ $# -ge 2 ] || fail "$1 needs a value"
+                printf -v "${1#--}" %s "$2"
+                shift ;;
+            --print) print=1 ;;
+            --quick) quick=1-2 ;;  # its seeds
+            --retry-failed) retry=$1 ;;
+            --slurm)
+                slurm=" "
+                case ${2:-} in
+                    "" | --seeds | --jobs | --devices | --group | --print | --quick | --retry-failed | --) ;;
+                    *) slurm=$2; shift ;;
+                esac ;;
+            --) shift; options=" $*"; break ;;
+            *) fail "unknown option $1: bash runs.sh help lists them" ;;
         esac
+        shift
     done
-    case $experiment in
-        tabF1) seeds=${seeds:-${quick:-1-3}} ;;
-        figB1 | figD1) seeds=${seeds:-1} ;;
-    esac
-    seeds=$(seeds_of "${seeds:-${quick:-1-10}}")
-    if [ "$quick" ]; then
-        more=" --dataset digits --width 0.25 --val-split 300 --batch-size 12 $(quick_schedule "$experiment")$more"
-        jobs=${jobs:-$(($(cores) < 4 ? $(cores) : 4))}
-    fi
-    [[ $more =~ --log-dir[=\ ]([^ ]+) ]] && logs=${BASH_REMATCH[1]}
-    jobs=${jobs:-1}
-    [[ $jobs =~ ^[1-9][0-9]*$ ]] || fail "--jobs $jobs: give a number of runs, 1 or more"
-
+    [[ ${jobs:-1} =~ ^[1-9][0-9]*$ ]] || fail "--jobs $jobs: give a number of processes, 1 or more"
+    [[ ${group:-1} =~ ^[1-9][0-9]*$ ]] || fail "--group $group: give a number of runs, 1 or more"
+    [[ ${devices:-0} =~ ^[^,\ ]+(,[^,\ ]+)*$ ]] || fail "--devices $devices: give a list of GPUs, such as 0,1"
+    [ -z "$devices" ] || [ -z "$jobs$slurm" ] || fail "--devices excludes --jobs and --slurm: choose one"
+    [ -z "$group" ] || [ "$slurm" ] || fail "--group is for --slurm: add that, or leave it out"
+    [[ $options =~ --log-dir[=\ ]([^ ]+) ]] && logs=${BASH_REMATCH[1]}
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
-    list=$work/all
+}
+
+list_runs() {  # writes $work/<experiment>, a line of train.py options for each run
+    local experiment=$1 more=$options own=${quick:-1-10} seed
+    case $1 in
+        tabF1) own=${quick:-1-3} ;;
+        figB1 | figD1) own=1 ;;
+    esac
+    if [ "$quick" ]; then
+        more=" --dataset digits --width 0.25 --val-split 300 --batch-size 12 $(quick_schedule "$1")$options"
+    fi
+    list=$work/$1
     : > "$list"
-    for seed in $seeds; do "$experiment"; done
-    if [ "$print" ]; then
+    for seed in $(seeds_of "${seeds:-$own}"); do "$experiment"; done
+}
+
+status() {
+    local seeds="" jobs="" devices="" group="" print="" quick="" retry="" slurm="" options="" logs=logs lists=()
+    read_options "$@"
+    [ -z "$jobs$devices$print$retry$slurm" ] || fail "status takes --seeds, --quick and -- only"
+    for name in $targets; do
+        list_runs "$name"
+        [ ! -s "$list" ] || lists+=("$list")
+    done
+    setup
+    "$PYTHON" train.py --status "${lists[@]}"
+}
+
+run_target() {
+    local experiment=$1 seeds="" jobs="" devices="" group="" print="" quick="" retry="" slurm="" options="" logs=logs
+    local flat left failed=0
+    shift
+    read_options "$@"
+    list_runs "$experiment"
+    if [ "$print" ] && [ -z "$slurm" ]; then
         sed 's/^/python train.py /' "$list"
         return
     fi
     setup
-    "$PYTHON" train.py --plan "$list" > "$work/left" || exit $?
-    if [ -s "$work/left" ] && [ "$jobs" = 1 ]; then
-        "$PYTHON" train.py --runs "$work/left" || failed=1
-    elif [ -s "$work/left" ]; then
-        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(cores) / jobs > 0 ? $(cores) / jobs : 1))}
-        awk -v n="$jobs" -v part="$work/part." '{ print > (part NR % n) }' "$work/left"
-        printf '%s\n' "$work"/part.* | xargs -P "$jobs" -n 1 "$PYTHON" train.py --runs | cat || failed=1
+    left=$work/left flat=${quick:+--eigs 10 --images 128}
+    "$PYTHON" train.py --plan "$list" $retry > "$left" || exit $?
+    if [ "$slurm" ]; then
+        submit
+    else
+        train_here || failed=1
+        draw "$experiment" "$logs" "$flat" || failed=1
+        return $failed
     fi
-    draw "$experiment" "$logs" "${quick:+--eigs 10 --images 128}" || failed=1
-    return $failed
 }
 
-draw() {
+train_here() {
+    local device=(${devices//,/ }) workers=${jobs:-1} worker runs
+    [ -z "$devices" ] || workers=${#device[@]}
+    [ -z "$quick" ] || [ "$jobs$devices" ] || workers=$(($(cores) < 4 ? $(cores) : 4))
+    runs=$(wc -l < "$left")
+    workers=$((workers < runs ? workers : runs))
+    [ "$workers" != 0 ] || return 0
+    if [ "$workers" = 1 ]; then
+        ${device:+env CUDA_VISIBLE_DEVICES=$device} "$PYTHON" train.py --runs "$left"
+        return
+    fi
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(cores) / workers > 0 ? $(cores) / workers : 1))}
+    for ((worker = 0; worker < workers; worker++)); do
+        awk -v n="$workers" -v k=$worker 'NR % n == k' "$left" > "$work/part.$worker"
+        echo "${device[worker]:+CUDA_VISIBLE_DEVICES=${device[worker]}} '$PYTHON' train.py --runs $work/part.$worker"
+    done | xargs -P "$workers" -L 1 env | cat
+}
+
+submit() {  # the runs left as a job array, and a job that draws when all its tasks have ended
+    local folder tasks python id
+    [[ -n "$group" || $slurm != *gpu* ]] || group=8
+    folder=$logs/slurm/$experiment-$(date +%Y%m%d-%H%M%S)-$$
+    python=$(printf %q "$PYTHON")
+    mkdir "$work/slurm"
+    split -a 4 -d -l "${group:-1}" --numeric-suffixes=1 "$left" "$work/slurm/list."
+    tasks=$(find "$work/slurm" -name 'list.*' | wc -l)
+    job_script > "$work/slurm/task.sh" <<END
+# The runs of one list, each from where it stands. The time limit's signal puts the task back into the queue.
+trap 'again=1; kill -TERM \$child' USR1
+trap 'kill -TERM \$child' TERM
+$python train.py --runs $(printf %q "$folder")/list.\$(printf %04d "\$SLURM_ARRAY_TASK_ID") &
+child=\$!
+while wait \$child; code=\$?; kill -0 \$child 2> /dev/null; do :; done
+[ -z "\$again" ] || scontrol requeue "\$SLURM_JOB_ID"
+exit \$code
+END
+    job_script > "$work/slurm/figure.sh" <<< "$(PYTHON=$python draw_command "$experiment" "$(printf %q "$logs")" "$flat")"
+
+    if [ "$print" ]; then
+        (cd "$work/slurm" && tail -n +1 -v -- *; echo)
+    else
+        command -v sbatch > /dev/null || fail "sbatch is missing: --slurm is for a machine that submits to Slurm"
+        mkdir -p "$logs/slurm"
+        cp -r "$work/slurm" "$folder"
+    fi
+    set -- --requeue --open-mode append
+    if [ "$tasks" != 0 ]; then
+        sbatch_ "$@" --job-name "$experiment" --array "1-$tasks${jobs:+%$jobs}" --signal B:USR1@60 \
+            --output "$folder/%a.log" $slurm "$folder/task.sh"
+        set -- "$@" --dependency "afterany:$id"
+    fi
+    sbatch_ "$@" --job-name "$experiment-figure" --output "$folder/figure.log" $slurm "$folder/figure.sh"
+    [ "$print" ] || echo "submitted $tasks tasks and the job that draws; their lists and logs are in $folder"
+}
+
+job_script() {
+    cat <<END
+#!/bin/bash
+cd $(printf %q "$PWD")
+export OMP_NUM_THREADS=\${OMP_NUM_THREADS:-\$SLURM_CPUS_ON_NODE}
+END
+    cat
+}
+
+sbatch_() {  # submits, or prints; leaves the job's number in id
+    id=ARRAY
+    if [ "$print" ]; then
+        echo "sbatch $*"
+    else
+        id=$(sbatch --parsable "$@") || exit 1
+        id=${id%%;*}
+    fi
+}
+
+draw_command() {  # target, log directory, options
     local names
     case $1 in
         fig3) names="--figure 3 C1 C2" ;;
@@ -224,13 +338,17 @@ draw() {
         fig*) names="--figure ${1#fig}" ;;
         tab*) names="--table ${1#tab}" ;;
     esac
-    $PYTHON analyze.py $names --log-dir "$2" $3
+    echo $PYTHON analyze.py $names --log-dir "$2" $3
 }
 
+draw() { $(draw_command "$@"); }
+
+targets="fig2 fig3 fig4 fig5 fig6 figB1 figB2 tabC1 figC3 figD1 figD2 tabF1"
 target=${1:-help}
 [ $# = 0 ] || shift
 case $target in
     fig[2-6] | figB[12] | tabC1 | figC3 | figD[12] | tabF1) run_target "$target" "$@" ;;
+    status) status "$@" ;;
     setup) setup ;;
     test) setup; exec $PYTHON -m pytest -q tests "$@" ;;
     bench)

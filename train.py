@@ -31,7 +31,9 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import uuid
+import zipfile
 import zlib
 from fractions import Fraction
 
@@ -65,6 +67,7 @@ NOT_THE_RESULT = ("log_dir", "data_dir", "device", "backend", "save_epoch", "ten
                   "plan", "retry_failed", "status")  # not what a run computes
 GRAPHED = ("cuda",)  # devices whose steps are captured in graphs
 WARM_UP = 3  # calls of a step before it becomes a graph: the libraries choose their algorithms in them
+SHAPE_STEPS = 20  # steps that are timed to choose the shapes of pruned layers
 AT_ONCE = 16  # runs in one process at most, unless --at-once says more
 BEAT, SILENCE = 30, 120  # seconds: how often a run's claim is refreshed, and when one that is not belongs to the dead
 
@@ -118,10 +121,10 @@ def repeated(kind):
 def seed_list(text):
     """An argparse type: 1-3,7 is [1, 2, 3, 7]."""
     parts = [[int(end) for end in part.split("-")] for part in text.split(",")]
-    seeds = [seed for part in parts for seed in range(part[0], part[-1] + 1)]
-    if not seeds or max(map(len, parts)) > 2 or len(seeds) > 10_000:
+    spans = [range(part[0], part[-1] + 1) for part in parts]
+    if not 1 <= sum(map(len, spans)) <= 10_000 or max(map(len, parts)) > 2 or max(map(max, parts)) >= 2**32:
         raise ValueError
-    return seeds
+    return [seed for span in spans for seed in span]
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -458,9 +461,10 @@ class Block(nn.Module):
     mask (c_out,) bool, True = live; bn_mask the same for the batch norm's scale and shift and the shortcut, which
     differs from mask only under --prune-bn keep; act (c_out,) the running mean |a| before ReLU.
 
-    The backend "eager" multiplies by the masks. "ext" computes compact maps, of the live channels only: live_in and
-    live_out (int64 indices, None for all) are the channels it gets and gives, shortcut_map where each of its own lies
-    in the shortcut (-1: nowhere). use_backend sets them, which whoever changes masks has to call again.
+    The backend "eager" multiplies by the masks. "ext" computes compact maps: live_in and live_out (int64 indices, None
+    for all) are the channels it gets and gives, all that are live and as many pruned ones, which stay zero, as make a
+    shape the device likes; shortcut_map says where each lies in the shortcut (-1: nowhere). use_backend sets them,
+    which whoever changes masks has to call again.
     """
 
     def __init__(self, c_in, c_out, kernel=3, stride=1, bias=False):
@@ -495,15 +499,33 @@ class Block(nn.Module):
             self.act.mul_(ACT_KEEP).add_(a.detach().abs().mean((0, 2, 3), dtype=torch.float32), alpha=1 - ACT_KEEP)
         return F.relu(a, inplace=True)
 
-    def connect(self, live_in):
-        """Takes the live channels of its input and returns those of its output (indices, None for all)."""
+    def connect(self, live_in, multiple):
+        """Takes the channels of its input and returns those of its output (indices, None for all)."""
         self.keeps_bn = not torch.equal(self.mask, self.bn_mask)
-        self.live_in, self.live_out = live_in, None if self.bn_mask.all() else self.bn_mask.nonzero().flatten()
+        n = self.computed() if multiple is None else rounded_up(int(self.bn_mask.sum()), multiple, len(self.mask))
+        chosen = torch.argsort(~self.bn_mask, stable=True)[:n].sort().values if n < len(self.mask) else None
+        self.live_in, self.live_out = live_in, in_place_of(self.live_out, chosen)
         return self.live_out
+
+    def computed(self):
+        """How many filters it computes: under "ext" the live ones, and those that fill up the shape."""
+        return len(self.mask) if self.backend == "eager" or self.live_out is None else len(self.live_out)
+
+
+def rounded_up(n, multiple, most):
+    return min(most, -(-n // multiple) * multiple)
+
+
+def in_place_of(old, new):
+    """new, but in old's memory where it fits in there: a captured graph goes on reading its indices from that."""
+    return new if old is None or new is None or old.shape != new.shape else old.copy_(new)
 
 
 def use_backend(model, backend):
-    """Makes every block of `model` compute by "ext" or "eager", by its masks as they are now; returns the model."""
+    """Makes every block of `model` compute by "ext" or "eager", by its masks as they are now; returns the model.
+
+    Under "ext" a pruned block computes its live filters, rounded up to model.multiple; None: as many as it does now.
+    """
     for block in model.modules():
         if isinstance(block, Block):
             block.backend = backend
@@ -511,6 +533,11 @@ def use_backend(model, backend):
     if backend == "ext":
         model.connect()
     return model
+
+
+def shapes_of(model):
+    """What a captured step holds fast of how `model` computes; where the channels lie it reads anew each time."""
+    return [(block.keeps_bn, block.computed(), block.shortcut_map is None) for block in model.prunable]
 
 
 def classify(model, x):
@@ -548,7 +575,7 @@ class VGG(nn.Module):
     def connect(self):
         self.live = None
         for block in self.prunable:
-            self.live = block.connect(self.live)
+            self.live = block.connect(self.live, self.multiple)
 
     def forward(self, x):
         return classify(self, self.features(x))  # 32x32 images end as 1x1 maps, larger ones are averaged
@@ -576,10 +603,11 @@ class ResNet(nn.Module):
         self.prunable = [block for pair in self.pairs for block in pair]
 
     def connect(self):
-        self.live = self.stem.connect(None)
+        self.live = self.stem.connect(None, 1)
         for (first, second), shortcut in zip(self.pairs, self.shortcuts):
-            came, self.live = self.live, second.connect(first.connect(self.live))
-            second.shortcut_map = shortcut_map(shortcut, came, second)
+            came = self.live
+            self.live = second.connect(first.connect(came, self.multiple), self.multiple)
+            second.shortcut_map = in_place_of(second.shortcut_map, shortcut_map(shortcut, came, second))
 
     def forward(self, x):
         x = self.stem(x)
@@ -588,16 +616,21 @@ class ResNet(nn.Module):
         return classify(self, x)
 
 
-def shortcut_map(shortcut, live, block):
-    """Where each live filter of `block` lies in what live_shortcut gives (-1: nowhere), an index; None: in order."""
-    if isinstance(shortcut, nn.Sequential):
-        return block.live_out
+def shortcut_map(shortcut, came, block):
+    """Where each filter that `block` computes lies in what live_shortcut gives (-1: nowhere), an index; None: in order.
+
+    came: the channels that come in, as Block.connect takes them. A pruned filter's shortcut is pruned too.
+    """
     before, n = (shortcut.before, shortcut.c_in) if isinstance(shortcut, PaddedShortcut) else (0, len(block.mask))
-    if before == 0 and live is block.live_out is None:
+    if isinstance(shortcut, nn.Sequential):
+        came = None  # a projection gives all its maps
+    alive = block.bn_mask.tolist()
+    if before == 0 and n == len(alive) and came is block.live_out is None and all(alive):
         return None
-    where = {channel + before: i for i, channel in enumerate(range(n) if live is None else live.tolist())}
-    filters = range(len(block.mask)) if block.live_out is None else block.live_out.tolist()
-    return torch.tensor([where.get(f, -1) for f in filters], dtype=torch.int64, device=block.mask.device)
+    where = {channel + before: i for i, channel in enumerate(range(n) if came is None else came.tolist())}
+    filters = range(len(alive)) if block.live_out is None else block.live_out.tolist()
+    return torch.tensor([where.get(f, -1) if alive[f] else -1 for f in filters], dtype=torch.int64,
+                        device=block.mask.device)
 
 
 def live_shortcut(shortcut, x, block):
@@ -638,6 +671,7 @@ def build_model(name, num_classes=10, width=1.0):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+    model.multiple = 1
     return use_backend(model.to(memory_format=torch.channels_last), "eager")
 
 
@@ -827,10 +861,13 @@ def writing(path):
                         "same command again", 1) from None
 
 
-def write_atomically(path, content):
-    """Writes bytes to `path` so that a reader, or a crash, sees the old file or the new one and nothing between."""
+def write_atomically(path, content, check=None):
+    """Writes bytes to `path` so that a reader, or a crash, sees the old file or the new one and nothing between.
+
+    check: called last of all before the new file counts, since a write may hang for minutes on a network.
+    """
     path = pathlib.Path(path)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.partial")  # nobody else's
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -838,8 +875,10 @@ def write_atomically(path, content):
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+            if check:
+                check()
             os.replace(partial, path)
-        except OSError:
+        except (OSError, UserError):
             partial.unlink(missing_ok=True)
             raise
 
@@ -858,11 +897,13 @@ def lock_directory(directory, wait=False):
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         lock = open(directory / ".lock", "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        raise UserError(f"{directory} is in use by another process: wait for it, or choose another --seed", 1) from None
-    return lock
+    for _ in range(10):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            return lock
+        time.sleep(0.05)  # state_of holds it for a moment
+    lock.close()
+    raise UserError(f"{directory} is in use by another process: wait for it, or choose another --seed", 1)
 
 
 def this_host():
@@ -873,16 +914,22 @@ def this_host():
 
 
 def read_claim(path):
-    """(its text, when it was last refreshed) of a claim, "" where there is none; opened, since network file systems
-    may answer from memory otherwise."""
+    """(a claim's text, when it was last refreshed), (None, 0) without one; opened, since network file systems may
+    answer from memory otherwise."""
     try:
-        with open(path) as file:
+        with open(path, errors="replace") as file:
             return file.read(), os.fstat(file.fileno()).st_mtime_ns
     except FileNotFoundError:
-        return "", 0
+        return None, 0
 
 
-DEAD = set()  # processes on other hosts, "host name pid", whose claims were seen not to be refreshed any more
+def is_foreign(claim):
+    """Whether a claim's text is of another host, or cut."""
+    return claim is not None and claim.split(" ")[0] != this_host()
+
+
+PROCESS = uuid.uuid4().hex  # tells this process from an earlier one of the same number
+DEAD = set()  # claims of other hosts' processes that were seen not to be refreshed any more
 
 
 @contextlib.contextmanager
@@ -893,42 +940,53 @@ def claimed(directory):
     not share locks, are kept apart by a claim that its holder refreshes. The claim of another host is taken over when
     it was watched for SILENCE seconds without being refreshed, so that no two clocks need agree.
     """
-    lock, path = lock_directory(directory), directory / ".claim"
-    mine = f"{this_host()} {platform.node() or 'unnamed'} {os.getpid()} {uuid.uuid4().hex}"
-    holder, refreshed = read_claim(path)
-    who, until = holder.rpartition(" ")[0], time.monotonic() + SILENCE
-    while holder and who.split(" ")[0] != this_host() and who not in DEAD and time.monotonic() < until:
-        time.sleep(min(1, SILENCE / 10))
-        seen = read_claim(path)
-        require(seen == (holder, refreshed), f"{directory} is in use by process {' on '.join(who.split(' ')[:0:-1])}: "
-                "leave it to that, or choose another --seed", 1)
-    if holder:
-        DEAD.add(who)
-    with writing(path):
-        path.unlink(missing_ok=True)
-        with contextlib.suppress(FileExistsError), open(path, "x") as file:  # else another host was quicker
-            file.write(mine)
+    lock, path, pause = lock_directory(directory), directory / ".claim", min(1, SILENCE / 10)
+    mine = f"{this_host()} {platform.node() or 'unnamed'} {os.getpid()} {PROCESS}"
+    over = threading.Event()
 
     def still_ours():
-        require(read_claim(path)[0] == mine, f"{directory} has been taken over by another process, which goes on with "
-                "it: nothing was written since", 1)
+        require(read_claim(path)[0] == mine, f"{directory} was taken over by another process, or deleted: nothing was "
+                "written since", 1)
 
-    def refresh():
-        with contextlib.suppress(OSError):
-            while not over.wait(BEAT):
-                os.utime(path)
+    def refresh(file):  # the file and not its name, which may be another's by now
+        while not over.wait(BEAT):
+            with contextlib.suppress(OSError):
+                os.utime(file.fileno())
 
-    over = threading.Event()
-    try:
+    with lock:
+        seen, until, silent = read_claim(path), time.monotonic() + SILENCE, False
+        while is_foreign(seen[0]) and seen[0] not in DEAD and not silent:
+            silent = time.monotonic() > until  # before it is read for the last time
+            time.sleep(pause)
+            _, name, number, *_ = f"{seen[0]} ? ? ?".split(" ")
+            require(read_claim(path) == seen, f"{directory} is in use by process {number} on {name}: leave it to that, "
+                    "or choose another --seed", 1)
+        with writing(path):
+            if seen[0] is not None:
+                DEAD.add(seen[0])
+                path.unlink(missing_ok=True)
+            for partial in directory.glob("*.partial"):
+                partial.unlink(missing_ok=True)  # of a process that was killed, or must not finish it any more
+            try:
+                with contextlib.suppress(FileExistsError), open(path, "x") as file:  # else another host was quicker
+                    file.write(mine)
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
+        if is_foreign(seen[0]):
+            time.sleep(pause)  # another host that saw the same silence has replaced our claim by now, or will not
         still_ours()
-        threading.Thread(target=refresh, daemon=True).start()
-        yield still_ours
-    finally:
-        over.set()
-        with contextlib.suppress(OSError):
-            if read_claim(path)[0] == mine:
-                path.unlink()
-        lock.close()
+        with open(path) as file:
+            beat = threading.Thread(target=refresh, args=(file,), daemon=True)
+            beat.start()
+            try:
+                yield still_ours
+            finally:
+                over.set()
+                beat.join()
+                with contextlib.suppress(OSError):
+                    if read_claim(path)[0] == mine:
+                        path.unlink()
 
 
 @contextlib.contextmanager
@@ -939,11 +997,16 @@ def failure_noted(directory, still_ours):
         path.unlink(missing_ok=True)
     try:
         yield
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
-        with contextlib.suppress(UserError):  # a full disk, or a run that is another's now
-            still_ours()
-            write_atomically(path, f"{error}\n".encode())
+    except Exception as error:
+        with contextlib.suppress(UserError, OSError):  # a full disk, or a run that is another's now
+            kind = "" if isinstance(error, (UserError, OSError)) else f"{type(error).__name__}: "
+            write_atomically(path, f"{kind}{str(error).strip()}\n".encode(errors="replace"), still_ours)
         raise
+
+
+def why_failed(directory):
+    """The first line of a run's failed.txt."""
+    return ((directory / "failed.txt").read_text(errors="replace").splitlines() or ["no reason was noted"])[0]
 
 
 def describe_run(args, data, model, times, plan, device):
@@ -985,17 +1048,27 @@ def check_same_run(directory, config):
             "another --log-dir")
 
 
-def save_checkpoint(path, state):
+def save_checkpoint(path, state, check=None):
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write_atomically(path, buffer.getbuffer())
+    write_atomically(path, buffer.getbuffer(), check)
+
+
+def read_checkpoint(path, mmap=False):
+    """What save_checkpoint wrote; damage raises one of many exceptions, and a flipped bit, which torch loads, too."""
+    with zipfile.ZipFile(path) as file:
+        damaged = file.testzip()
+    require(not damaged, f"{damaged} in it fails its checksum")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def resume(path, model, optimizer, generators, noise, device):
     """Puts a run back to where its checkpoint was written; returns (next epoch, step, log lines)."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_checkpoint(path)
         require(isinstance(state, dict), "not a checkpoint")
+        epochs = [json.loads(line)["epoch"] for line in state["log"]]
+        require(epochs == list(range(state["epoch"])), "its log is of other epochs")
         model.load_state_dict(state["model"])
         use_backend(model, model.backend)
         optimizer.load_state_dict(state["optimizer"])
@@ -1136,6 +1209,55 @@ def record(function, held):
     return replay
 
 
+def measure_shapes(args, num_classes, data, device):
+    """Measures what decides whether an event is worth new shapes or only masks; a dict, as config.json holds it.
+
+    multiple: what numbers of filters are rounded up to: that of 1, 8, 16 and 32 whose step is fastest when an odd
+    half of each pruned layer is left. ms: the steps' times, "unpruned" and by multiple. ms_per_filter: what a filter
+    less saves of a step. capture_ms: what new shapes cost, warm-up included.
+    """
+    args = argparse.Namespace(**vars(args) | {"score": "l2"})  # no step that measures activations is among these
+    model = use_backend(build_model(args.model, num_classes, args.width).to(device), "ext")
+    optimizer, generators = make_optimizer(model, args), make_generators(args, device)
+    few = {name: data[name] for name in data if name not in ("test", "val")}
+    few["train"] = tuple(t[:SHAPE_STEPS * args.batch_size] for t in data["train"])
+    steps = -(-len(few["train"][0]) // args.batch_size)
+
+    def epochs_ms():
+        graphs, ms = {}, []
+        for _ in range(WARM_UP + 2):
+            clock = time.perf_counter()
+            train_epoch(model, few, optimizer, args, generators, 0, graphs=graphs)[0].tolist()
+            ms.append(1000 * (time.perf_counter() - clock))
+        return min(ms[WARM_UP:]) / steps, ms[0]
+
+    found = {"unpruned": epochs_ms()}
+    blocks = [model.prunable[layer] for layer, _ in pruning_plan(model, args, schedule(args))]
+    for block in blocks:
+        prune_block(block, torch.arange(len(block.mask) // 2 | 1, len(block.mask)))
+    gone = sum(int((~block.mask).sum()) for block in blocks)
+    for model.multiple in (1, 8, 16, 32):
+        model.connect()
+        found[model.multiple] = epochs_ms()
+    ms = {name: round(step, 4) for name, (step, _) in found.items()}
+    best = min((1, 8, 16, 32), key=ms.get)
+    return {"multiple": best, "ms": ms, "ms_per_filter": max(0.0, ms["unpruned"] - ms[best]) / max(1, gone),
+            "capture_ms": max(0.0, found[best][1] - steps * ms[best])}
+
+
+def choose_shapes(model, shapes, plan, due, steps):
+    """Just before filters go: lets them change the model's shapes only if `steps` then save more than a capture costs.
+
+    due: as filters_due gives them; steps: until the next event. The choice is model.multiple.
+    """
+    fewer = 0
+    for i, k in due.items():
+        block = model.prunable[plan[i][0]]
+        fewer += block.computed() - rounded_up(int(block.mask.sum()) - k, shapes["multiple"], len(block.mask))
+    worth = fewer * shapes["ms_per_filter"] * steps > shapes["capture_ms"]
+    model.multiple = shapes["multiple"] if worth else None
+
+
 def make_optimizer(model, args):
     if args.optimizer == "adam":
         on_gpu = next(model.parameters()).is_cuda
@@ -1190,14 +1312,18 @@ def training(args, shared):
         if device.type == "cuda":
             torch.cuda.synchronize()  # the other runs' streams do not wait for this one
     with claimed(directory) as still_ours, failure_noted(directory, still_ours):
-        return (yield from epochs_of(args, directory, device, *shared[source], still_ours))
+        return (yield from epochs_of(args, directory, device, *shared[source], shared, still_ours))
 
 
-def epochs_of(args, directory, device, arrays, data, still_ours):
+def epochs_of(args, directory, device, arrays, data, shared, still_ours):
     """The epochs of `training`, from the first or from where a checkpoint stands."""
-    label = "/".join(directory.parts[-3:])
+    label, backend, shapes = "/".join(directory.parts[-3:]), choose_backend(args), None
+    if device.type in GRAPHED and backend == "ext" and args.p and args.noise == "none" and args.prune_bn == "drop":
+        what = args.model, args.width, len(args.p), args.batch_size, args.precision, args.dataset, device
+        if what not in shared:
+            shared[what] = measure_shapes(args, len(arrays["classes"]), data, device)
+        shapes = shared[what]
     generators = make_generators(args, device)
-    backend = choose_backend(args)
     model = use_backend(build_model(args.model, len(arrays["classes"]), args.width).to(device), backend)
     optimizer = make_optimizer(model, args)
     times = schedule(args)
@@ -1211,7 +1337,8 @@ def epochs_of(args, directory, device, arrays, data, still_ours):
                                                     for block, state in noised],
                   "after_batch": lambda: [end_noise_if_due(block, state, args) for block, state in noised]}
 
-    config = describe_run(args, arrays, model, times, plan, device) | {"backend": backend}
+    config = describe_run(args, arrays, model, times, plan, device) | {"backend": backend, "shapes": shapes}
+    model.multiple = shapes["multiple"] if shapes else 1
     first_epoch, step, lines = 0, 0, []
     if (directory / "checkpoint.pt").exists():
         check_same_run(directory, config)
@@ -1241,9 +1368,13 @@ def epochs_of(args, directory, device, arrays, data, still_ours):
 
             gone, due = {}, filters_due(model, args, plan, epoch, noise)
             if due:
+                captured = shapes_of(model)
+                if shapes:
+                    upcoming = min((e for _, kept in plan for e in kept if e > epoch), default=times["epochs"])
+                    choose_shapes(model, shapes, plan, due, (upcoming - epoch) * step // (epoch + 1))
                 gone = prune_now(model, optimizer, args, plan, due, noise, generators["target"])
                 live = [int(block.mask.sum()) for block in model.prunable]
-                if graphs:
+                if graphs and shapes_of(model) != captured:
                     graphs.clear()
             if due or noise:
                 test_acc = evaluate(model, data, "test", args, **hooks)
@@ -1257,15 +1388,18 @@ def epochs_of(args, directory, device, arrays, data, still_ours):
                 "test_acc": test_acc, "val_acc": val_acc if args.val_split else None,
                 "stability": 100 * test_acc / before if gone and before else None,
                 "removed": [len(gone.get(layer, ())) for layer, _ in plan], "live": live, "filters": gone,
+                "computed": [block.computed() for block in model.prunable],
                 "noised": [{k: state[k] for k in ("test", "train")} for state in noise],
                 "seconds": round(max(0, time.monotonic() - clock), 3)})
             lines.append(json.dumps(records[-1]))
             still_ours()
             if epoch + 1 == times["save_epoch"]:
-                save_checkpoint(directory / f"epoch{epoch + 1}.pt", {"epoch": epoch + 1, "model": model.state_dict()})
+                save_checkpoint(directory / f"epoch{epoch + 1}.pt", {"epoch": epoch + 1, "model": model.state_dict()},
+                                still_ours)
             save_checkpoint(directory / "checkpoint.pt", {
                 "epoch": epoch + 1, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "noise": noise, "generators": {name: g.get_state() for name, g in generators.items()}, "log": lines})
+                "noise": noise, "generators": {name: g.get_state() for name, g in generators.items()}, "log": lines},
+                still_ours)
             append_line(directory / "epochs.jsonl", lines[-1])  # after the checkpoint, which can rebuild it
             scalars(records[-1])
             report(label, records, bar)
@@ -1391,8 +1525,8 @@ def state_of(directory):
     """"done", "running", "failed" or "waiting" (half-done runs too)."""
     if (directory / "done.json").exists():
         return "done"
-    holder, refreshed = read_claim(directory / ".claim")
-    if holder and holder.split(" ")[0] != this_host() and time.time() - refreshed / 1e9 < SILENCE:
+    claim, refreshed = read_claim(directory / ".claim")
+    if is_foreign(claim) and abs(time.time() - refreshed / 1e9) < SILENCE:
         return "running"
     with contextlib.suppress(FileNotFoundError), open(directory / ".lock") as lock:
         try:
@@ -1417,7 +1551,7 @@ def print_plan(runs, retry_failed):
         print(f"{len(running)} runs are being trained by another process, such as {running[0]}", file=sys.stderr)
     if failed:
         print(f"{len(failed)} runs that failed before are left alone, such as {failed[0]}: "
-              f"{(failed[0] / 'failed.txt').read_text().strip()} (--retry-failed trains them again)", file=sys.stderr)
+              f"{why_failed(failed[0])} (--retry-failed trains them again)", file=sys.stderr)
     for dataset, data_dir in {(args.dataset, args.data_dir) for args, _ in todo.values()}:
         load_data(dataset, data_dir)  # a download that fails should fail here, once
     for _, line in todo.values():
@@ -1432,9 +1566,9 @@ def print_status(files):
         states = {directory: state_of(directory) for directory in runs}
         for directory, (args, _) in runs.items():
             if states[directory] == "failed":
-                failures.append(f"  failed: {directory}: {(directory / 'failed.txt').read_text().strip()}")
+                failures.append(f"  failed: {directory}: {why_failed(directory)}")
             with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # no epoch, or a damaged one
-                pace.append(json.loads((directory / "epochs.jsonl").read_bytes().split(b"\n")[-2])["seconds"])
+                pace.append(float(json.loads((directory / "epochs.jsonl").read_bytes().split(b"\n")[-2])["seconds"]))
             if states[directory] in ("running", "waiting"):
                 left.append(max(0, schedule(args)["epochs"] - lines_of(directory)))
         count = [list(states.values()).count(state) for state in ("done", "running", "failed", "waiting")]
@@ -1445,28 +1579,26 @@ def print_status(files):
         print("".join(line + "\n" for line in failures), end="")
 
 
-def in_one_line(function, *arguments):
-    """Calls function and returns its exit code, with one line on stderr for whatever the user can mend."""
-    try:
-        function(*arguments)
-        return 0
-    except UserError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return error.code
-    except torch.OutOfMemoryError:
-        print("train.py: the GPU's memory is full: lower --batch-size or wait for other programs; the same command "
-              "continues this run", file=sys.stderr)
-        return 1
-    except OSError as error:  # a folder that may not even be looked into, and its kind
-        print(f"train.py: {error}: mend that, or choose other folders with --log-dir and --data-dir", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as stop:
-        print(f"train.py: {str(stop) or 'interrupted'}; the same command goes on from the last finished epoch",
-              file=sys.stderr)
-        return 143 if str(stop) else 130
+def tell(error):
+    """One line on stderr for whatever the user can mend, a traceback for what is a bug; returns the exit code."""
+    if isinstance(error, UserError):
+        line, code = str(error), error.code
+    elif isinstance(error, torch.OutOfMemoryError):
+        line, code = ("the GPU's memory is full: lower --batch-size or wait for other programs; the same command "
+                      "continues this run"), 1
+    elif isinstance(error, OSError):  # a folder that may not even be looked into, and its kind
+        line, code = f"{error}: mend that, or choose other folders with --log-dir and --data-dir", 1
+    elif isinstance(error, KeyboardInterrupt):
+        line, code = (f"{str(error) or 'interrupted'}; the same command goes on from the last finished epoch",
+                      143 if str(error) else 130)
+    else:
+        line, code = "".join(traceback.format_exception(error)).rstrip(), 1
+    print(f"train.py: {line}", file=sys.stderr)
+    return code
 
 
 def terminate(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not disturb what ends the run
     raise KeyboardInterrupt("terminated")
 
 
@@ -1480,30 +1612,31 @@ def train_all(runs, at_once):
 
     at_once: None for one, and on a GPU, once the first run has shown what memory it takes, for as many as fit.
     """
-    waiting, going, shared, failed, limit = list(runs.values()), [], {}, 0, at_once or 1
+    waiting, going, shared, failed, limit = list(runs.items()), [], {}, 0, at_once or 1
     while waiting or going:
         while waiting and len(going) < limit:
-            args, line = waiting.pop(0)
-            going.append((training(args, shared), args, line, []))
+            directory, (args, line) = waiting.pop(0)
+            going.append((training(args, shared), args, line, directory, []))
         for turn in list(going):
-            run, args, line, stream = turn
-
-            def work():
+            run, args, line, directory, stream = turn
+            try:
                 stream[:] = stream or [stream_of(args)]
                 with stream[0]:
                     next(run)
-
-            try:
-                code = in_one_line(work)
             except StopIteration:
-                code = None
-            if code in (130, 143):
-                raise UserError("the runs that are not finished stand where their last epochs ended", code)
-            if code:
-                print(f"failed: train.py {line}", file=sys.stderr)
-                failed += 1
-            if code != 0:
                 going.remove(turn)
+            except Exception as error:
+                going.remove(turn)
+                if going and isinstance(error, torch.OutOfMemoryError):
+                    limit = at_once = len(going)
+                    waiting.append((directory, (args, line)))
+                    print(f"train.py: the GPU's memory holds {limit} runs at once: {directory} goes on when one of "
+                          "them has ended", file=sys.stderr)
+                    continue
+                tell(error)
+                if state_of(directory) not in ("running", "done"):  # by another process
+                    print(f"failed: train.py {line}", file=sys.stderr)
+                    failed += 1
         if at_once is None and torch.cuda.is_available() and torch.cuda.max_memory_reserved():
             limit = at_once = fit_at_once(torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[0])
     require(not failed, f"{failed} of {len(runs)} runs failed; the same command continues them", 1)
@@ -1527,7 +1660,11 @@ def run(argv):
 
 
 def main(argv=None):
-    return in_one_line(run, sys.argv[1:] if argv is None else argv)
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        return tell(error)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,157 @@
+"""Many runs in one process: each is what it would be alone, whatever the others do and whenever the process is killed."""
+import json
+import shlex
+
+import pytest
+import torch
+from conftest import without_seconds
+from test_runs import PRUNE, Killed, kill_before
+
+import train
+
+LISTED = {  # several networks, precisions, noise and random targets: whatever a run could leave behind for its neighbour
+    "random": ("--seed", 3, "--target", "R", *PRUNE[2:]),
+    "none": ("--target", "none"),
+    "bf16": ("--precision", "bf16", "--score", "act", *PRUNE, "--epochs", 7),
+    "gauss": (*PRUNE, "--target", "L", "--noise", "gauss", "--noise-batches", 4),
+    "vgg": ("--model", "vgg11", "--width", 0.05, "--augment", "--val-split", 16, *PRUNE, "--epochs", 4),
+    "deterministic": ("--deterministic", *PRUNE),
+}
+
+
+@pytest.fixture
+def listed(tmp_path, options):
+    """Writes the runs of LISTED, or those named, to a file for --runs; their logs go to `logs`."""
+    def write(logs="together", names=LISTED):
+        path = tmp_path / "listed"
+        path.write_text("".join(shlex.join(options(*LISTED[name], logs=logs)) + "\n" for name in names))
+        return str(path)
+    return write
+
+
+@pytest.fixture
+def alone(run, directory):
+    """What each run of LISTED leaves when it is the only one of its process."""
+    found = {}
+    for name, more in LISTED.items():
+        assert run(*more, logs="alone") == 0
+        found[name] = what_is_left(directory(*more, logs="alone"))
+    return found
+
+
+def what_is_left(directory):
+    state = torch.load(directory / "checkpoint.pt", weights_only=True)["model"]
+    summary = json.loads((directory / "done.json").read_text())
+    summary.pop("seconds")
+    return without_seconds(directory), summary, {name: tensor.tolist() for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("at_once", (None, 2, 4, 16))
+def test_each_run_is_what_it_would_be_alone(listed, alone, directory, at_once):
+    more = [] if at_once is None else ["--at-once", str(at_once)]
+    assert train.main(["--runs", listed(), *more]) == 0
+    for name in LISTED:
+        assert what_is_left(directory(*LISTED[name], logs="together")) == alone[name], name
+
+
+def test_runs_at_once_take_turns_at_every_epoch(listed, monkeypatch):
+    turns, train_epoch = [], train.train_epoch
+
+    def spy(model, *rest, **more):
+        turns.append(id(model))
+        return train_epoch(model, *rest, **more)
+
+    monkeypatch.setattr(train, "train_epoch", spy)
+    assert train.main(["--runs", listed(names=("random", "none", "deterministic")), "--at-once", "2"]) == 0
+    assert len(turns) == 15 and len(set(turns)) == 3
+    assert turns[:10] == turns[:2] * 5 and turns[10:] == turns[10:11] * 5, "the third starts when two have ended"
+
+
+def test_the_data_of_runs_at_once_is_loaded_once(listed, monkeypatch):
+    loads, put_on_device = [], train.put_on_device
+    monkeypatch.setattr(train, "put_on_device", lambda *call: loads.append(call) or put_on_device(*call))
+    assert train.main(["--runs", listed(names=("random", "none", "deterministic")), "--at-once", "3"]) == 0
+    assert len(loads) == 1
+
+
+@pytest.mark.parametrize("at_once", (1, 3, 6))
+def test_a_run_that_fails_leaves_the_others_as_they_are(listed, alone, directory, monkeypatch, capsys, at_once):
+    train_epoch, calls = train.train_epoch, []
+
+    def diverge(model, data, optimizer, args, *rest, **more):
+        if args.target == "R":
+            calls.append(1)
+            if len(calls) == 3:
+                optimizer.param_groups[0]["lr"] = 1e30
+        return train_epoch(model, data, optimizer, args, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_epoch", diverge)
+        assert train.main(["--runs", listed(), "--at-once", str(at_once)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("lower --lr") == 1 and "1 of 6 runs failed" in error
+    for name in set(LISTED) - {"random"}:
+        assert what_is_left(directory(*LISTED[name], logs="together")) == alone[name], name
+    failed = directory(*LISTED["random"], logs="together")
+    assert not (failed / "done.json").exists() and len(without_seconds(failed)) == 2
+    assert train.main(["--runs", listed(), "--at-once", str(at_once)]) == 0, "it goes on where it stood"
+    assert what_is_left(failed) == alone["random"]
+
+
+@pytest.mark.parametrize("point, call", [("save_checkpoint", 4), ("append_line", 7), ("train_epoch", 9),
+                                         ("write_json", 8)])
+def test_a_kill_in_the_midst_of_many_runs_loses_none(listed, alone, directory, monkeypatch, point, call):
+    with monkeypatch.context() as patch:
+        kill_before(patch, point, call)
+        with pytest.raises(Killed):
+            train.main(["--runs", listed(), "--at-once", "3"])
+    assert train.main(["--runs", listed(), "--at-once", "3"]) == 0
+    for name in LISTED:
+        assert what_is_left(directory(*LISTED[name], logs="together")) == alone[name], name
+
+
+def test_runs_that_do_not_fit_into_the_memory_wait_until_they_do(listed, alone, directory, monkeypatch, capsys):
+    train_epoch, going = train.train_epoch, []
+
+    def small_memory(model, *rest, **more):
+        going[:] = [m for m in going if m is not model] + [model]
+        if len(going) == 3:
+            going.pop()
+            raise torch.OutOfMemoryError
+        return train_epoch(model, *rest, **more)
+
+    def done(path, value, function=train.write_json):
+        function(path, value)
+        if path.name == "done.json":
+            going.pop(0)  # the run whose turn was longest ago
+
+    monkeypatch.setattr(train, "train_epoch", small_memory)
+    monkeypatch.setattr(train, "write_json", done)
+    names = ("random", "none", "deterministic")
+    assert train.main(["--runs", listed(names=names), "--at-once", "3"]) == 0
+    assert capsys.readouterr().err.count("memory holds 2 runs at once") == 1
+    for name in names:
+        assert what_is_left(directory(*LISTED[name], logs="together")) == alone[name], name
+        assert not (directory(*LISTED[name], logs="together") / "failed.txt").exists()
+
+
+def test_seeds_are_runs_of_their_own(run, directory):
+    assert run(*PRUNE, "--seeds", "1,3-4", "--at-once", 2) == 0
+    for seed in (1, 3, 4):
+        assert run(*PRUNE, "--seed", seed, logs="alone") == 0
+        assert what_is_left(directory(*PRUNE, "--seed", seed)) == what_is_left(
+            directory(*PRUNE, "--seed", seed, logs="alone"))
+    assert len(list(directory(*PRUNE).parent.iterdir())) == 3
+
+
+@pytest.mark.parametrize("seeds", ("3-1", "x", "1-", "-3", "1--2", "", "1,,2", "1-2-3", "1-99999999"))
+def test_wrong_seeds_are_one_line(run, capsys, seeds):
+    assert run("--seeds", seeds) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "--seeds" in lines[0]
+
+
+@pytest.mark.parametrize("peak, free, runs", [
+    (10, 0, 1), (10, 12, 1), (10, 12.5, 2), (10, 100, 9), (10, 1e6, train.AT_ONCE), (0, 5, 5)])
+def test_as_many_runs_as_four_fifths_of_the_free_memory_hold(peak, free, runs):
+    assert train.fit_at_once(peak, free) == runs
