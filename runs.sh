@@ -7,7 +7,8 @@
 #   bash runs.sh fig3 --slurm "--partition gpu --gres=gpu:1 --time 8:00:00"    the same on a cluster (README)
 #   bash runs.sh status                every target's runs: done, running, failed and why, waiting, time left
 #   bash runs.sh test                  the tests (options go to pytest)
-#   bash runs.sh bench                 what a training step costs, against plain PyTorch (options: bench/step.py)
+#   bash runs.sh bench                 what a training step costs, against plain PyTorch (options: bench/step.py), and
+#                                      where there is a GPU, what an epoch costs (bench/epoch.py)
 #   bash runs.sh setup                 only the set-up, which every other target does by itself
 #
 #   targets   fig2 fig3 fig4 fig5 fig6 figB1 figB2 tabC1 figC3 figD1 figD2 tabF1
