@@ -7,7 +7,8 @@
 #   bash runs.sh fig3 --slurm "--partition gpu --gres=gpu:1 --time 8:00:00"    the same on a cluster (README)
 #   bash runs.sh status                every target's runs: done, running, failed and why, waiting, time left
 #   bash runs.sh test                  the tests (options go to pytest)
-#   bash runs.sh bench                 what a training step costs, against plain PyTorch (options: bench/step.py)
+#   bash runs.sh bench                 what a training step costs, against plain PyTorch (options: bench/step.py), and
+#                                      where there is a GPU, what an epoch costs (bench/epoch.py)
 #   bash runs.sh setup                 only the set-up, which every other target does by itself
 #
 #   targets   fig2 fig3 fig4 fig5 fig6 figB1 figB2 tabC1 figC3 figD1 figD2 tabF1
@@ -352,7 +353,12 @@ case $target in
     status) status "$@" ;;
     setup) setup ;;
     test) setup; exec $PYTHON -m pytest -q tests "$@" ;;
-    bench) setup; exec $PYTHON bench/step.py "$@" ;;
+    bench)
+        setup
+        $PYTHON bench/step.py "$@"
+        [ $# != 0 ] || ! $PYTHON -c "import sys, torch; sys.exit(not torch.cuda.is_available())" ||
+            $PYTHON bench/epoch.py
+        ;;
     help | --help | -h) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" ;;
     *) fail "unknown target $target: bash runs.sh help lists them" ;;
 esac

@@ -113,12 +113,17 @@ def convolutions(model):
         c_in = live(second)
 
 
+def forward_flops(model, n):
+    """Of a forward pass with n images, by layer: the convolutions and the linear one; live filters and inputs only."""
+    flops = [2 * n * c_in * c_out * conv.kernel_size[0] ** 2 * size ** 2
+             for conv, c_in, c_out, size, _ in convolutions(model)]
+    return flops + [2 * n * int(model.prunable[-1].mask.sum()) * model.linear.out_features]
+
+
 def useful_flops(model, n):
-    """Of a step with n images: convolutions and linear, live filters and inputs; the images need no gradient."""
-    forward = [2 * n * c_in * c_out * conv.kernel_size[0] ** 2 * size ** 2
-               for conv, c_in, c_out, size, _ in convolutions(model)]
-    linear = 2 * n * int(model.prunable[-1].mask.sum()) * model.linear.out_features
-    return 3 * (sum(forward) + linear) - forward[0]
+    """Of a step with n images, which need no gradient themselves."""
+    forward = forward_flops(model, n)
+    return 3 * sum(forward) - forward[0]
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -158,14 +163,15 @@ def reset_peak(device):
             pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
-def matrix_peak(device):
-    """GFLOP/s of a 2048^3 product and of a large 3x3 convolution in float32, the greater of the two."""
-    a, b = torch.randn(2, 2048, 2048, device=device)
-    x, weight = (torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
-                 for shape in ((128, 256, 8, 8), (256, 256, 3, 3)))
+def matrix_peak(device, dtype=torch.float32):
+    """GFLOP/s of a large product or a large 3x3 convolution, whichever is faster, in sizes that fill the device."""
+    n, images = (8192, 2048) if device.type == "cuda" else (2048, 128)
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    x, weight = (torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+                 for shape in ((images, 256, 8, 8), (256, 256, 3, 3)))
     with torch.no_grad():
-        product = 2 * 2048 ** 3 / min(timed(lambda: a @ b, device, 3))
-        convolution = 2 * 128 * 64 * 9 * 256 ** 2 / min(timed(lambda: F.conv2d(x, weight, padding=1), device, 3))
+        product = 2 * n ** 3 / min(timed(lambda: a @ b, device, 3))
+        convolution = 2 * images * 64 * 9 * 256 ** 2 / min(timed(lambda: F.conv2d(x, weight, padding=1), device, 3))
     return max(product, convolution) / 1e9
 
 
@@ -254,7 +260,8 @@ def bn_worker(job, device):
     return answer
 
 
-def work(job):
+def work(job, new_worker):
+    """Answers each line of standard input with a JSON line; new_worker(job) gives what answers, with the first."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no answer
     if job["variant"] in KEEPS_FREED_MEMORY:
@@ -262,18 +269,21 @@ def work(job):
     answer = None
     for line in sys.stdin:
         try:
-            if answer is None:
-                device = train.choose_device(options_of(job))
-                answer = (bn_worker if job["variant"] == "bn_act" else network_worker)(job, device)
+            answer = answer or new_worker(job)
             found = answer(json.loads(line))
         except Exception as error:  # a variant that does not run here is a result too
             found = {"failed": f"{type(error).__name__}: {train.reason(error)}"}
         print(json.dumps(found), file=out, flush=True)
 
 
-def start_worker(job):
-    return subprocess.Popen([sys.executable, __file__, "--worker", json.dumps(job)], text=True,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+def new_worker(job):
+    device = train.choose_device(options_of(job))
+    return (bn_worker if job["variant"] == "bn_act" else network_worker)(job, device)
+
+
+def start_worker(job, script=__file__):
+    return subprocess.Popen([sys.executable, script, "--worker", json.dumps(job)], text=True, stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE)
 
 
 def ask(worker, question):
@@ -427,7 +437,7 @@ def main():
     add("--worker", type=json.loads, help=argparse.SUPPRESS)
     cli = parser.parse_args()
     if cli.worker:
-        return work(cli.worker)
+        return work(cli.worker, new_worker)
 
     job = {name: getattr(cli, name) for name in ("width", "batch_size", "device", "batches", "rounds")}
     device = train.choose_device(options_of(job | {"model": cli.models[0]}))

@@ -13,6 +13,7 @@ namespace gst {
 namespace {
 
 constexpr int kColumns = 16, kRows = 16;  // threads of a block: 16 of them read 256 bytes of a row
+constexpr int kLanes = 32, kSlices = 16;  // of a block that adds up chunks: a lane a filter, in slices of its chunks
 
 template <typename T, int V>
 struct alignas(sizeof(T) * V) Pack {
@@ -74,10 +75,21 @@ __device__ void reduce(const A (&sum)[V], A* partial, const Part<V>& part, int64
   }
 }
 
+// The sum of a channel's chunks (0 for channel -1): each slice in order, then the slices in order. One thread alone
+// would wait for 256 reads, one after the other. All threads of the block must call it.
 template <typename A>
 __device__ double total(const A* partial, int64_t chunks, int64_t c, int64_t channel, int slot) {
+  __shared__ double shared[kSlices][kLanes];
+  const int64_t each = (chunks + kSlices - 1) / kSlices, begin = threadIdx.y * each;
+  const int64_t end = begin + each < chunks ? begin + each : chunks;
   double sum = 0;
-  for (int64_t k = 0; k < chunks; ++k) sum += partial[(k * 2 + slot) * c + channel];
+  if (channel >= 0)
+    for (int64_t k = begin; k < end; ++k) sum += partial[(k * 2 + slot) * c + channel];
+  __syncthreads();  // an earlier total may still be read
+  shared[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  sum = 0;
+  for (int y = 0; y < kSlices; ++y) sum += shared[y][threadIdx.x];
   return sum;
 }
 
@@ -118,26 +130,28 @@ __global__ void moments_kernel(BnAct p) {
   reduce<A, V>(sum2, static_cast<A*>(p.partial), part, p.c, 1);
 }
 
-// One thread for each filter: the statistics of the live ones, and what all running statistics become.
+// The filter of this thread's lane.
+__device__ int64_t lane_filter() { return static_cast<int64_t>(blockIdx.x) * kLanes + threadIdx.x; }
+
+// One lane for each filter: the statistics of the live ones, and what all running statistics become.
 template <typename T, typename A>
 __global__ void statistics_kernel(BnAct p, int64_t chunks) {
-  const int64_t f = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (f >= p.c_out) return;
-  const int64_t i = position(p.live, p.c, f);
+  const int64_t f = lane_filter(), i = f < p.c_out ? position(p.live, p.c, f) : -1;
   A *mean = static_cast<A*>(p.mean), *invstd = static_cast<A*>(p.invstd);
   A *running_mean = static_cast<A*>(p.running_mean), *running_var = static_cast<A*>(p.running_var);
   if (!p.training) {
-    if (i < 0) return;
+    if (i < 0 || threadIdx.y != 0) return;
     mean[i] = running_mean[f];
     invstd[i] = static_cast<A>(1 / sqrt(running_var[f] + p.eps));
     return;
   }
+  const A* partial = static_cast<const A*>(p.partial);
+  const double sum = total(partial, chunks, p.c, i, 0), sum2 = total(partial, chunks, p.c, i, 1);
+  if (f >= p.c_out || threadIdx.y != 0) return;
   double seen_mean = 0, seen_var = 0;
   if (i >= 0) {
-    const A* partial = static_cast<const A*>(p.partial);
     const double count = static_cast<double>(p.rows);
-    const BnMoments b = bn_moments(total(partial, chunks, p.c, i, 0), total(partial, chunks, p.c, i, 1),
-                                   wide<A>(static_cast<const T*>(p.x)[i]), count, p.eps);
+    const BnMoments b = bn_moments(sum, sum2, wide<A>(static_cast<const T*>(p.x)[i]), count, p.eps);
     mean[i] = static_cast<A>(b.mean);
     invstd[i] = static_cast<A>(b.invstd);
     seen_mean = b.mean, seen_var = unbiased(b.var, count);
@@ -182,10 +196,10 @@ __global__ void apply_kernel(BnAct p) {
 
 template <typename A>
 __global__ void act_kernel(BnAct p, int64_t chunks) {
-  const int64_t f = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (f >= p.c_out || (p.measure && !*p.measure)) return;
-  const int64_t i = position(p.live, p.c, f);
-  const double seen = i < 0 ? 0 : total(static_cast<const A*>(p.partial), chunks, p.c, i, 0) / p.rows;
+  if (p.measure && !*p.measure) return;
+  const int64_t f = lane_filter(), i = f < p.c_out ? position(p.live, p.c, f) : -1;
+  const double seen = total(static_cast<const A*>(p.partial), chunks, p.c, i, 0) / p.rows;
+  if (f >= p.c_out || threadIdx.y != 0) return;
   p.act[f] = static_cast<float>(running(p.act[f], seen, 1 - p.act_keep));
 }
 
@@ -214,14 +228,13 @@ __global__ void gradient_sums_kernel(BnActBackward p) {
 
 template <typename A>
 __global__ void coefficients_kernel(BnActBackward p, int64_t chunks) {
-  const int64_t f = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (f >= p.c_out) return;
-  const int64_t i = position(p.live, p.c, f);
+  const int64_t f = lane_filter(), i = f < p.c_out ? position(p.live, p.c, f) : -1;
+  const A* partial = static_cast<const A*>(p.partial);
+  const double sum = total(partial, chunks, p.c, i, 0), sum_x = total(partial, chunks, p.c, i, 1);
+  if (f >= p.c_out || threadIdx.y != 0) return;
   A *dgamma = static_cast<A*>(p.dgamma), *dbeta = static_cast<A*>(p.dbeta);
   dgamma[f] = dbeta[f] = 0;
   if (i < 0) return;
-  const A* partial = static_cast<const A*>(p.partial);
-  const double sum = total(partial, chunks, p.c, i, 0), sum_x = total(partial, chunks, p.c, i, 1);
   const double invstd = static_cast<const A*>(p.invstd)[i];
   const BnGradient k = bn_gradient(sum, sum_x, static_cast<const A*>(p.gamma)[f], invstd, static_cast<double>(p.rows),
                                    p.training);
@@ -271,20 +284,19 @@ bool aligned(std::initializer_list<const void*> pointers) {
   return true;
 }
 
-constexpr int kThreads = 128;  // of the kernels with a thread for each filter
-
 unsigned blocks(int64_t n, int64_t each) { return static_cast<unsigned>((n + each - 1) / each); }
 
 template <typename T, typename A, int V>
 void forward(const BnAct& p, cudaStream_t stream) {
   const int64_t chunks = bn_chunks(p.rows);
   const dim3 grid(blocks(p.c, kColumns * V), static_cast<unsigned>(chunks)), block(kColumns, kRows);
+  const dim3 lanes(kLanes, kSlices);
   const bool any = p.c > 0 && p.rows > 0;
   if (p.training && any) moments_kernel<T, A, V><<<grid, block, 0, stream>>>(p);
-  if (p.c_out > 0) statistics_kernel<T, A><<<blocks(p.c_out, kThreads), kThreads, 0, stream>>>(p, chunks);
+  if (p.c_out > 0) statistics_kernel<T, A><<<blocks(p.c_out, kLanes), lanes, 0, stream>>>(p, chunks);
   if (any) apply_kernel<T, A, V><<<grid, block, 0, stream>>>(p);
   if (p.act && p.c_out > 0 && p.rows > 0)
-    act_kernel<A><<<blocks(p.c_out, kThreads), kThreads, 0, stream>>>(p, chunks);
+    act_kernel<A><<<blocks(p.c_out, kLanes), lanes, 0, stream>>>(p, chunks);
 }
 
 template <typename T, typename A, int V>
@@ -293,7 +305,8 @@ void backward(const BnActBackward& p, cudaStream_t stream) {
   const dim3 grid(blocks(p.c, kColumns * V), static_cast<unsigned>(chunks)), block(kColumns, kRows);
   const bool any = p.c > 0 && p.rows > 0;
   if (any) gradient_sums_kernel<T, A, V><<<grid, block, 0, stream>>>(p);
-  if (p.c_out > 0) coefficients_kernel<A><<<blocks(p.c_out, kThreads), kThreads, 0, stream>>>(p, chunks);
+  if (p.c_out > 0)
+    coefficients_kernel<A><<<blocks(p.c_out, kLanes), dim3(kLanes, kSlices), 0, stream>>>(p, chunks);
   if (any) gradient_kernel<T, A, V><<<grid, block, 0, stream>>>(p);
 }
 
