@@ -649,6 +649,20 @@ def kernel_norms(x, g, kernel, stride, padding):
     return (patches @ flat_g.mT).square().sum((1, 2))
 
 
+def layer_norms(g, function, args, kwargs, weight_factor, bias_factor):
+    """Squared norms (images,) of the gradients of a layer that LayerTap saw; g (images, c, …) is its output's."""
+    x, total = args[0].detach(), g.flatten(2).sum(2) if g.ndim > 2 else g
+    if function is torch.conv2d:
+        norms = kernel_norms(x, g * weight_factor[:, :, None], args[1].shape[2:], *args[3:5])
+    elif function is F.batch_norm:
+        mean, deviation = args[1], (args[2] + kwargs["eps"]).sqrt()
+        slope = ((g * x).sum((2, 3)) - mean * total) / deviation
+        norms = (slope * weight_factor.T).square().sum(1)
+    else:
+        norms = (g * weight_factor.T).square().sum(1) * x.square().sum(1)
+    return norms if bias_factor is None else norms + (total * bias_factor.T).square().sum(1)
+
+
 def gradient_norms(model, x, y, memory_gb):
     """For each part of the images: (logits, the function labels → squared norms of its images' gradients, labels y).
 
@@ -656,35 +670,17 @@ def gradient_norms(model, x, y, memory_gb):
     what the parameters' gradients are products of.
     """
     factors = mask_factors(model, x)
-
-    def tapped(function, args, kwargs, weight_factor, bias_factor):
-        """The function G → squared norms of a layer's gradients, G (images, c, …) the gradient of its output."""
-        image = args[0].detach()
-
-        def squared(g):
-            total = g.flatten(2).sum(2) if g.ndim > 2 else g
-            if function is torch.conv2d:
-                norms = kernel_norms(image, g * weight_factor[:, :, None], args[1].shape[2:], *args[3:5])
-            elif function is F.batch_norm:
-                mean, deviation = args[1], (args[2] + kwargs["eps"]).sqrt()
-                slope = ((g * image).sum((2, 3)) - mean * total) / deviation
-                norms = (slope * weight_factor.T).square().sum(1)
-            else:
-                norms = (g * weight_factor.T).square().sum(1) * image.square().sum(1)
-            return norms if bias_factor is None else norms + (total * bias_factor.T).square().sum(1)
-        return squared
-
     for part, labels in in_chunks(model, x, y, memory_gb, CHUNK):
         edges, layers = [], []
 
         def see(function, args, kwargs, output):
-            layers.append(tapped(function, args, kwargs, *factors[len(layers)]))
             edges.append(torch.autograd.graph.get_gradient_edge(output))
+            layers.append((function, args, kwargs, *factors[len(layers)]))
 
         def norms(labels):
             loss = F.cross_entropy(logits, labels, reduction="sum")
             gradients = torch.autograd.grad(loss, edges, retain_graph=True)
-            return sum(layer(g).double() for layer, g in zip(layers, gradients))
+            return sum(layer_norms(g, *layer).double() for g, layer in zip(gradients, layers))
 
         with LayerTap(see):
             logits = model(part)
@@ -860,24 +856,20 @@ def measure_flatness(run_dir, eigs=100, images=512, eig="lanczos", memory_gb=4, 
     return result
 
 
-def flatness_of(run, args):
-    """What a run's flatness.json adds to its summary, measured now where there is none; else its problem."""
-    path = pathlib.Path(run["dir"], "flatness.json")
-    try:
-        flat = json.loads(path.read_text()) if path.exists() else measure_flatness(
-            run["dir"], args.eigs, args.images, args.eig, args.memory_gb, data_dir=args.data_dir)
-        return {**{k: flat[k] for k in LABELS if k in flat}, "flat": flat, "top": flat["eigenvalues"][0]}
-    except train.UserError as error:
-        return {"problem": str(error)}
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        return {"problem": f"flatness.json is damaged ({type(error).__name__}): delete it to measure again"}
-
-
 def with_flatness(runs, left_out, args):
-    """Copies of the runs with their flatness measures; those without go to left_out of this figure, not of others."""
-    for run in runs:
-        if "flatness" not in run:  # kept for the next figure
-            run["flatness"] = flatness_of(run, args)
+    """Copies of the runs with what their flatness.json adds, measured now where there is none; the others go to
+    left_out of this figure, not of others."""
+    for run in (run for run in runs if "flatness" not in run):  # kept for the next figure
+        path = pathlib.Path(run["dir"], "flatness.json")
+        try:
+            flat = json.loads(path.read_text()) if path.exists() else measure_flatness(
+                run["dir"], args.eigs, args.images, args.eig, args.memory_gb, data_dir=args.data_dir)
+            run["flatness"] = {**{k: flat[k] for k in LABELS if k in flat}, "flat": flat, "top": flat["eigenvalues"][0]}
+        except train.UserError as error:
+            run["flatness"] = {"problem": str(error)}
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            run["flatness"] = {"problem": f"flatness.json is damaged ({type(error).__name__}): delete it to measure "
+                               "again"}
     runs = [{**run, **run["flatness"]} for run in runs]
     name_mixed(runs, lambda run: "", lambda run: {k: run["flat"].get(k) for k in ("images", "eig", "epoch", "eigs")})
     left_out += [run for run in runs if run["problem"]]

@@ -229,6 +229,24 @@ def test_covariance_and_fisher_traces_are_their_definitions(name, keeps_bn):
     assert analyze.fisher_trace(model, x, y) == (pytest.approx(expected, rel=1e-10), 0)
 
 
+@pytest.mark.parametrize("c_in, c_out, size, kernel, stride, padding", [
+    (3, 4, (9, 7), (3, 3), (1, 1), (1, 1)), (4, 5, (12, 12), (3, 3), (2, 2), (1, 1)),  # by patches
+    (40, 50, (4, 3), (3, 3), (2, 2), (1, 1)), (60, 90, (4, 5), (3, 2), (1, 2), (2, 0)),  # by products of positions
+    (90, 120, (2, 2), (1, 1), (2, 2), (0, 0)), (60, 60, (2, 2), (3, 3), (1, 1), (1, 1))])
+def test_kernel_norms_are_those_of_each_image_s_gradient(c_in, c_out, size, kernel, stride, padding):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(3, c_in, *size, dtype=torch.float64, generator=generator)
+    weight = torch.randn(c_out, c_in, *kernel, dtype=torch.float64, generator=generator).requires_grad_()
+    output = F.conv2d(x, weight, stride=stride, padding=padding)
+    g = torch.randn(output.shape, dtype=torch.float64, generator=generator)
+    expected = [float(torch.autograd.grad((output[i] * g[i]).sum(), weight, retain_graph=True)[0].square().sum())
+                for i in range(3)]
+    for layout in (torch.contiguous_format, torch.channels_last):
+        found = analyze.kernel_norms(x.contiguous(memory_format=layout), g.contiguous(memory_format=layout), kernel,
+                                     stride, padding)
+        assert found.tolist() == pytest.approx(expected, rel=1e-10)
+
+
 def test_fisher_trace_of_softmax_regression_is_the_trace_of_its_hessian_and_drawn_labels_estimate_it():
     model, x, y = softmax_regression(classes=4)
     trace = float(closed_form_hessian(model, x).trace())
