@@ -155,28 +155,24 @@ def summarize(run_dir):
     others (unfinished or damaged). Raises nothing for a bad log.
     """
     run_dir = pathlib.Path(run_dir)
-    run = {"dir": str(run_dir), "problem": None, "curve": np.empty(0)}
+    run, records = {"dir": str(run_dir), "problem": None, "curve": np.empty(0)}, []
+    wrong = "config.json is missing or damaged"
     try:
         config = json.loads((run_dir / "config.json").read_text())
-        options = config["options"]
+        options, epochs = config["options"], config["schedule"]["epochs"]
         run.update(config=config, method=config["method"], setting=config["setting"], model=options["model"],
                    dataset=run_dir.parent.parent.parent.name, seed=options["seed"])
-        epochs = config["schedule"]["epochs"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return {**run, "problem": f"config.json is missing or damaged ({type(error).__name__})"}
-    records = []
-    try:
-        for number, line in enumerate((run_dir / "epochs.jsonl").read_text().splitlines()):
-            record = json.loads(line)
-            if record["epoch"] != number:
-                return {**run, "problem": f"line {number + 1} of epochs.jsonl is of epoch {record['epoch']}"}
-            records.append(record)
+        wrong = "has no epochs.jsonl"
+        for number, line in enumerate((run_dir / "epochs.jsonl").read_text().splitlines(), 1):
+            wrong = f"line {number} of epochs.jsonl is damaged"
+            records.append(json.loads(line))
+            if records[-1]["epoch"] != number - 1:
+                return {**run, "problem": f"line {number} of epochs.jsonl is of epoch {records[-1]['epoch']}"}
+        wrong = "epochs.jsonl is damaged"
         run.update(train.summarize_epochs(records), live=records[-1].get("live"),
                    curve=np.array([record["test_acc"] for record in records], float))
-    except OSError:
-        return {**run, "problem": "has no epochs.jsonl"}
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        return {**run, "problem": f"line {len(records) + 1} of epochs.jsonl is damaged ({type(error).__name__})"}
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        return {**run, "problem": f"{wrong} ({type(error).__name__})"}
     if len(records) != epochs:
         run.update(problem=f"unfinished, {len(records)} of {epochs} epochs", unfinished=True)
     return run
@@ -399,7 +395,7 @@ def in_chunks(model, x, y, memory_gb, most=None):
             graph = F.cross_entropy(model(x[:images]), y[:images])
             if not most:
                 graph = torch.autograd.grad(graph, list(model.parameters()), create_graph=True, materialize_grads=True)
-        return sum(kept.values()) * bool(graph)
+        return sum(kept.values())
     size = min(most or len(x), int(memory_gb * 2**(28 if most else 29) / max(1, kept_bytes(2) - kept_bytes(1))))
     return list(zip(x.split(max(1, size)), y.split(max(1, size))))
 
