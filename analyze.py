@@ -73,13 +73,14 @@ FIGURES = {  # name: (what it shows, runs.sh target, {model: the methods drawn})
     "D1": ("one weight through pruning, zeroing and Gaussian noise", None, {}),
     "D2": ("accuracy under zeroing with weights that come back as they were", "figD2",
            {"vgg11": ("none", "L-r40", *(f"zero-{k}-all-restore-tb256" for k in (89, 630, 1220, 2480)))}),
-    "E1": ("the first ten eigenvalues of the Hessian", "fig6", FLAT),
-    "E2": ("the first hundred eigenvalues of the Hessian", "fig6", FLAT),
-    "E3": ("|ε| at a loss rise of 0.1 against stability, and accuracy against it", "fig6", FLAT),
-    "E4": ("the loss along the leading eigenvectors", "fig6", FLAT),
-    "E5": ("TIC proxy against stability, and accuracy against it", "fig6", FLAT),
-    "E6": ("accuracy against stability for the runs of the flatness figures", "fig6", FLAT),
-    "flatness": ("every flatness measure against accuracy, with rank correlations", "fig6", FLAT),
+    **{name: (what, "fig6", FLAT) for name, what in {
+        "E1": "the first ten eigenvalues of the Hessian",
+        "E2": "the first hundred eigenvalues of the Hessian",
+        "E3": "|ε| at a loss rise of 0.1 against stability, and accuracy against it",
+        "E4": "the loss along the leading eigenvectors",
+        "E5": "TIC proxy against stability, and accuracy against it",
+        "E6": "accuracy against stability for the runs of the flatness figures",
+        "flatness": "every flatness measure against accuracy, with rank correlations"}.items()},
 }
 TABLES = {
     "C1": ("accuracy and stability at 46% and 59% total pruning", "tabC1",
@@ -88,8 +89,7 @@ TABLES = {
 }
 EVERYTHING = {**FIGURES, **{f"table {name}": entry for name, entry in TABLES.items()}}
 SCATTERS = {  # figure: the (x, y) of its panels
-    "4": [("mean_stability", "best_acc"), ("mean_stability", "gap")],
-    "C3": [("mean_stability", "best_acc"), ("mean_stability", "gap")],
+    **dict.fromkeys(("4", "C3"), [("mean_stability", "best_acc"), ("mean_stability", "gap")]),
     "6": [("mean_stability", "trace_eigs"), ("trace_eigs", "best_acc"),
           ("mean_stability", "tr_c"), ("tr_c", "best_acc")],
     "E3": [("mean_stability", "epsilon_min"), ("epsilon_min", "best_acc")],
@@ -98,7 +98,7 @@ SCATTERS = {  # figure: the (x, y) of its panels
     "flatness": [(x, "best_acc") for x in ("trace_eigs", "trace", "tr_c", "tic", "tic_trace", "c_over_f",
                                            "epsilon_min", "top")],
 }
-NEEDS_FLATNESS = ("6", "E1", "E2", "E3", "E4", "E5", "flatness")
+NEEDS_FLATNESS = {name for name, (_, target, _) in FIGURES.items() if target == "fig6"} - {"E6"}
 LABELS = {
     "mean_stability": "Mean stability (%)", "best_acc": "Best test accuracy (%)",
     "gap": "Train − test accuracy (points)", "trace_eigs": "Tr(H), sum of the leading eigenvalues",
@@ -135,6 +135,7 @@ PAPER = {  # what the appendix reports; accuracies and stabilities in %
         "none": (0, 73.28, 0.12, 100, None), F1[0]: (15, 73.11, 0.13, 100, None),
         F1[1]: (15, 73.22, 0.09, 91.94, 4.10), F1[2]: (15, 73.41, 0.08, 86.98, 6.87)},
 }
+SUMMARY = (("best accuracy", "best_acc", 2), ("last accuracy", "last_acc", 2), ("mean stability", "mean_stability", 3))
 RESAMPLES = 2000
 plt.rcParams.update({"font.size": 8, "axes.titlesize": 7, "legend.fontsize": 7, "xtick.labelsize": 7,
                      "ytick.labelsize": 7, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42,
@@ -154,31 +155,27 @@ def summarize(run_dir):
     others (unfinished or damaged). Raises nothing for a bad log.
     """
     run_dir = pathlib.Path(run_dir)
-    run = {"dir": str(run_dir), "problem": None, "curve": np.empty(0)}
+    run, records = {"dir": str(run_dir), "problem": None, "curve": np.empty(0)}, []
+    wrong = "config.json is missing or damaged"
     try:
         config = json.loads((run_dir / "config.json").read_text())
-        options = config["options"]
+        options, epochs = config["options"], config["schedule"]["epochs"]
         named = dict(method=config["method"], setting=config["setting"], model=options["model"], seed=options["seed"])
         if [type(value) for value in named.values()] != [str, str, str, int] or (
                 options.get("optimizer") not in (None, *train.OPTIMIZERS)):
             raise TypeError
-        epochs = config["schedule"]["epochs"]
         run.update(named, config=config, dataset=run_dir.parent.parent.parent.name)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return {**run, "problem": f"config.json is missing or damaged ({type(error).__name__})"}
-    records = []
-    try:
-        for number, line in enumerate((run_dir / "epochs.jsonl").read_text().splitlines()):
-            record = json.loads(line)
-            if record["epoch"] != number:
-                return {**run, "problem": f"line {number + 1} of epochs.jsonl is of epoch {record['epoch']}"}
-            records.append(record)
+        wrong = "has no epochs.jsonl"
+        for number, line in enumerate((run_dir / "epochs.jsonl").read_text().splitlines(), 1):
+            wrong = f"line {number} of epochs.jsonl is damaged"
+            records.append(json.loads(line))
+            if records[-1]["epoch"] != number - 1:
+                return {**run, "problem": f"line {number} of epochs.jsonl is of epoch {records[-1]['epoch']}"}
+        wrong = "epochs.jsonl is damaged"
         run.update(train.summarize_epochs(records), live=records[-1].get("live"),
                    curve=np.array([record["test_acc"] for record in records], float))
-    except OSError:
-        return {**run, "problem": "has no epochs.jsonl"}
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        return {**run, "problem": f"line {len(records) + 1} of epochs.jsonl is damaged ({type(error).__name__})"}
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        return {**run, "problem": f"{wrong} ({type(error).__name__})"}
     if len(records) != epochs:
         run.update(problem=f"unfinished, {len(records)} of {epochs} epochs", unfinished=True)
     return run
@@ -207,7 +204,7 @@ def name_mixed(runs, group, content):
             groups.setdefault(group(run), {}).setdefault(json.dumps(content(run), sort_keys=True), []).append(run)
     for kinds in groups.values():
         most = max(kinds.values(), key=len)
-        for run in (run for kind in kinds.values() if kind is not most for run in kind):
+        for run in itertools.chain(*(kind for kind in kinds.values() if kind is not most)):
             ours, theirs = content(run) or {}, content(most[0]) or {}
             names = sorted(k for k in ours | theirs if ours.get(k) != theirs.get(k))
             run["problem"] = f"differs from {most[0]['dir']} in {', '.join(names)}"
@@ -241,28 +238,25 @@ def is_papers(name, dataset, setting):
 def rest_command(name, dataset, setting, found):
     """(how many of its runs are there, how many there should be, the command that trains the rest)."""
     _, target, models = EVERYTHING[name]
-    seeds = sorted({run["seed"] for run in found})
-    if is_papers(name, dataset, setting):
+    papers, seeds, more = is_papers(name, dataset, setting), sorted({run["seed"] for run in found}), []
+    if papers:
         seeds = list(range(1, {"tabF1": 4, "figB1": 2}.get(target, 11)))
+    else:
+        options = found[0]["config"]["options"]
+        defaults = train.paper_settings(options["model"], options.get("optimizer"))
+        defaults |= dict(dataset="cifar10", width=1.0, scale_epochs=1.0, batch_size=128, val_split=0, precision="fp32",
+                         deterministic=False)
+        different = {k: options[k] for k, default in defaults.items() if options.get(k, default) != default
+                     and k not in ("optimizer", "s", "e", "p", "r", "score", "save_epoch")}  # those are the method's
+        quick = {"dataset": "digits", "width": 0.25, "val_split": 300}
+        more = ["--quick"] if quick.items() <= different.items() else ["--"]
+        for k, value in different.items() if more == ["--"] else ():
+            values = value if isinstance(value, list) else [] if isinstance(value, bool) else [value]
+            more += [f"--{'no-' if value is False else ''}{k.replace('_', '-')}", *map(train.short, values)]
     wanted = {(model, method, seed) for model, methods in models.items() for method in methods for seed in seeds}
     there = wanted & {(run["model"], run["method"], run["seed"]) for run in found}
     span = f"{seeds[0]}-{seeds[-1]}" if seeds[-1] - seeds[0] == len(seeds) - 1 else ",".join(map(str, seeds))
-    command = f"bash runs.sh {target} --seeds {span}"
-    if is_papers(name, dataset, setting):
-        return len(there), len(wanted), command
-    options = found[0]["config"]["options"]
-    defaults = train.paper_settings(options["model"], options.get("optimizer"))
-    defaults |= dict(dataset="cifar10", width=1.0, scale_epochs=1.0, batch_size=128, val_split=0, precision="fp32",
-                     deterministic=False)
-    different = {k: options[k] for k, default in defaults.items() if options.get(k, default) != default
-                 and k not in ("optimizer", "s", "e", "p", "r", "score", "save_epoch")}  # those are the method's
-    if (different.get("dataset"), different.get("width"), different.get("val_split")) == ("digits", 0.25, 300):
-        return len(there), len(wanted), command + " --quick"
-    words = []
-    for k, value in different.items():
-        values = value if isinstance(value, list) else [] if isinstance(value, bool) else [value]
-        words += [f"--{'no-' if value is False else ''}{k.replace('_', '-')}", *map(train.short, values)]
-    return len(there), len(wanted), " ".join([command, "--", *words])
+    return len(there), len(wanted), " ".join(["bash runs.sh", target, "--seeds", span, *more])
 
 
 def total_pruned(run):
@@ -294,8 +288,8 @@ def interval(values):
     return mean, result.confidence_interval.low, result.confidence_interval.high
 
 
-def no_nan(values):
-    """An array as a list for JSON, which has no NaN: None stands for it."""
+def floats(values):
+    """Numbers as a list for JSON, which has no NaN: None stands for it."""
     return [None if np.isnan(v) else float(v) for v in values]
 
 
@@ -303,8 +297,7 @@ def correlations(x, y):
     """{"n", "pearson": [r, p], "kendall": [tau, p]}; None for either where it is undefined (n < 3, or no spread)."""
     result = {"n": len(x), "pearson": None, "kendall": None}
     if len(x) >= 3 and np.ptp(x) > 0 and np.ptp(y) > 0:
-        result["pearson"] = [float(v) for v in scipy.stats.pearsonr(x, y)]
-        result["kendall"] = [float(v) for v in scipy.stats.kendalltau(x, y)]
+        result |= {"pearson": floats(scipy.stats.pearsonr(x, y)), "kendall": floats(scipy.stats.kendalltau(x, y))}
     return result
 
 
@@ -322,7 +315,7 @@ def correlation_interval(x, y, kind):
         warnings.simplefilter("ignore")  # a resample of one run many times over has none: left out of the percentiles
         drawn = scipy.stats.bootstrap((x, y), statistic, n_resamples=RESAMPLES, batch=200, paired=True, vectorized=True,
                                       method="percentile", rng=np.random.default_rng(0)).bootstrap_distribution
-    return [float(v) for v in np.nanpercentile(drawn, [2.5, 97.5])]
+    return floats(np.nanpercentile(drawn, [2.5, 97.5]))
 
 
 def measured(values):
@@ -331,7 +324,7 @@ def measured(values):
         return None
     mean, low, high = interval(values)
     return {"n": len(values), "mean": float(mean), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-            "ci95": [float(low), float(high)] if len(values) > 1 else None, "values": [float(v) for v in values]}
+            "ci95": floats((low, high)) if len(values) > 1 else None, "values": floats(values)}
 
 
 def t_test(a, b):
@@ -342,33 +335,32 @@ def t_test(a, b):
     result = {"difference": float(np.mean(a) - np.mean(b)), "student": None, "welch": None}
     if min(len(a), len(b)) > 1 and max(np.ptp(a), np.ptp(b)) > 0:
         for name, equal in (("student", True), ("welch", False)):
-            result[name] = [float(v) for v in scipy.stats.ttest_ind(a, b, equal_var=equal)]
+            result[name] = floats(scipy.stats.ttest_ind(a, b, equal_var=equal))
     return result
 
 
 def paired_differences(groups):
     """Best accuracy of each method minus the baseline's and each other's under the same seed, with a paired t-test."""
     result = {}
-    for i, (first, first_runs) in enumerate(groups.items()):
-        for second, second_runs in list(groups.items())[i + 1:]:
-            a, b = ({run["seed"]: run["best_acc"] for run in runs} for runs in (first_runs, second_runs))
-            seeds = sorted(a.keys() & b.keys())
-            if seeds:
-                gaps = [b[s] - a[s] for s in seeds]
-                spread = len(gaps) > 1 and np.ptp(gaps) > 0
-                result[f"{second} minus {first}"] = {
-                    **measured(gaps), "seeds": seeds,
-                    "p": float(scipy.stats.ttest_1samp(gaps, 0).pvalue) if spread else None}
+    best = {method: {run["seed"]: run["best_acc"] for run in runs} for method, runs in groups.items()}
+    for (first, a), (second, b) in itertools.combinations(best.items(), 2):
+        seeds = sorted(a.keys() & b.keys())
+        gaps = [b[s] - a[s] for s in seeds]
+        if seeds:
+            p = float(scipy.stats.ttest_1samp(gaps, 0).pvalue) if np.ptp(gaps) > 0 else None
+            result[f"{second} minus {first}"] = {**measured(gaps), "seeds": seeds, "p": p}
     return result
 
 
 def method_numbers(groups):
-    """What a figure's JSON says of each method: {method: …}, every measure with n, mean, deviation and interval."""
+    """What a figure's JSON says of each method: every measure with n, mean, deviation and interval; and the pairs."""
     keys = ("best_acc", "last_acc", "val_chosen_acc", "gap", "mean_stability")
     keys += tuple(k for k in LABELS if k not in keys and all(k in run for runs in groups.values() for run in runs))
-    return {method: {"label": method_label(runs[0]).replace("$", ""), "seeds": [run["seed"] for run in runs],
-                     "iterative_rate": runs[0]["config"]["iterative_rate"], "runs": [run["dir"] for run in runs],
-                     **{k: measured([run[k] for run in runs]) for k in keys}} for method, runs in groups.items()}
+    return {"methods": {method: {
+        "label": method_label(runs[0]).replace("$", ""), "seeds": [run["seed"] for run in runs],
+        "iterative_rate": runs[0]["config"]["iterative_rate"], "runs": [run["dir"] for run in runs],
+        **{k: measured([run[k] for run in runs]) for k in keys}} for method, runs in groups.items()},
+        "paired_best_acc": paired_differences(groups)}
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -382,6 +374,7 @@ POWER_STEPS, POWER_TOLERANCE = 100, 1e-4  # E.2
 LINE, RISE, LINES = [round(0.01 * i, 2) for i in range(-40, 41)], 0.1, 10  # E.3, Figure E.4
 FAR = 10.0  # the largest |epsilon| tried: a third and more of a trained network's whole weight vector
 TRACE_PRODUCTS, EIGEN_TOLERANCE = 90, 1e-3
+CHUNK = 128  # images whose gradients are taken together: enough to be fast, few enough to stay near the cache
 EXACT_CLASSES = LABEL_DRAWS = 10  # Tr(F): every label of so few classes, else so many drawn labels an image
 
 
@@ -389,10 +382,11 @@ def flat(tensors):
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-def in_chunks(model, x, y, memory_gb):
+def in_chunks(model, x, y, memory_gb, most=None):
     """[(x, y) …] so small that the graph of one's gradient, and as much again to go back through it, fits memory_gb.
 
-    What autograd keeps for an image is not guessed: it is what a second image adds to what it keeps for one.
+    What autograd keeps for an image is not guessed: it is what a second image adds to what it keeps for one. With
+    `most`, so many images at most, and the graph is only that of their loss, with thrice as much again to fit.
     """
     def kept_bytes(images):
         kept = {}
@@ -401,10 +395,11 @@ def in_chunks(model, x, y, memory_gb):
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor.detach()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = F.cross_entropy(model(x[:images]), y[:images])
-            graph = torch.autograd.grad(loss, list(model.parameters()), create_graph=True, materialize_grads=True)
-        return graph and sum(kept.values())
-    size = int(memory_gb * 2**29 / max(1, kept_bytes(2) - kept_bytes(1)))
+            graph = F.cross_entropy(model(x[:images]), y[:images])
+            if not most:
+                graph = torch.autograd.grad(graph, list(model.parameters()), create_graph=True, materialize_grads=True)
+        return sum(kept.values())
+    size = min(most or len(x), int(memory_gb * 2**(28 if most else 29) / max(1, kept_bytes(2) - kept_bytes(1))))
     return list(zip(x.split(max(1, size)), y.split(max(1, size))))
 
 
@@ -446,6 +441,12 @@ def orthogonalise(w, *bases):
     return w
 
 
+def largest(values, vectors, k):
+    """The k pairs of largest magnitude, ordered by it."""
+    order = np.argsort(-np.abs(values), kind="stable")[:k]
+    return values[order], vectors[torch.from_numpy(order).to(vectors.device)]
+
+
 def lanczos(product, n, k, tol, draw):
     """The k eigenpairs of largest magnitude of a symmetric operator: values (k,) float64 and orthonormal rows (k, n).
 
@@ -454,52 +455,50 @@ def lanczos(product, n, k, tol, draw):
     Lanczos with full reorthogonalisation, as a sequence of chains. A chain runs until all its pairs among the k
     largest have residuals, estimated by beta |s_m|, of at most tol |λ_1|; or until its space is invariant (beta = 0),
     or as large as memory should hold. These pairs are set aside, and the next chain starts orthogonally to them: from
-    the unconverged ones' sum if memory was the limit, else at random. Since one chain sees one vector only of a
-    multiple eigenvalue, the search ends when a random chain of 20 steps has met none beyond |λ_k| + tol |λ_1|.
-    It also ends after 30 k + 200 products, and then returns what it has.
+    the sum of the ones that are not there yet, else at random. Since one chain sees one vector only of a multiple
+    eigenvalue, the search ends when a random chain of 20 steps has met none beyond |λ_k| + tol |λ_1|. It also ends
+    after 30 k + 200 products, and then returns what it has.
     """
     values, vectors = np.zeros(0), draw()[None, :][:0]
-    start, products = draw(), 0
-    while len(values) < n and products < 30 * k + 200:
+    start, left = draw(), 30 * k + 200
+    while len(values) < n and left:
         q = orthogonalise(start, vectors)
         q /= q.norm()
         blocks, alpha, beta = [], [], []
         room = min(4 * k + 100, n - len(values))
         while True:
-            if len(alpha) % 32 == 0:
-                blocks.append(torch.zeros(min(32, room - len(alpha)), n, dtype=q.dtype, device=q.device))
-            blocks[-1][len(alpha) % 32] = q
+            m = len(alpha)
+            if m % 32 == 0:
+                blocks.append(torch.zeros(min(32, room - m), n, dtype=q.dtype, device=q.device))
+            blocks[-1][m % 32] = q
             w = product(q)
-            products += 1
+            left -= 1
             alpha.append(float(q @ w))
             beta.append(float(orthogonalise(w, vectors, *blocks).norm()))
-            m = len(alpha)
-            invariant = m == n - len(values) or beta[-1] <= 10 * torch.finfo(q.dtype).eps * max(map(abs, alpha + beta))
-            full = m == room or products >= 30 * k + 200
-            if invariant or full or m >= 20 and m % 5 == 0:
+            invariant = beta[-1] <= 10 * torch.finfo(q.dtype).eps * max(map(abs, alpha + beta))
+            over = invariant or len(alpha) == room or not left
+            if over or len(alpha) >= 20 and len(alpha) % 5 == 0:
                 theta, s = scipy.linalg.eigh_tridiagonal(alpha, beta[:-1])
                 sizes = np.abs(np.concatenate([values, theta]))
                 # 0.8 since the true residual has rounding in it too, a third of 1e-3 in float32
-                close = (0 if invariant else beta[-1]) * np.abs(s[-1]) <= 0.8 * tol * sizes.max()
+                close = beta[-1] * np.abs(s[-1]) <= 0.8 * tol * sizes.max()
+                close |= invariant or len(alpha) == n - len(values)
                 wanted = np.isin(np.arange(len(sizes)), np.argsort(-sizes, kind="stable")[:k])[len(values):]
                 if len(values) == k:
                     wanted &= np.abs(theta) > np.abs(values).min() + tol * sizes.max()
-                if invariant or full or len(sizes) >= k and close[wanted].all():
+                if over or len(sizes) >= k and close[wanted].all():
                     break
             q = w / beta[-1]
-        halted = full and not invariant and not close[wanted].all()
-        last = products >= 30 * k + 200
-        chosen = np.flatnonzero(wanted if last else wanted & close)
 
         def combine(weights):  # (m, …) → the combinations of the chain's vectors
             weights = torch.from_numpy(np.ascontiguousarray(weights.T)).to(q)
             return sum(part @ block[:part.shape[-1]] for part, block in zip(weights.split(32, -1), blocks))
-        start = combine(s[:, wanted & ~close].sum(1)) if halted else draw()
-        vectors = torch.cat([vectors, combine(s[:, chosen])])
-        values = np.concatenate([values, theta[chosen]])
-        order = np.argsort(-np.abs(values), kind="stable")[:k]
-        values, vectors = values[order], vectors[torch.from_numpy(order).to(vectors.device)]
-        if not len(chosen) and not halted:
+        rest = wanted & ~close
+        start = combine(s[:, rest].sum(1)) if rest.any() else draw()
+        chosen = wanted & close if left else wanted
+        values, vectors = largest(np.concatenate([values, theta[chosen]]),
+                                  torch.cat([vectors, combine(s[:, chosen])]), k)
+        if not wanted.any():
             break
     return values, vectors
 
@@ -518,11 +517,12 @@ def power_method(product, n, k, draw, residual=None):
             w = product(v)
             w.addmv_(vectors.T, values * (vectors @ v), alpha=-1)
             value = float(v @ w)
+            change = abs(value - old)
             if residual is None:
-                done = abs(value - old) < POWER_TOLERANCE * abs(value)
-            else:
-                done = (w - value * v).norm() <= residual * max([abs(value), *values.abs().tolist()])
-                done = done and abs(value - old) < 0.01 * abs(value)  # a random vector has a small residual too
+                done = change < POWER_TOLERANCE * abs(value)
+            else:  # the change too, since a random vector has a small residual
+                largest = max([abs(value), *values.abs().tolist()])
+                done = change < 0.01 * abs(value) and (w - value * v).norm() <= residual * largest
             if not w.any():
                 break
             v, old = w / w.norm(), value
@@ -552,9 +552,8 @@ def hessian_eigs(model, x, y, k=100, method="lanczos", tol=EIGEN_TOLERANCE, seed
 
     def draw():
         return torch.randn(n, generator=generator, dtype=like.dtype).to(store)
-    values, vectors = lanczos(apply, n, k, tol, draw) if method == "lanczos" else power_method(apply, n, k, draw)
-    order = np.argsort(-np.abs(values), kind="stable")
-    values, vectors = values[order], vectors[torch.from_numpy(order).to(store)]
+    found = lanczos(apply, n, k, tol, draw) if method == "lanczos" else power_method(apply, n, k, draw)
+    values, vectors = largest(*found, k)
     residuals = np.array([float((apply(v) - value * v).norm()) for value, v in zip(values.tolist(), vectors)])
     return {"eigenvalues": values, "eigenvectors": vectors, "residuals": residuals,
             "converged": residuals <= tol * np.abs(values).max(), "products": product.products}
@@ -600,63 +599,96 @@ class LayerTap(torch.overrides.TorchFunctionMode):
         return output
 
 
-def gradient_norms(model, x):
-    """(logits, the function labels (images,) → squared norm (images,) of each image's gradient of its own loss).
+def mask_factors(model, x):
+    """For each layer that LayerTap sees, in order: what its weight and its bias come multiplied by, (c, 1) or None.
 
-    Layer by layer, without forming the gradients: one pass back gives every layer's output gradient G (c, positions),
-    and with its inputs A (inputs, positions) the weights' gradient is GA', whose squared norm is also the sum of
-    (A'A)(G'G) elementwise, cheaper where there are few positions. Raises ValueError for a network with other parameters
-    than those of convolutions, linear maps and batch norms in eval mode.
+    Raises ValueError unless the layers are all of the network's parameters, and its batch norms are in eval mode.
     """
-    params, layers, covered = list(model.parameters()), [], 0
+    params, factors, covered = list(model.parameters()), [], 0
 
-    def factor(tensor):  # a parameter may come multiplied by its mask: (c, 1), 0 for what is pruned
-        gradients = torch.autograd.grad(tensor.sum(), params, retain_graph=True, allow_unused=True)
-        return next(g for g in gradients if g is not None).reshape(len(tensor), -1)[:, :1]
+    def factor(tensor):
+        nonlocal covered
+        if tensor is not None:
+            covered += tensor.numel()
+            gradients = torch.autograd.grad(tensor.sum(), params, retain_graph=True, allow_unused=True)
+            return next(g for g in gradients if g is not None).reshape(len(tensor), -1)[:, :1]
 
     def see(function, args, kwargs, output):
-        nonlocal covered
-        image, weight, bias = args[0].detach(), *args[1:3]
-        if function is torch.conv2d:
-            a = F.unfold(image, weight.shape[2:], padding=args[4], stride=args[3])
-        elif function is F.batch_norm:
-            weight, bias = kwargs["weight"], kwargs["bias"]
-            if kwargs["training"]:
-                raise ValueError("per-sample gradients need batch norm in eval mode: call model.eval()")
-            a = F.batch_norm(image, *args[1:3], eps=kwargs["eps"]).flatten(2)
-        else:
-            a = image[:, :, None]
-        weight_factor, bias_factor = factor(weight), None if bias is None else factor(bias)
-        covered += weight.numel() + (0 if bias is None else bias.numel())
-
-        def squared(g):
-            g = g.reshape(*g.shape[:2], -1)
-            scaled = g * weight_factor
-            if function is F.batch_norm:
-                total = (scaled * a).sum(2).square().sum(1)
-            elif a.shape[2] * (a.shape[1] + g.shape[1]) < a.shape[1] * g.shape[1]:
-                total = ((a.mT @ a) * (scaled.mT @ scaled)).sum((1, 2))
-            else:
-                total = (scaled @ a.mT).square().sum((1, 2))
-            return total if bias is None else total + (g * bias_factor).sum(2).square().sum(1)
-        layers.append((torch.autograd.graph.get_gradient_edge(output), squared))
+        if function is F.batch_norm and kwargs["training"]:
+            raise ValueError("per-sample gradients need batch norm in eval mode: call model.eval()")
+        weight, bias = (kwargs["weight"], kwargs["bias"]) if function is F.batch_norm else args[1:3]
+        factors.append((factor(weight), factor(bias)))
 
     with LayerTap(see):
-        logits = model(x)
+        model(x[:1])
     if covered != sum(p.numel() for p in params):
         raise ValueError(f"per-sample gradients cover {covered} of {sum(p.numel() for p in params)} parameters")
+    return factors
 
-    def norms(labels):
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        gradients = torch.autograd.grad(loss, [edge for edge, _ in layers], retain_graph=True)
-        return sum(squared(g) for (_, squared), g in zip(layers, gradients))
-    return logits.detach(), norms
+
+def kernel_norms(x, g, kernel, stride, padding):
+    """Squared norms (images,) of a kernel's gradients sum_p g_p a_p', a_p the patch of x that output position p sees.
+
+    x (images, c_in, h, w), g (images, c_out, h', w'). Where there are few positions, as the sum over all p and q of
+    (g_p'g_q)(a_p'a_q) instead, in which a_p'a_q sums x's own products between positions, one for each of the taps.
+    """
+    size, pad, flat_g = x.shape[2:], (padding[1], padding[1], padding[0], padding[0]), g.flatten(2)
+    c_in, (c_out, positions) = x.shape[1], flat_g.shape[1:]
+    # 64 is what the sums over taps and positions measure as, in products of channels
+    if size.numel() ** 2 * (c_in + c_out + 64) < math.prod(kernel) * c_in * positions * c_out:
+        products = (x.flatten(2).mT @ x.flatten(2)).unflatten(2, size).unflatten(1, size)
+        products = F.pad(products, pad + pad)
+        for axis in (1, 0):  # of the image; the taps are summed along one, then along the other
+            last = stride[axis] * (g.shape[2 + axis] - 1) + 1
+            taps = [slice(tap, tap + last, stride[axis]) for tap in range(kernel[axis])]
+            products = sum(products[(slice(None),) * (1 + axis) + (tap, slice(None), tap)] for tap in taps)
+        return (products.flatten(3).flatten(1, 2) * (flat_g.mT @ flat_g)).sum((1, 2))
+    patches = F.pad(x.contiguous(), pad).unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1])
+    patches = patches.permute(0, 1, 4, 5, 2, 3).reshape(len(x), -1, positions)
+    return (patches @ flat_g.mT).square().sum((1, 2))
+
+
+def layer_norms(g, function, args, kwargs, weight_factor, bias_factor):
+    """Squared norms (images,) of the gradients of a layer that LayerTap saw; g (images, c, …) is its output's."""
+    x, total = args[0].detach(), g.flatten(2).sum(2) if g.ndim > 2 else g
+    if function is torch.conv2d:
+        norms = kernel_norms(x, g * weight_factor[:, :, None], args[1].shape[2:], *args[3:5])
+    elif function is F.batch_norm:
+        mean, deviation = args[1], (args[2] + kwargs["eps"]).sqrt()
+        slope = ((g * x).sum((2, 3)) - mean * total) / deviation
+        norms = (slope * weight_factor.T).square().sum(1)
+    else:
+        norms = (g * weight_factor.T).square().sum(1) * x.square().sum(1)
+    return norms if bias_factor is None else norms + (total * bias_factor.T).square().sum(1)
+
+
+def gradient_norms(model, x, y, memory_gb):
+    """For each part of the images: (logits, the function labels → squared norms of its images' gradients, labels y).
+
+    Layer by layer, without forming the gradients of all layers at once: one pass back to the layers' outputs gives
+    what the parameters' gradients are products of.
+    """
+    factors = mask_factors(model, x)
+    for part, labels in in_chunks(model, x, y, memory_gb, CHUNK):
+        edges, layers = [], []
+
+        def see(function, args, kwargs, output):
+            edges.append(torch.autograd.graph.get_gradient_edge(output))
+            layers.append((function, args, kwargs, *factors[len(layers)]))
+
+        def norms(labels):
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            gradients = torch.autograd.grad(loss, edges, retain_graph=True)
+            return sum(layer_norms(g, *layer).double() for g, layer in zip(gradients, layers))
+
+        with LayerTap(see):
+            logits = model(part)
+        yield logits.detach(), norms, labels
 
 
 def gradient_covariance_trace(model, x, y, memory_gb=4):
     """Tr(C), C the uncentred gradient covariance: the mean squared norm of the images' own gradients (E.1, E.2)."""
-    return sum(float(gradient_norms(model, part)[1](labels).double().sum())
-               for part, labels in in_chunks(model, x, y, memory_gb)) / len(x)
+    return sum(float(norms(labels).sum()) for _, norms, labels in gradient_norms(model, x, y, memory_gb)) / len(x)
 
 
 def fisher_trace(model, x, y, seed=0, memory_gb=4):
@@ -666,14 +698,14 @@ def fisher_trace(model, x, y, seed=0, memory_gb=4):
     10 classes; for more, 10 labels are drawn per image, and the standard error is that of the draws. y is not used.
     """
     generator, total, variance = torch.Generator().manual_seed(seed), 0.0, 0.0
-    for part, labels in in_chunks(model, x, y, memory_gb):
-        logits, norms = gradient_norms(model, part)
+    for logits, norms, _ in gradient_norms(model, x, y, memory_gb):
         p = logits.double().softmax(1)
         if p.shape[1] <= EXACT_CLASSES:
-            total += sum(float((p[:, c] * norms(torch.full_like(labels, c))).sum()) for c in range(p.shape[1]))
+            each = torch.arange(p.shape[1], device=p.device)[:, None].expand(-1, len(p))
+            total += float(sum((p_c * norms(labels)).sum() for p_c, labels in zip(p.T, each)))
         else:
-            draws = torch.multinomial(p.cpu(), LABEL_DRAWS, True, generator=generator).T.to(labels.device)
-            drawn = torch.stack([norms(row).double() for row in draws])
+            draws = torch.multinomial(p.cpu(), LABEL_DRAWS, True, generator=generator).T.to(p.device)
+            drawn = torch.stack([norms(labels) for labels in draws])
             total += float(drawn.mean(0).sum())
             variance += float(drawn.var(0).sum()) / LABEL_DRAWS
     return total / len(x), math.sqrt(variance) / len(x)
@@ -778,8 +810,8 @@ def measure_flatness(run_dir, eigs=100, images=512, eig="lanczos", memory_gb=4, 
     def timed(name, function, *arguments, **options):
         bar.set_postfix_str(name)
         clock = time.monotonic()
-        result = function(model, x, *arguments, memory_gb=memory_gb, **options)
-        seconds[name] = time.monotonic() - clock
+        result = function(model, x, y, *arguments, memory_gb=memory_gb, **options)
+        seconds[name] = round(time.monotonic() - clock, 3)
         bar.update()
         if bar.disable:
             print(f"{label} {name}: {seconds[name]:.1f} s", flush=True)
@@ -790,33 +822,30 @@ def measure_flatness(run_dir, eigs=100, images=512, eig="lanczos", memory_gb=4, 
 
     def walk(model, x, y, memory_gb):
         losses = [line_loss(model, x, y, v, memory_gb) for v in pairs["eigenvectors"][:LINES]]
-        return [[loss(e) for e in LINE] for loss in losses], [first_rise(loss, RISE) for loss in losses]
+        return [floats(map(loss, LINE)) for loss in losses], [first_rise(loss, RISE) for loss in losses]
 
     with bar:
         with torch.no_grad():
             logits = torch.cat([model(part) for part in x.split(128)])
         loss, accuracy = float(F.cross_entropy(logits, y)), 100 * float((logits.argmax(1) == y).double().mean())
         train.require(math.isfinite(loss), f"{run_dir}: the loss of {source['checkpoint']} is {loss}")
-        pairs = timed("eigs", hessian_eigs, y, eigs, eig, seed=seed, tick=tick)
-        trace, trace_se = timed("trace", hessian_trace, y, seed=seed, tick=tick)
-        tr_c = timed("covariance", gradient_covariance_trace, y)
-        tr_f, tr_f_se = timed("fisher", fisher_trace, y, seed=seed)
-        lines, rises = timed("line", walk, y)
-    trace_eigs = float(pairs["eigenvalues"].sum())
-    reached = [e for e in rises if e is not None]
+        pairs = timed("eigs", hessian_eigs, eigs, eig, seed=seed, tick=tick)
+        trace, trace_se = timed("trace", hessian_trace, seed=seed, tick=tick)
+        tr_c = timed("covariance", gradient_covariance_trace)
+        tr_f, tr_f_se = timed("fisher", fisher_trace, seed=seed)
+        lines, rises = timed("line", walk)
+    parameters, trace_eigs = sum(p.numel() for p in model.parameters()), float(pairs["eigenvalues"].sum())
     result = settings | {
         **{k: pairs[k].tolist() for k in ("eigenvalues", "residuals", "converged")}, "eig_products": pairs["products"],
         "trace_eigs": trace_eigs, "trace": trace, "trace_se": trace_se,
-        "trace_products": 3 * min(TRACE_PRODUCTS // 3, sum(p.numel() for p in model.parameters())),
-        "tr_c": tr_c, "tr_f": tr_f, "tr_f_se": tr_f_se, "tic": tr_c / trace_eigs if trace_eigs else None,
-        "tic_trace": tr_c / trace if trace else None, "c_over_f": tr_c / tr_f if tr_f else None, "loss": loss,
-        "accuracy": accuracy, "line": {"epsilon": LINE, "loss": [no_nan(line) for line in lines]}, "rise": RISE,
-        "epsilon": rises, "epsilon_min": min(reached, default=None),
-        "seconds": {k: round(v, 3) for k, v in seconds.items()},
-        "products_per_second": pairs["products"] / seconds["eigs"],
-        "parameters": sum(p.numel() for p in model.parameters()), "memory_gb": memory_gb,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-                     "scipy": scipy.__version__},
+        "trace_products": 3 * min(TRACE_PRODUCTS // 3, parameters), "tr_c": tr_c, "tr_f": tr_f, "tr_f_se": tr_f_se,
+        **{name: tr_c / by if by else None for name, by in (("tic", trace_eigs), ("tic_trace", trace),
+                                                            ("c_over_f", tr_f))},
+        "loss": loss, "accuracy": accuracy, "line": {"epsilon": LINE, "loss": lines}, "rise": RISE, "epsilon": rises,
+        "epsilon_min": min((e for e in rises if e is not None), default=None), "seconds": seconds,
+        "products_per_second": pairs["products"] / seconds["eigs"], "parameters": parameters, "memory_gb": memory_gb,
+        "versions": {"python": platform.python_version(),
+                     **{module.__name__: module.__version__ for module in (torch, np, scipy)}},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads()}
     train.write_json(path, result)
@@ -826,24 +855,20 @@ def measure_flatness(run_dir, eigs=100, images=512, eig="lanczos", memory_gb=4, 
     return result
 
 
-def flatness_of(run, args):
-    """What a run's flatness.json adds to its summary, measured now where there is none; else its problem."""
-    path = pathlib.Path(run["dir"], "flatness.json")
-    try:
-        flat = json.loads(path.read_text()) if path.exists() else measure_flatness(
-            run["dir"], args.eigs, args.images, args.eig, args.memory_gb, data_dir=args.data_dir)
-        return {**{k: flat[k] for k in LABELS if k in flat}, "flat": flat, "top": flat["eigenvalues"][0]}
-    except train.UserError as error:
-        return {"problem": str(error)}
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        return {"problem": f"flatness.json is damaged ({type(error).__name__}): delete it to measure again"}
-
-
 def with_flatness(runs, left_out, args):
-    """Copies of the runs with their flatness measures; those without go to left_out of this figure, not of others."""
-    for run in runs:
-        if "flatness" not in run:  # kept for the next figure
-            run["flatness"] = flatness_of(run, args)
+    """Copies of the runs with what their flatness.json adds, measured now where there is none; the others go to
+    left_out of this figure, not of others."""
+    for run in (run for run in runs if "flatness" not in run):  # kept for the next figure
+        path = pathlib.Path(run["dir"], "flatness.json")
+        try:
+            flat = json.loads(path.read_text()) if path.exists() else measure_flatness(
+                run["dir"], args.eigs, args.images, args.eig, args.memory_gb, data_dir=args.data_dir)
+            run["flatness"] = {**{k: flat[k] for k in LABELS if k in flat}, "flat": flat, "top": flat["eigenvalues"][0]}
+        except train.UserError as error:
+            run["flatness"] = {"problem": str(error)}
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            run["flatness"] = {"problem": f"flatness.json is damaged ({type(error).__name__}): delete it to measure "
+                               "again"}
     runs = [{**run, **run["flatness"]} for run in runs]
     name_mixed(runs, lambda run: "", lambda run: {k: run["flat"].get(k) for k in ("images", "eig", "epoch", "eigs")})
     left_out += [run for run in runs if run["problem"]]
@@ -871,21 +896,31 @@ def method_label(run):
     return f"Prune$_{kind}$ " + (f"{rate:.0f}%" if rate >= 0.95 else f"{rate:.1g}%")
 
 
-def panels(rows, columns, height=3.3, **more):
-    return plt.subplots(rows, columns, figsize=(6.75, height * rows), squeeze=False, layout="constrained", **more)
+def panels(count, columns=2, height=3.3, width=3.375, **more):
+    """A canvas of `count` panels in so many columns: (canvas, [axis …])."""
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    canvas, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False,
+                                layout="constrained", **more)
+    for axis in axes.flat[count:]:
+        axis.axis("off")
+    return canvas, list(axes.flat[:count])
 
 
 def legend_below(axis, columns=2, title=None):
     axis.legend(title=title, title_fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncol=columns)
 
 
-def draw_band(axis, x, values, method, **more):
-    """The mean over runs of values (runs, len(x)) and its 95% band; returns the numbers drawn."""
-    colour, line, _ = style(method)
-    mean, low, high = interval(values)
-    axis.plot(x, mean, ls=line, color=colour, lw=1, **more)
-    axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
-    return {"mean": mean.tolist(), "low": no_nan(low), "high": no_nan(high)}
+def draw_means(axis, x, bounds, method, bars=False, **more):
+    """A method's means and 95% intervals, bounds (mean, low, high), as a band or bars; returns the numbers drawn."""
+    (mean, low, high), (colour, line, marker) = bounds, style(method)
+    if bars:
+        axis.vlines(x, low, high, color=colour, lw=0.9)
+        more = {"marker": marker, "ms": 3} | more
+    else:
+        axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
+    axis.plot(x, mean, **{"ls": line, "color": colour, "lw": 1} | more)
+    return {"mean": floats(mean), "low": floats(low), "high": floats(high)}
 
 
 def draw_dynamics(axis, groups, title, columns=2):
@@ -895,11 +930,11 @@ def draw_dynamics(axis, groups, title, columns=2):
         length = min(len(run["curve"]) for run in runs)  # they differ while runs go on (--live)
         epochs = np.arange(1, length + 1)
         stability = np.mean([run["mean_stability"] for run in runs])
-        drawn = draw_band(axis, epochs, [run["curve"][:length] for run in runs], method,
-                          label=f"{stability:.2f}% stable ({method_label(runs[0])})")
-        numbers[method] = {"n": len(runs), "epoch": epochs.tolist(), **drawn}
-        tops.append(max(v for v in drawn["mean"] + drawn["high"] if v is not None))
-        floors.append(np.percentile(drawn["mean"][length // 4:], 15))
+        bounds = interval([run["curve"][:length] for run in runs])
+        numbers[method] = {"n": len(runs), "epoch": epochs.tolist(), **draw_means(
+            axis, epochs, bounds, method, label=f"{stability:.2f}% stable ({method_label(runs[0])})")}
+        tops.append(np.nanmax(bounds))
+        floors.append(np.percentile(bounds[0][length // 4:], 15))
     # The axis shows what separates the methods; a drop below it is marked with its depth, as in the paper.
     top, floor = max(tops), min(floors)
     floor -= 0.15 * (top - floor) or 1
@@ -924,25 +959,23 @@ def draw_scatter(axis, groups, x="mean_stability", y="best_acc", baseline=False,
 
     Returns {"x", "y", n and correlations}; where accuracy is drawn, also by last-epoch and validation-chosen accuracy.
     """
+    points = []
     for method, runs in groups.items():
         colour, _, marker = style(method)
         if baseline or method != "none":
             axis.plot([r[x] for r in runs], [r[y] for r in runs], marker, color=colour, ms=4, mec="white", mew=0.4,
                       label=method_label(runs[0]), clip_on=False)
+            points += [r for r in runs if r[x] is not None and r[y] is not None]
         else:
             axis.axhline(np.mean([r[y] for r in runs]), color=colour, lw=0.8, ls=":", label="no pruning (mean)")
-    points = [run for method, runs in groups.items() if baseline or method != "none" for run in runs
-              if run[x] is not None and run[y] is not None]
     result = {"x": x, "y": y, **correlations([r[x] for r in points], [r[y] for r in points])}
     for other in ("last_acc", "val_chosen_acc"):
         if "best_acc" in (x, y) and all(run[other] is not None for run in points):
             values = ([run[other if k == "best_acc" else k] for run in points] for k in (x, y))
             result["by " + other] = correlations(*values)
-    text = [f"n = {result['n']}"]
-    for name, symbol in (("pearson", "Pearson r"), ("kendall", "Kendall τ")):
-        if result[name]:
-            text.append(f"{symbol} = {result[name][0]:.2f} (p = {result[name][1]:.2g})")
-    axis.set_title(", ".join(text[:2]) + "".join("\n" + line for line in text[2:]))
+    text = [f"{symbol} = {result[name][0]:.2f} (p = {result[name][1]:.2g})"
+            for name, symbol in (("pearson", "Pearson r"), ("kendall", "Kendall τ")) if result[name]]
+    axis.set_title(", ".join(filter(None, [f"n = {result['n']}", "\n".join(text)])))
     axis.set(xlabel=LABELS[x], ylabel=LABELS[y])
     axis.ticklabel_format(useOffset=False)
     axis.locator_params(axis="x", nbins=5)
@@ -957,29 +990,22 @@ def draw_scatter(axis, groups, x="mean_stability", y="best_acc", baseline=False,
 
 def dynamics_and_scatter(name, models, args):
     """Figures 2 and B2. The unfinished runs that --live adds are in the curves only."""
-    canvas, axes = panels(len(models), 2)
-    numbers = {}
-    for row, (model, groups) in zip(axes, models.items()):
-        done = {m: [r for r in g if not r["problem"]] for m, g in groups.items()}
-        done = {m: g for m, g in done.items() if g}
-        dynamics = draw_dynamics(row[0], groups, model)
-        numbers[model] = {"methods": method_numbers(done), "scatters": [draw_scatter(row[1], done)],
-                          "paired_best_acc": paired_differences(done), "dynamics": dynamics}
-    return canvas, numbers
+    canvas, axes = panels(2 * len(models))
+    return canvas, {model: {"dynamics": draw_dynamics(left, groups, model),
+                            "scatters": [draw_scatter(right, finished(groups))]}
+                    for left, right, (model, groups) in zip(axes[::2], axes[1::2], models.items())}
 
 
 def noise_dynamics(name, models, args):
     """Figures 5 and D2: a panel for each kind of noise there is, each beside pruning and the baseline."""
-    groups = models["vgg11"]
-    kinds = [kind for kind in ("zero", "gauss") if any(m.startswith(kind) for m in groups)] or ["none"]
-    canvas, axes = panels(1, len(kinds), 4.0)
-    dynamics = {}
-    for axis, kind in zip(axes[0], kinds):
-        title = {"zero": "Zeroing noise", "gauss": "Gaussian noise", "none": "no noise"}[kind]
+    groups, dynamics = models["vgg11"], {}
+    titles = {"zero": "Zeroing noise", "gauss": "Gaussian noise"}
+    kinds = [kind for kind in titles if any(m.startswith(kind) for m in groups)] or ["none"]
+    canvas, axes = panels(len(kinds), 2, 4.0, 6.75 / len(kinds))
+    for axis, kind in zip(axes, kinds):
         shown = {m: runs for m, runs in groups.items() if m.startswith((kind, "none", "L"))}
-        dynamics |= draw_dynamics(axis, shown, title, 1)
-    return canvas, {"vgg11": {"methods": method_numbers(groups), "paired_best_acc": paired_differences(groups),
-                              "dynamics": dynamics}}
+        dynamics |= draw_dynamics(axis, shown, titles.get(kind, "no noise"), 1)
+    return canvas, {"vgg11": {"dynamics": dynamics}}
 
 
 def by_rate(groups):
@@ -994,24 +1020,21 @@ def by_rate(groups):
 
 def draw_rate_correlation(axis, rates, kind):
     """Correlation of accuracy and stability over the runs of each rate, with its bootstrapped 95% interval."""
-    numbers = {}
+    numbers, drawn = {}, {}
     for rate, (r, groups) in rates.items():
-        points = [run for runs in groups.values() for run in runs]
-        x, y = ([run[k] for run in points] for k in ("mean_stability", "best_acc"))
-        numbers[f"{rate:.3g}"] = {"r": r, **correlations(x, y), "ci95": correlation_interval(x, y, kind)}
-    there = [(float(rate), c[kind][0], c["ci95"]) for rate, c in numbers.items() if c[kind]]
-    for rate, value, (low, high) in there:
-        axis.vlines(rate, low, high, color=BLACK, lw=1)
-    axis.plot([v[0] for v in there], [v[1] for v in there], "o-", color=BLACK, ms=4, lw=0.8)
+        x, y = ([run[k] for runs in groups.values() for run in runs] for k in ("mean_stability", "best_acc"))
+        found = numbers[f"{rate:.3g}"] = {"r": r, **correlations(x, y), "ci95": correlation_interval(x, y, kind)}
+        if found[kind]:
+            drawn[rate] = (found[kind][0], *found["ci95"])
+    draw_means(axis, list(drawn), np.array(list(drawn.values())).reshape(-1, 3).T, "none", bars=True)
     axis.axhline(0, color="0.6", lw=0.6)
-    axis.set(xlabel="Iterative rate (%)", ylabel=f"{kind.title()} correlation of\naccuracy and stability",
-             ylim=(-1.05, 1.05))
+    axis.set(ylabel=f"{kind.title()} correlation of\naccuracy and stability", ylim=(-1.05, 1.05))
     rate_axis(axis, rates)
     return numbers
 
 
 def rate_axis(axis, rates):
-    axis.set_xlim(min(rates) / 1.3, max(rates) * 1.3)
+    axis.set(xlabel="Iterative rate (%)", xlim=(min(rates) / 1.3, max(rates) * 1.3))
     axis.set_xscale("log", base=2)
     ticks = [2.0**i for i in range(-4, 8) if min(rates) / 1.3 <= 2.0**i <= max(rates) * 1.3]
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -1020,61 +1043,46 @@ def rate_axis(axis, rates):
 def rates_figure(name, models, args):
     """Figure 3."""
     rates = by_rate(models["vgg11"])
-    canvas, axes = panels(1, 3, 3.0)
-    numbers = {"methods": {}}
-    for rate, (_, groups) in rates.items():
-        numbers["methods"] |= method_numbers(groups)
-    inset = axes[0][1].inset_axes([0.24, 0.08, 0.42, 0.36])
-    for target in "SRL":
-        lines = {rate: g for rate, (_, groups) in rates.items() for m, g in groups.items() if m[0] == target}
-        if not lines:
-            continue
-        for axis, key in ((axes[0][0], "best_acc"), (axes[0][1], "mean_stability"), (inset, "mean_stability")):
-            drawn = [interval([run[key] for run in runs]) for runs in lines.values()]
-            colour, line, marker = style(target)
-            mean, low, high = np.array(drawn).T
-            axis.plot(list(lines), mean, marker, ls=line, color=colour, ms=3, lw=1, label=f"Prune$_{target}$")
-            axis.vlines(list(lines), low, high, color=colour, lw=0.8)
-    stable = [np.mean([run["mean_stability"] for run in g]) for _, groups in rates.values() for g in groups.values()]
-    top = max(stable)
-    inset.set_ylim(top - 2.2 * (top - np.median(stable)) - 1e-3, top + 0.3 * (top - np.median(stable)) + 1e-3)
-    for axis in (axes[0][0], axes[0][1], inset):
+    canvas, axes = panels(3, 3, 3.0, 2.25)
+    inset = axes[1].inset_axes([0.24, 0.08, 0.42, 0.36])
+    for axis, key in ((axes[0], "best_acc"), (axes[1], "mean_stability"), (inset, "mean_stability")):
+        for target in "SRL":
+            values = {rate: [run[key] for run in runs] for rate, (_, groups) in rates.items()
+                      for method, runs in groups.items() if method[0] == target}
+            if values:
+                bounds = np.array([interval(v) for v in values.values()]).T
+                draw_means(axis, list(values), bounds, target, bars=True, label=f"Prune$_{target}$")
         rate_axis(axis, rates)
+        axis.set_ylabel(LABELS[key])
+    for axis in axes[:2]:
+        legend_below(axis, 3)
+    stable = [np.mean([run["mean_stability"] for run in g]) for _, groups in rates.values() for g in groups.values()]
+    top, reach = max(stable), max(stable) - np.median(stable)
+    inset.set(ylim=(top - 2.2 * reach - 1e-3, top + 0.3 * reach + 1e-3), xlabel="", ylabel="")
     inset.tick_params(labelsize=7, labelbottom=False)
     inset.set_title("high stability", pad=2)
-    axes[0][0].set(xlabel="Iterative rate (%)", ylabel=LABELS["best_acc"])
-    axes[0][1].set(xlabel="Iterative rate (%)", ylabel=LABELS["mean_stability"])
-    for axis in axes[0][:2]:
-        legend_below(axis, 3)
-    numbers["by_rate"] = draw_rate_correlation(axes[0][2], rates, "pearson")
-    return canvas, {"vgg11": numbers}
+    return canvas, {"vgg11": {"by_rate": draw_rate_correlation(axes[2], rates, "pearson")}}
 
 
 def rate_scatters(name, models, args):
     """Figure C1: a panel for each rate."""
-    rates = by_rate(models["vgg11"])
-    rows = -(-len(rates) // 4)
-    canvas, axes = panels(rows, min(4, len(rates)), 2.2)
-    numbers, shown = {"by_rate": {}}, {}
-    for axis, (rate, (r, groups)) in zip(axes.flat, rates.items()):
+    rates, numbers = by_rate(models["vgg11"]), {}
+    canvas, axes = panels(len(rates), 4, 2.2, 6.75 / min(4, len(rates)))
+    for axis, (rate, (r, groups)) in zip(axes, rates.items()):
         result = draw_scatter(axis, groups, legend=0)
         axis.set_title(f"rate {rate:.3g}% (r = {r})\n" + axis.get_title().replace(", ", "\n"))
-        axis.set(ylabel=LABELS["best_acc"] if axis in axes[:, 0] else "")
-        numbers["by_rate"][f"{rate:.3g}"] = {"r": r, "methods": method_numbers(groups), "scatters": [result],
-                                             "paired_best_acc": paired_differences(groups)}
-        shown |= {m[0]: style(m[0]) for m in groups}
-    for axis in axes.flat[len(rates):]:
-        axis.axis("off")
-    marks = [plt.Line2D([], [], marker=m, color=c, ls="", ms=4, label=f"Prune$_{t}$") for t, (c, _, m) in shown.items()]
+        axis.set(ylabel=LABELS["best_acc"] if axis in axes[::4] else "")
+        numbers[f"{rate:.3g}"] = {"r": r, **method_numbers(groups), "scatters": [result]}
+    looks = {target: style(target) for target in "SRL" if any(m[0] == target for m in models["vgg11"])}
+    marks = [plt.Line2D([], [], marker=m, color=c, ls="", ms=4, label=f"Prune$_{t}$") for t, (c, _, m) in looks.items()]
     canvas.legend(handles=marks, loc="outside lower center", ncol=3)
-    return canvas, {"vgg11": numbers}
+    return canvas, {"vgg11": {"by_rate": numbers}}
 
 
 def rate_kendall(name, models, args):
     """Figure C2."""
-    canvas, axes = panels(1, 1, 3.0)
-    canvas.set_size_inches(3.4, 3.0)
-    return canvas, {"vgg11": {"by_rate": draw_rate_correlation(axes[0][0], by_rate(models["vgg11"]), "kendall")}}
+    canvas, (axis,) = panels(1, height=3.0)
+    return canvas, {"vgg11": {"by_rate": draw_rate_correlation(axis, by_rate(models["vgg11"]), "kendall")}}
 
 
 def scatters(name, models, args):
@@ -1082,69 +1090,52 @@ def scatters(name, models, args):
 
     The flatness figures' points are all six methods; the others' only those that prune while they train (section 9).
     """
-    pairs, baseline = SCATTERS[name], name not in ("4", "C3")
-    columns = min(2, len(pairs))
-    canvas, axes = panels(len(models) * len(pairs) // columns, columns, 2.9)
-    canvas.set_size_inches(3.4 * columns, canvas.get_figheight())
-    numbers, places = {}, iter(axes.flat)
-    for model, groups in models.items():
-        results = []
-        for i, (x, y) in enumerate(pairs):
-            axis = next(places)
-            results.append(draw_scatter(axis, groups, x, y, baseline, legend=2 * (i >= len(pairs) - columns)))
-            if len(models) > 1:
-                axis.set_title(f"{model}: {axis.get_title()}")
-        numbers[model] = {"methods": method_numbers(groups), "scatters": results,
-                          "paired_best_acc": paired_differences(groups)}
+    pairs, numbers = SCATTERS[name], {}
+    canvas, axes = panels(len(models) * len(pairs), 2, 2.9)
+    for axis, (model, i) in zip(axes, itertools.product(models, range(len(pairs)))):
+        result = draw_scatter(axis, models[model], *pairs[i], baseline=name not in ("4", "C3"),
+                              legend=2 * (i >= len(pairs) - 2))
+        numbers.setdefault(model, {"scatters": []})["scatters"].append(result)
+        if len(models) > 1:
+            axis.set_title(f"{model}: {axis.get_title()}")
     return canvas, numbers
 
 
 def eigenvalues(name, models, args):
     """Figures E1, the first ten eigenvalues of the Hessian of the test loss, and E2, the sizes of all computed."""
-    canvas, axes = panels(1, 1, 3.6)
-    canvas.set_size_inches(5.0, 3.6)
-    axis, numbers = axes[0][0], {}
-    for i, (method, runs) in enumerate(models["vgg11"].items()):
-        count = min(10 if name == "E1" else 10**9, *(len(run["flat"]["eigenvalues"]) for run in runs), 10**9)
+    groups, first_ten, numbers = models["vgg11"], name == "E1", {}
+    canvas, (axis,) = panels(1, height=3.6, width=5.0)
+    for i, (method, runs) in enumerate(groups.items()):
+        count = min(len(run["flat"]["eigenvalues"]) for run in runs)
+        count = min(count, 10) if first_ten else count
         values = np.array([run["flat"]["eigenvalues"][:count] for run in runs])
-        order = np.arange(1, count + 1)
-        if name == "E1":
-            mean, low, high = interval(values)
-            colour, _, marker = style(method)
-            x = order + 0.12 * (i - (len(models["vgg11"]) - 1) / 2)
-            axis.plot(x, mean, marker, color=colour, ms=3.5, label=method_label(runs[0]))
-            axis.vlines(x, low, high, color=colour, lw=1)
-            numbers[method] = {"mean": mean.tolist(), "low": no_nan(low), "high": no_nan(high)}
-        else:
-            numbers[method] = draw_band(axis, order, np.abs(values), method, label=method_label(runs[0]))
-            numbers[method]["negative"] = [int(n) for n in (values < 0).sum(0)]  # in so many runs
-            axis.set_yscale("log")
-        numbers[method] |= {"n": len(runs), "converged": [all(run["flat"]["converged"][:count]) for run in runs]}
-    axis.set(xlabel="Eigenvalue, ordered by magnitude", ylabel="Eigenvalue" if name == "E1" else "|Eigenvalue|")
+        x = np.arange(1, count + 1) + (0.12 * (i - (len(groups) - 1) / 2) if first_ten else 0)
+        numbers[method] = {
+            **draw_means(axis, x, interval(values if first_ten else np.abs(values)), method, bars=first_ten,
+                         label=method_label(runs[0]), **({"ls": ""} if first_ten else {})),
+            "negative": (values < 0).sum(0).tolist(), "n": len(runs),  # negative in so many runs
+            "converged": [all(run["flat"]["converged"][:count]) for run in runs]}
+    axis.set(xlabel="Eigenvalue, ordered by magnitude", ylabel="Eigenvalue" if first_ten else "|Eigenvalue|",
+             yscale="linear" if first_ten else "log")
     legend_below(axis, 3)
-    return canvas, {"vgg11": {"methods": method_numbers(models["vgg11"]), "eigenvalues": numbers}}
+    return canvas, {"vgg11": {"eigenvalues": numbers}}
 
 
 def loss_along_eigenvectors(name, models, args):
     """Figure E4: a panel for each method, a line for each eigenvector, means over runs."""
-    groups = models["vgg11"]
-    rows = -(-len(groups) // 3)
-    canvas, axes = panels(rows, min(3, len(groups)), 2.3, sharex=True, sharey=True)
-    colours, numbers = plt.get_cmap("viridis"), {}
-    for axis, (method, runs) in zip(axes.flat, groups.items()):
+    groups, colours, numbers = models["vgg11"], plt.get_cmap("viridis"), {}
+    canvas, axes = panels(len(groups), 3, 2.3, 6.75 / min(3, len(groups)), sharex=True, sharey=True)
+    for axis, (method, runs) in zip(axes, groups.items()):
         epsilon = runs[0]["flat"]["line"]["epsilon"]
         mean = np.mean([run["flat"]["line"]["loss"] for run in runs], 0)
         for i, loss in enumerate(mean):
             axis.plot(epsilon, loss, color=colours(i / 10), lw=0.9)
-        axis.set_title(f"{method_label(runs[0])}, n = {len(runs)}")
-        axis.set_yscale("log")
-        axis.set(xlabel="ε" if axis in axes[-1] else "", ylabel="Test loss" if axis in axes[:, 0] else "")
+        axis.set(title=f"{method_label(runs[0])}, n = {len(runs)}", yscale="log", xlabel="ε", ylabel="Test loss")
+        axis.label_outer()
         numbers[method] = {"n": len(runs), "epsilon": epsilon, "loss": mean.tolist()}
-    for axis in axes.flat[len(groups):]:
-        axis.axis("off")
     scale = matplotlib.cm.ScalarMappable(matplotlib.colors.BoundaryNorm(np.arange(0.5, 11), 256), colours)
-    canvas.colorbar(scale, ax=axes, label="Eigenvector, by magnitude", ticks=range(1, 11), shrink=0.8)
-    return canvas, {"vgg11": {"methods": method_numbers(groups), "lines": numbers}}
+    canvas.colorbar(scale, ax=canvas.axes, label="Eigenvector, by magnitude", ticks=range(1, 11), shrink=0.8)
+    return canvas, {"vgg11": {"lines": numbers}}
 
 
 @torch.no_grad()
@@ -1152,19 +1143,17 @@ def normalised_activations(model, layers, images):
     """The convolutions' outputs, each feature map normalised by its own mean and deviation over the batch, as batch
     normalisation does in training mode: a flat array for each of `layers` (train.Block or nn.Conv2d), without the maps
     that are constant."""
-    result, hooks = [], []
+    result = []
 
     def take(layer, inputs, output):
         y = layer.conv(inputs[0]) if isinstance(layer, train.Block) else output
         deviation, mean = torch.std_mean(y, (0, 2, 3), correction=0, keepdim=True)
         result.append(((y - mean) / deviation)[:, deviation.flatten() > 1e-12].flatten().numpy())
 
-    try:
-        hooks += [layer.register_forward_hook(take) for layer in layers]
-        model.train()(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    hooks = [layer.register_forward_hook(take) for layer in layers]
+    model.train()(images)
+    for hook in hooks:
+        hook.remove()
     return result
 
 
@@ -1196,25 +1185,25 @@ def activation_histograms(name, models, args):
     """Figure B1: from a finished VGG19 run, its initial weights and its last ones, or from torchvision's weights."""
     run = models["vgg19"]["none"][0] if models else None
     make, images = own_vgg19(run, args) if run else vgg19_from_torchvision(args)
-    canvas, axes = panels(8, 2, 1.0, sharex=True)
+    canvas, axes = panels(16, 2, 1.0, sharex=True)
     grid = np.linspace(-4, 4, 81)
     source = run["dir"] if run else "torchvision's vgg19_bn, ImageNet weights"
     numbers = {"run": source, "images": len(images), "layers": []}
     for column, when in enumerate(("before training", "after training")):
         network = make(column == 1)
         layers = [m for m in network.modules() if isinstance(m, train.Block if run else nn.Conv2d)][-8:]
-        for layer, values in enumerate(normalised_activations(network, layers, images)):
+        shown = axes[column::2]
+        for number, (axis, values) in enumerate(zip(shown, normalised_activations(network, layers, images)), 9):
             if len(values) > 10**5:  # enough for a histogram, and the distance's sampling error is below 0.005
                 values = np.random.default_rng(0).choice(values, 10**5, replace=False)
             distance = float(scipy.stats.kstest(values, "norm", method="asymp").statistic)
-            axis = axes[layer][column]
             axis.stairs(np.histogram(values, grid, density=True)[0], grid, fill=True, color=BLUE, alpha=0.7)
             axis.plot(grid, scipy.stats.norm.pdf(grid), color=ORANGE, lw=1)
-            axis.text(0.98, 0.9, f"conv {layer + 9}\nKS {distance:.3f}", ha="right", va="top", fontsize=7,
+            axis.text(0.98, 0.9, f"conv {number}\nKS {distance:.3f}", ha="right", va="top", fontsize=7,
                       transform=axis.transAxes)
-            numbers["layers"].append({"when": when, "convolution": layer + 9, "ks": distance, "n": len(values)})
-        axes[0][column].set_title(when)
-        axes[-1][column].set_xlabel("Normalised activation")
+            numbers["layers"].append({"when": when, "convolution": number, "ks": distance, "n": len(values)})
+        shown[0].set_title(when)
+        shown[-1].set_xlabel("Normalised activation")
         del network, layers  # a full-width one is 80 MB: it goes, back to the system too, before the next is made
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
@@ -1258,10 +1247,10 @@ def weight_path(kind):
 
 def one_weight(name, models, args):
     """Figure D1: a short real run of each kind, the same seed and thus the same path up to the event."""
-    canvas, axes = panels(1, 3, 2.4, sharey=True)
+    canvas, axes = panels(3, 3, 2.4, 2.25, sharey=True)
     numbers = {"run": "vgg11, width 0.0625, digits, seed 1, 2 epochs of 40 batches, noise for 15 batches"}
-    for axis, (kind, title, look) in zip(axes[0], (("prune", "Pruning", "L"), ("zero", "Zeroing", "zero-50"),
-                                                   ("gauss", "Gaussian", "gauss-1"))):
+    for axis, (kind, title, look) in zip(axes, (("prune", "Pruning", "L"), ("zero", "Zeroing", "zero-50"),
+                                                ("gauss", "Gaussian", "gauss-1"))):
         steps, values, event = weight_path(kind)
         axis.plot(steps, values, ".-", ms=2.5, lw=0.8, color=style(look)[0])
         axis.axvline(event + 0.5, color="0.5", lw=0.8, ls=":")
@@ -1269,7 +1258,7 @@ def one_weight(name, models, args):
                       textcoords="offset points", ha="right")
         axis.set(title=title, xlabel="Training batch")
         numbers[kind] = {"step": steps, "weight": values, "event_after_step": event}
-    axes[0][0].set_ylabel("One weight, as the network uses it")
+    axes[0].set_ylabel("One weight, as the network uses it")
     return canvas, {"vgg11": numbers}
 
 
@@ -1279,35 +1268,33 @@ def one_weight(name, models, args):
 
 def table(name, models, args):
     """Tables C1 and F1: mean and deviation of accuracy and stability, and two-tailed t-tests of the accuracies."""
-    groups = models["resnet18"]
-    against = ({m + HIGH: [m] for m in ADAM[1:]} if name == "table C1" else {F1[2]: [F1[1], F1[0]]})
-    numbers = {"methods": method_numbers(groups), "paired_best_acc": paired_differences(groups), "t_tests": {}}
-    rows = []
+    groups, rows, t_tests = models["resnet18"], [], {}
+    against = {m + HIGH: [m] for m in ADAM[1:]} if name == "table C1" else {F1[2]: [F1[1], F1[0]]}
+    numbers = method_numbers(groups)
     for method, runs in groups.items():
-        m, paper = numbers["methods"][method], PAPER[name, "resnet18"].get(method)
+        m, paper, tests = numbers["methods"][method], PAPER[name, "resnet18"].get(method), []
         m["total_pruned"] = measured([total_pruned(run) for run in runs])
-        tests = {other: t_test(m["best_acc"]["values"], numbers["methods"][other]["best_acc"]["values"])
-                 for other in against.get(method, []) if other in groups}
-        numbers["t_tests"] |= {f"{method} against {other}": test for other, test in tests.items()}
+        for other in against.get(method, []):
+            if other in groups:
+                test = t_test(m["best_acc"]["values"], numbers["methods"][other]["best_acc"]["values"])
+                t_tests[f"{method} against {other}"] = test
+                tests += [f"{method_label(groups[other][0])}: {test['student'][1]:.2g}"] if test["student"] else []
         label = method_label(groups.get(method.removesuffix(HIGH), runs)[0])  # C.2 names a method by its rate at 46%
-        rows.append([
-            label, f"{m['total_pruned']['mean']:.0f}%", str(m["best_acc"]["n"]),
-            *(plus_minus(m[key], digits) for key, digits in (("best_acc", 2), ("last_acc", 2), ("mean_stability", 3))),
-            "; ".join(f"{method_label(groups[o][0])}: {t['student'][1]:.2g}" for o, t in tests.items() if t["student"])
-            or "–", f"{paper[1]:.2f} ± {paper[2]}; {paper[3]:g}" if paper and args.papers else "–"])
-    header = ["method", "pruned", "n", "best accuracy (%)", "last accuracy (%)", "mean stability (%)",
-              "p, two-tailed, against", "paper's"]
-    header = [title for i, title in enumerate(header) if i < 7 or args.papers]
-    canvas, axes = panels(1, 1, 0.35 + 0.22 * (len(rows) + 1))
+        rows.append({
+            "method": label, "pruned": f"{m['total_pruned']['mean']:.0f}%", "n": m["best_acc"]["n"],
+            **{f"{title} (%)": plus_minus(m[key], digits) for title, key, digits in SUMMARY},
+            "p, two-tailed, against": "; ".join(tests) or "–",
+            **({"paper's": f"{paper[1]:.2f} ± {paper[2]}; {paper[3]:g}" if paper else "–"} if args.papers else {})})
+    canvas, (axis,) = panels(1, height=0.35 + 0.22 * (len(rows) + 1), width=6.75)
     canvas.set_layout_engine("none")
-    axes[0][0].axis("off")
-    drawn = axes[0][0].table([row[:len(header)] for row in rows], colLabels=header, loc="center", cellLoc="center")
+    axis.axis("off")
+    drawn = axis.table([list(row.values()) for row in rows], colLabels=list(rows[0]), loc="center", cellLoc="center")
     drawn.auto_set_font_size(False)
     drawn.set_fontsize(7)
-    drawn.auto_set_column_width(list(range(len(header))))
+    drawn.auto_set_column_width(list(range(len(rows[0]))))
     for (row, _), cell in drawn.get_celld().items():
         cell.visible_edges = "B" if row == 0 else ""
-    return canvas, {"resnet18": numbers}
+    return canvas, {"resnet18": {**numbers, "t_tests": t_tests}}
 
 
 def plus_minus(m, digits):
@@ -1324,18 +1311,25 @@ DRAW = {"2": dynamics_and_scatter, "B2": dynamics_and_scatter, "3": rates_figure
         **dict.fromkeys(SCATTERS, scatters)}
 
 
+def finished(groups):
+    """The methods' runs without those that --live adds."""
+    done = {method: [run for run in runs if not run["problem"]] for method, runs in groups.items()}
+    return {method: runs for method, runs in done.items() if runs}
+
+
 def draw(name, runs, args):
     """Draws a figure or "table <name>" for every data set and setting found; raises train.UserError without any."""
     _, target, methods = EVERYTHING[name]
     settings, left_out = runs_of(name, runs)
-    if args.live:
-        for run in [run for run in left_out if run.get("unfinished") and len(run["curve"])]:
+    going_on = [run for run in left_out if args.live and run.get("unfinished")]
+    for run in going_on:
+        if len(run["curve"]):
             settings.setdefault((run["dataset"], run["setting"]), []).append(run)
-    elif name in NEEDS_FLATNESS:
+    if name in NEEDS_FLATNESS:
         settings = {key: with_flatness(found, left_out, args) for key, found in settings.items()}
         settings = {key: found for key, found in settings.items() if found}
     for run in left_out:
-        if not (args.live and run.get("unfinished")):
+        if run not in going_on:
             print(f"left out: {run['dir']}: {run['problem']}")
     if name == "B1" and not settings or name == "D1":
         settings = {("imagenet" if name == "B1" else "digits", ""): []}
@@ -1351,11 +1345,12 @@ def draw(name, runs, args):
         canvas, numbers = DRAW[name](name, models, args)
         title = " ".join(filter(None, (dataset, setting)))
         canvas.suptitle(textwrap.fill(title, int(13 * canvas.get_figwidth())), fontsize=8)
+        for model, panel in numbers.items():
+            numbers[model] = {**(method_numbers(finished(models[model])) if model in models else {}), **panel,
+                              "paper": PAPER.get((name, model)) if args.papers else None}
+            print_numbers(f"{label}, {model}, {title}", numbers[model])
         file = "-".join([f"fig{name}" if name in FIGURES else name.replace("table ", "tab"),
                          *([] if args.papers or name == "D1" else title.split())])
-        for model, panel in numbers.items():
-            panel["paper"] = PAPER.get((name, model)) if args.papers else None
-            print_numbers(f"{label}, {model}, {title}", panel)
         save(canvas, pathlib.Path(args.fig_dir, file), {
             "figure": name, "dataset": dataset, "setting": setting, "models": numbers,
             "left_out": {run["dir"]: run["problem"] for run in left_out}})
@@ -1369,10 +1364,10 @@ def draw(name, runs, args):
 def print_numbers(title, panel):
     print(title)
     if panel.get("methods"):
-        print(f"  {'method':22} {'n':>3} {'best accuracy %':>18} {'last accuracy %':>18} {'mean stability %':>20}")
+        print(f"  {'method':22} {'n':>3}" + "".join(f" {what + ' %':>20}" for what, *_ in SUMMARY))
     for method, m in panel.get("methods", {}).items():
-        cells = [plus_minus(m[k], d) for k, d in (("best_acc", 2), ("last_acc", 2), ("mean_stability", 3))]
-        print(f"  {method:22} {m['best_acc']['n']:3} {cells[0]:>18} {cells[1]:>18} {cells[2]:>20}")
+        cells = "".join(f" {plus_minus(m[key], digits):>20}" for _, key, digits in SUMMARY)
+        print(f"  {method:22} {m['best_acc']['n']:3}{cells}")
     for c in panel.get("scatters", []):
         print(f"  {c['y']} against {c['x']}: n = {c['n']}" + "".join(
             f", {k} {c[k][0]:.2f} (p = {c[k][1]:.2g})" if c[k] else f", {k} undefined" for k in ("pearson", "kendall")))
@@ -1423,19 +1418,18 @@ def draw_live(args):
 
 
 def draw_all(names, args):
-    """Draws each; what cannot be drawn is one line, and raised only where it is all that there is."""
-    runs, drawn, errors = find_runs(args.log_dir), 0, []
+    """Draws each; what cannot be drawn is one line, and an error only where it is all that there is."""
+    runs, errors = find_runs(args.log_dir), []
     for name in names:
         try:
             draw(name, runs, args)
-            drawn += 1
         except train.UserError as error:
             errors.append(error)
             if len(names) > 1:
                 print(f"{name}: {error}", file=sys.stderr)
-    if errors and len(names) == 1:
+    if len(names) == 1 == len(errors):
         raise errors[0]
-    train.require(drawn, "nothing could be drawn")
+    train.require(len(errors) < len(names), "nothing could be drawn")
 
 
 def main(argv=None):

@@ -157,6 +157,29 @@ def test_lanczos_goes_on_when_its_vectors_fill_the_memory_meant_for_them():
     assert 4 * 8 + 100 < len(counted) < 30 * 8 + 200
 
 
+@pytest.mark.parametrize("method", ["lanczos", "power"])
+def test_no_pair_is_called_converged_that_is_not_an_eigenpair(method, monkeypatch):
+    # eigenvalues 1e-4 apart at a tolerance of 1e-7: both methods run out of products, and have wrong pairs to tell
+    values = list(np.concatenate([1 + 1e-4 * np.arange(40), np.linspace(-0.9, 0.9, 1000), [3.0]]))
+    matrix, product, _ = operator(values)
+
+    def counted(v):
+        counted.products += 1
+        return product(v)
+    counted.products = 0
+    monkeypatch.setattr(analyze, "hessian_product", lambda *arguments: counted)
+    model = torch.nn.Linear(len(values), 1, bias=False).double()
+    found = analyze.hessian_eigs(model, None, None, 8, method, tol=1e-7)
+    vectors, size = found["eigenvectors"], max(values)
+    residuals = (vectors @ matrix - torch.from_numpy(found["eigenvalues"])[:, None] * vectors).norm(dim=1).numpy()
+    assert (found["converged"] == (residuals <= 1e-7 * size)).all() and not found["converged"].all()
+    distances = np.abs(found["eigenvalues"][:, None] - np.array(values)).min(1)
+    assert (distances[found["converged"]] <= 1e-7 * size).all()
+    if method == "lanczos":
+        assert torch.allclose(vectors @ vectors.T, torch.eye(8, dtype=torch.float64), atol=1e-8)
+        assert counted.products > 30 * 8 + 200 and found["converged"][0]
+
+
 def test_power_method_stops_as_the_paper_s_and_needs_more_products_than_lanczos():
     values = [16, -8, 4, 2, 1] + [0.01] * 20
     _, product, draw = operator(values)
@@ -206,6 +229,24 @@ def test_covariance_and_fisher_traces_are_their_definitions(name, keeps_bn):
     assert analyze.fisher_trace(model, x, y) == (pytest.approx(expected, rel=1e-10), 0)
 
 
+@pytest.mark.parametrize("c_in, c_out, size, kernel, stride, padding", [
+    (3, 4, (9, 7), (3, 3), (1, 1), (1, 1)), (4, 5, (12, 12), (3, 3), (2, 2), (1, 1)),  # by patches
+    (40, 50, (4, 3), (3, 3), (2, 2), (1, 1)), (60, 90, (4, 5), (3, 2), (1, 2), (2, 0)),  # by products of positions
+    (90, 120, (2, 2), (1, 1), (2, 2), (0, 0)), (60, 60, (2, 2), (3, 3), (1, 1), (1, 1))])
+def test_kernel_norms_are_those_of_each_image_s_gradient(c_in, c_out, size, kernel, stride, padding):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(3, c_in, *size, dtype=torch.float64, generator=generator)
+    weight = torch.randn(c_out, c_in, *kernel, dtype=torch.float64, generator=generator).requires_grad_()
+    output = F.conv2d(x, weight, stride=stride, padding=padding)
+    g = torch.randn(output.shape, dtype=torch.float64, generator=generator)
+    expected = [float(torch.autograd.grad((output[i] * g[i]).sum(), weight, retain_graph=True)[0].square().sum())
+                for i in range(3)]
+    for layout in (torch.contiguous_format, torch.channels_last):
+        found = analyze.kernel_norms(x.contiguous(memory_format=layout), g.contiguous(memory_format=layout), kernel,
+                                     stride, padding)
+        assert found.tolist() == pytest.approx(expected, rel=1e-10)
+
+
 def test_fisher_trace_of_softmax_regression_is_the_trace_of_its_hessian_and_drawn_labels_estimate_it():
     model, x, y = softmax_regression(classes=4)
     trace = float(closed_form_hessian(model, x).trace())
@@ -223,7 +264,7 @@ def test_parameters_that_the_layers_do_not_cover_are_refused_and_so_is_batch_nor
     with pytest.raises(ValueError, match="cover 15 of 17"):
         analyze.gradient_covariance_trace(model, x, y)
     with pytest.raises(ValueError, match="eval mode"):
-        analyze.gradient_norms(tiny_model("vgg11").train(), torch.randn(4, 3, 32, 32))
+        analyze.mask_factors(tiny_model("vgg11").train(), torch.randn(4, 3, 32, 32))
 
 
 def test_the_rise_is_the_first_crossing_of_a_fine_grid(small):
