@@ -87,11 +87,9 @@ cat "$plan/plan.json"
 left=$((60 * minutes - (SECONDS - start) - 20))  # the figure takes seconds
 code=0
 timeout --signal=TERM --kill-after=20 "$((left > 1 ? left : 1))" "$PYTHON" train.py --runs "$plan/runs" || code=$?
-"$PYTHON" train.py --status "$plan/runs"
 [[ $code =~ ^(0|124|137)$ ]] || { echo "reproduce.sh: some runs failed (code $code)" >&2; exit 1; }
-if grep -q . <("$PYTHON" train.py --plan "$plan/runs" 2> /dev/null); then
-    echo "reproduce.sh: not all is trained yet; the same command goes on"
-fi
+unfinished=$("$PYTHON" train.py --plan "$plan/runs")  # it says on stderr what is done
+[ -z "$unfinished" ] || echo "reproduce.sh: not all is trained yet; the same command goes on"
 if compgen -G "$logs/*/vgg11/*/seed*/done.json" > /dev/null; then
     "$PYTHON" analyze.py --figure 2 --log-dir "$logs" --fig-dir "${FIGURES:-figures}"
 fi
