@@ -33,6 +33,7 @@ import threading
 import time
 import traceback
 import uuid
+import warnings
 import zipfile
 import zlib
 from fractions import Fraction
@@ -45,6 +46,8 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import gst_ext
+
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # before CUDA starts: as many streams at once as runs
 
 # +--------------------------------------------------------------------------------------------------------------------+
 # | Configuration: the paper's settings, the command line, the run's name                                              |
@@ -1147,16 +1150,17 @@ def evaluate(model, data, split, args, before_batch=None, after_batch=None, grap
     """Accuracy in % on a split, in eval mode: () float64, on the device."""
     model.eval()
     x, y = data[split]
-    correct = torch.zeros((), dtype=torch.int64, device=x.device)
+    correct, at = fed(graphs, split, torch.zeros(2, dtype=torch.int64, device=x.device))[0]
 
-    def count(images, labels):
-        return (predict(model, images, data, args).argmax(1) == labels).sum()
+    def count(size):
+        index = at + torch.arange(size, device=x.device)
+        correct.add_((predict(model, x[index], data, args).argmax(1) == y[index]).sum())
+        at.add_(size)
 
     for start in range(0, len(x), args.test_batch_size):
-        batch = slice(start, start + args.test_batch_size)
         if before_batch:
             before_batch(training=False)
-        correct += replayed(graphs, "evaluate", count, x[batch], y[batch])
+        replayed(graphs, split, count, min(args.test_batch_size, len(x) - start))
         if after_batch:
             after_batch()
     return 100 * correct.double() / len(x)
@@ -1172,26 +1176,30 @@ def train_epoch(model, data, optimizer, args, generators, step, before_batch=Non
     device, n = x.device, len(x)
     order = torch.randperm(n, generator=generators["order"]).to(device)
     crops = [t.to(device) for t in draw_crops(n, generators["augment"])] if args.augment else []
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    totals, at = torch.zeros(2, dtype=torch.float64, device=device), torch.zeros((), dtype=torch.int64, device=device)
+    totals, at, order, *crops = fed(graphs, "train", totals, at, order, *crops)
 
-    def train_batch(index, *crops):
-        images, labels = crop_and_flip(data["padded"], index, *crops) if crops else x[index], y[index]
+    def train_batch(size):
+        batch = at + torch.arange(size, device=device)
+        index = order[batch]
+        images = crop_and_flip(data["padded"], index, *[t[..., batch] for t in crops]) if crops else x[index]
+        labels = y[index]
         logits = predict(model, images, data, args)
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        return torch.stack([loss.detach() * len(index), (logits.detach().argmax(1) == labels).sum()])
+        totals.add_(torch.stack([loss.detach() * size, (logits.detach().argmax(1) == labels).sum()]))
+        at.add_(size)
 
     for start in range(0, n, args.batch_size):
-        batch = slice(start, start + args.batch_size)
         step += 1
         measure = args.score == "act" and step % ACT_EVERY == 0
         for block in model.prunable:
             block.measure = measure
         if before_batch:
             before_batch(training=True)
-        totals += replayed(graphs, f"train {measure}", train_batch, order[batch], *[t[..., batch] for t in crops])
+        replayed(graphs, f"train {measure}", train_batch, min(args.batch_size, n - start))
         if after_batch:
             after_batch()
     for block in model.prunable:
@@ -1199,39 +1207,48 @@ def train_epoch(model, data, optimizer, args, generators, step, before_batch=Non
     return totals / n, step
 
 
-def replayed(graphs, name, function, *inputs):
-    """function(*inputs); on a GPU from a CUDA graph, after WARM_UP calls of that name with inputs of those shapes.
+def fed(graphs, name, *tensors):
+    """The tensors, at the addresses that captured graphs of that name read and write."""
+    if graphs is None:
+        return tensors
+    held = graphs.setdefault(("fed", name), [t.clone() for t in tensors])
+    for mine, new in zip(held, tensors):
+        mine.copy_(new)
+    return held
 
-    graphs (dict) keeps them, by what was captured; whatever changes the network's shapes or the learning rate, which a
-    graph holds fast, has to clear it. function must leave nothing behind but what it returns and what it writes in
-    place. Without graphs (None) it is called as it is.
+
+def replayed(graphs, name, function, size):
+    """function(size); on a GPU from a CUDA graph, after WARM_UP calls of that name and size.
+
+    A replay is all that a step asks of the host: the driver queues about a thousand launches, and a run that fills the
+    queue keeps the other runs' waiting. So function itself finds its batch and adds up what it finds, in tensors that
+    are `fed`. graphs (dict) keeps the graphs; whatever changes the network's shapes or the learning rate, which a graph
+    holds fast, has to clear it. Without graphs (None) it is called as it is.
     """
     if graphs is None:
-        return function(*inputs)
-    key = name, *[tuple(t.shape) for t in inputs]
-    calls, replay, held = graphs.setdefault(key, (0, None, None))
+        return function(size)
+    calls, replay = graphs.setdefault((name, size), (0, None))
     if calls < WARM_UP:
-        graphs[key] = calls + 1, None, None
-        return function(*inputs)
-    if replay is None:
-        held = [t.clone() for t in inputs]
-        replay = record(function, held)
-        graphs[key] = calls, replay, held
-    for mine, new in zip(held, inputs):
-        mine.copy_(new)
-    return replay()
+        graphs[name, size] = calls + 1, None
+        function(size)
+    else:
+        if replay is None:
+            replay = record(lambda: function(size), graphs)
+            graphs[name, size] = calls, replay
+        replay()
 
 
-def record(function, held):
-    """Captures function(*held) in a CUDA graph, computing nothing; returns what replays it and gives its output."""
+def record(function, graphs):
+    """Captures function() in a CUDA graph, computing nothing; returns what replays it.
+
+    The graphs of a run share memory: they are replayed one after the other, and nothing that one leaves there is read
+    once another has begun.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        output = function(*held)
-
-    def replay():
-        graph.replay()
-        return output
-    return replay
+    with torch.cuda.graph(graph, graphs.get("pool"), torch.cuda.current_stream(), capture_error_mode="thread_local"):
+        function()
+    graphs["pool"] = graph.pool()  # goes with the graphs when they are cleared: a pool without graphs is no pool
+    return graph.replay
 
 
 def measure_shapes(args, num_classes, data, device):
@@ -1286,6 +1303,7 @@ def choose_shapes(model, shapes, plan, due, steps):
 def make_optimizer(model, args):
     if args.optimizer == "adam":
         on_gpu = next(model.parameters()).is_cuda
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # the steps before
         return torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True,
                                 capturable=on_gpu)
     return torch.optim.SGD(model.parameters(), args.lr, MOMENTUM, weight_decay=args.weight_decay, fused=True)
