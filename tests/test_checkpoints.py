@@ -1,4 +1,4 @@
-"""Checkpoints that are not written every epoch, as on a GPU: whatever ends a run but a kill -9 loses no more than before."""
+"""Checkpoints that are written seldom, as on a GPU: whatever ends a run but a kill -9 loses the running epoch only."""
 import os
 
 import pytest

@@ -37,7 +37,7 @@ class Tape(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def nothing_folded(monkeypatch):
-    """Folded weights are for evaluation on a CPU, where no graph is, and are made anew outside of what is dispatched."""
+    """Folded weights are for evaluation on a CPU, where no graph is: they are made outside of what is dispatched."""
     monkeypatch.setattr(gst_ext, "may_fold", lambda *_: False)
 
 
@@ -128,8 +128,8 @@ def test_steps_are_captured_again_only_for_another_learning_rate(run, tapes):
 @pytest.mark.parametrize("model", ("vgg11", "resnet18", "resnet20"))
 def test_an_event_that_is_not_worth_new_shapes_captures_nothing_and_prunes_all_the_same(run, directory, tapes, shapes,
                                                                                         model):
-    options = ("--model", model, "--batch-size", 32, "--epochs", 12, "--lrs", "--target", "S", "--score", "l2", "--s", 3,
-               "--e", 9, "--p", 0.6, "--r", 3)
+    options = ("--model", model, "--batch-size", 32, "--epochs", 12, "--lrs", "--target", "S", "--score", "l2",
+               "--s", 3, "--e", 9, "--p", 0.6, "--r", 3)
     for capture_ms, logs in ((0, "reshaped"), (1e9, "masked")):
         shapes(capture_ms=capture_ms)
         tapes.clear()

@@ -1,4 +1,4 @@
-"""Many runs in one process: each is what it would be alone, whatever the others do and whenever the process is killed."""
+"""Many runs in one process: each is what it would be alone, whatever the others do, whenever the process is killed."""
 import json
 import shlex
 
@@ -9,7 +9,7 @@ from test_runs import PRUNE, Killed, kill_before
 
 import train
 
-LISTED = {  # several networks, precisions, noise and random targets: whatever a run could leave behind for its neighbour
+LISTED = {  # networks, precisions, noise and random targets: whatever a run could leave behind for its neighbour
     "random": ("--seed", 3, "--target", "R", *PRUNE[2:]),
     "none": ("--target", "none"),
     "bf16": ("--precision", "bf16", "--score", "act", *PRUNE, "--epochs", 7),
