@@ -22,7 +22,7 @@ MARKS = ("checkpoint.pt", "epochs.jsonl", "done.json", "config.json")
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(train, "BEAT", 0.05)
-    monkeypatch.setattr(train, "SILENCE", 0.5)
+    monkeypatch.setattr(train, "SILENCE", 0.8)
     monkeypatch.setattr(train, "DEAD", set())
 
 
@@ -132,8 +132,8 @@ def test_a_write_that_hung_while_another_took_over_does_not_count(run, directory
 def test_a_claim_is_refreshed_while_its_run_goes_on_and_never_anothers(directory):
     path = directory() / ".claim"
 
-    def refreshed():
-        before, end = train.read_claim(path), time.monotonic() + 0.4
+    def refreshed(seconds):
+        before, end = train.read_claim(path), time.monotonic() + seconds
         while time.monotonic() < end:
             if train.read_claim(path) != before:
                 return True
@@ -141,11 +141,11 @@ def test_a_claim_is_refreshed_while_its_run_goes_on_and_never_anothers(directory
         return False
 
     with train.claimed(directory()) as still_ours:
-        assert refreshed()
+        assert refreshed(20)
         still_ours()
         path.unlink()
         path.write_text(ELSEWHERE)
-        assert not refreshed()
+        assert not refreshed(0.3)
         with pytest.raises(train.UserError):
             still_ours()
     assert path.read_text() == ELSEWHERE
@@ -174,50 +174,32 @@ def test_a_look_at_a_run_does_not_keep_it_from_starting(directory):
     assert train.state_of(directory()) == "waiting"
 
 
-def hold(directory, held, release, host):
-    """A process on another host, or on this one: claims the directory, and says whether it got it."""
-    if host:
-        train.this_host, fcntl.flock = lambda: host, lambda *_: None  # a file system without locks
+def hold(directory, answers, host):
+    """Claims the directory, as a process of a host of its own whose file system has no locks; says how that ended."""
+    train.this_host, fcntl.flock = lambda: host, lambda *_: None
     try:
         with train.claimed(directory) as still_ours:
+            time.sleep(1)
             still_ours()
-            held.put((host, os.getpid()))
-            release.wait()
-            still_ours()
+            answers.put("held")
     except train.UserError as error:
-        held.put(str(error))
-
-
-def test_a_silence_that_two_hosts_saw_gives_the_run_to_the_one_who_came_last(directory, claim, monkeypatch):
-    sleep = time.sleep
-
-    def replace(seconds):  # the other saw the same, and replaces the claim that took its place meanwhile
-        sleep(seconds)
-        if claim.read_text().startswith(train.this_host()):
-            claim.write_text("third-boot host3 3 3")
-
-    monkeypatch.setattr(time, "sleep", replace)
-    with pytest.raises(train.UserError, match="taken over"), train.claimed(directory()):
-        pass
-    assert claim.read_text() == "third-boot host3 3 3"
+        answers.put(str(error))
 
 
 @pytest.mark.parametrize("before", (None, ELSEWHERE))
-def test_of_many_hosts_without_locks_one_gets_the_run(directory, before):
+def test_of_many_hosts_without_locks_one_keeps_the_run(directory, before):
     context = multiprocessing.get_context("fork")
-    held, release = context.Queue(), context.Event()
+    answers = context.Queue()
     directory().mkdir(parents=True)
     if before:
         (directory() / ".claim").write_text(before)
-    hosts = [context.Process(target=hold, args=(directory(), held, release, f"host{i}")) for i in range(6)]
+    hosts = [context.Process(target=hold, args=(directory(), answers, f"host{i}")) for i in range(6)]
     for host in hosts:
         host.start()
-    answers = [held.get(timeout=60) for _ in hosts]
-    release.set()
+    said = [answers.get(timeout=60) for _ in hosts]
     for host in hosts:
         host.join(60)
-    assert sum(isinstance(answer, tuple) for answer in answers) == 1, answers
-    assert held.empty(), "the one who got it kept it"
+    assert said.count("held") == 1, said
 
 
 def test_a_run_held_elsewhere_is_no_failure_of_a_list(options, directory, tmp_path, capsys):

@@ -154,19 +154,21 @@ def test_figure_2_goes_through_slurm_though_its_tasks_are_killed(slurm, tmp_path
     array = re.search(r"(\d+)_", call("squeue", "-h", "-r", "-o", "%i")).group(1)
     lists = [path.read_text().splitlines() for path in sorted(folder.glob("list.*"))]
     assert [len(lines) for lines in lists] == [3, 3, 2]
-    runs = [train.run_directory(train.parse_options(lines[0].split())) for lines in lists]
+    runs = [[train.run_directory(train.parse_options(line.split())) for line in lines] for lines in lists]
+    disturbed = {}  # by task: the number in its list of the run that it trained then
 
     def half_done(task):
-        log = tmp_path / runs[task - 1] / "epochs.jsonl"
-        assert not (log.parent / "done.json").exists(), "too late to disturb it"
-        return log.exists() and log.read_bytes().count(b"\n") >= 2
+        for number, directory in enumerate(runs[task - 1]):
+            if not (tmp_path / directory / "done.json").exists() and train.lines_of(tmp_path / directory) >= 2:
+                disturbed[task] = number
+                return True
+        return False
 
     def state(task):
         return re.search(r"JobState=(\w+)", call("scontrol", "show", "job", f"{array}_{task}")).group(1)
 
     wait_for("two epochs of task 1", 60, lambda: half_done(1))
-    claim = (tmp_path / runs[0] / ".claim").read_text().split()
-    os.kill(int(claim[2]), signal.SIGKILL)
+    os.kill(int((tmp_path / runs[0][disturbed[1]] / ".claim").read_text().split()[2]), signal.SIGKILL)
     wait_for("the end of task 1", 30, lambda: state(1) == "FAILED")
     call("scontrol", "requeue", f"{array}_1")
     wait_for("two epochs of task 2", 60, lambda: half_done(2))
@@ -174,21 +176,20 @@ def test_figure_2_goes_through_slurm_though_its_tasks_are_killed(slurm, tmp_path
     wait_for("task 2 back in the queue", 30, lambda: state(2) == "PENDING")
     wait_for("the array and the figure", 150, lambda: not call("squeue", "-h"))
 
-    directories = [train.run_directory(train.parse_options(line.split())) for lines in lists for line in lines]
     logs = {path.name: path.read_text() for path in folder.glob("*.log")}
-    assert all((tmp_path / directory / "done.json").exists() for directory in directories), logs
+    assert all((tmp_path / directory / "done.json").exists() for task in runs for directory in task), logs
     assert len(list(tmp_path.glob("figures/fig2-*.pdf"))) == 1, logs
     assert all("continues after epoch" in logs[f"{task}.log"] for task in (1, 2)) and "continues" not in logs["3.log"]
 
-    for directory, lines in zip(runs[:2], lists[:2]):  # the disturbed ones
-        options = [*lines[0].split(), "--log-dir", str(tmp_path / "alone")]
+    for task, number in disturbed.items():
+        options = [*lists[task - 1][number].split(), "--log-dir", str(tmp_path / "alone")]
         assert train.main(options) == 0
         alone = train.run_directory(train.parse_options(options))
-        assert without_seconds(tmp_path / directory) == without_seconds(alone)
+        assert without_seconds(tmp_path / runs[task - 1][number]) == without_seconds(alone)
         assert len(read_lines(alone)) == 13
 
     status = call("bash", "runs.sh", "status", *small, cwd=tmp_path)
     assert re.search(r"^fig2 +8 +8 +0 +0 +0 +nothing to do$", status, re.M), status
-    (tmp_path / directories[0] / "done.json").unlink()
+    (tmp_path / runs[0][0] / "done.json").unlink()
     again = call(*submit[:3], "--print", *submit[3:], cwd=tmp_path)
     assert "--array 1-1%2" in again and len(re.findall("^--model", again, re.M)) == 1, "finished runs are skipped"
