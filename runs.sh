@@ -294,7 +294,7 @@ while wait \$child; code=\$?; kill -0 \$child 2> /dev/null; do :; done
 [ -z "\$again" ] || scontrol requeue "\$SLURM_JOB_ID"
 exit \$code
 END
-    job_script > "$work/slurm/figure.sh" <<< "$(PYTHON=$python draw_command "$experiment" "$(printf %q "$logs")" "$flat")"
+    PYTHON=$python draw_command "$experiment" "$(printf %q "$logs")" "$flat" | job_script > "$work/slurm/figure.sh"
 
     if [ "$print" ]; then
         (cd "$work/slurm" && tail -n +1 -v -- *; echo)
