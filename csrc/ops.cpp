@@ -1,4 +1,4 @@
-// The operators' schemas, and masked_conv2d, which is the vendor library's convolution of the live filters anywhere.
+// The operators' schemas, and masked_conv2d: the vendor library's convolution of the live filters, or cpu/winograd.cpp's.
 // Kernels are in cpu/ and cuda/; fake kernels, autograd and pure-PyTorch references in gst_ext/.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/convolution.h>
@@ -10,6 +10,7 @@
 #include <torch/library.h>
 
 #include "checks.h"
+#include "cpu/winograd.h"
 
 // The operators are found through torch.ops.gst; importing the module is only what loads them.
 extern "C" PyObject* PyInit__C(void) {
@@ -20,7 +21,6 @@ extern "C" PyObject* PyInit__C(void) {
 namespace gst {
 
 using at::Tensor;
-using OptTensor = std::optional<Tensor>;
 
 Tensor live_part(const Tensor& weight, const OptTensor& live_out, const OptTensor& live_in) {
   Tensor part = live_out ? weight.index_select(0, *live_out) : weight;
@@ -31,6 +31,11 @@ Tensor live_part(const Tensor& weight, const OptTensor& live_out, const OptTenso
 Tensor masked_conv2d(const Tensor& x, const Tensor& weight, const OptTensor& bias, const OptTensor& live_out,
                      const OptTensor& live_in, int64_t stride, int64_t padding) {
   check_conv(x, weight, bias, live_out, live_in, stride, padding);
+  const int64_t c_out = live_out ? live_out->size(0) : weight.size(0);
+  if (winograd_pays(x, weight, c_out, stride, padding)) {
+    const Tensor filters = winograd_filters(weight, live_out, live_in, x.size(2), x.size(3), false);
+    return winograd_conv2d(x, filters, c_out, bias ? OptTensor(live_part(*bias, live_out, {})) : bias, {}, false);
+  }
   const Tensor w = live_part(weight, live_out, live_in);
   const OptTensor b = bias ? OptTensor(live_part(*bias, live_out, std::nullopt)) : std::nullopt;
   if (w.size(0) == 0 || w.size(1) == 0) {  // the libraries refuse convolutions of nothing
@@ -65,8 +70,22 @@ std::tuple<Tensor, Tensor, Tensor> masked_conv2d_backward(
     const Tensor& grad, const Tensor& x, const Tensor& weight, bool has_bias, const OptTensor& live_out,
     const OptTensor& live_in, int64_t stride, int64_t padding, std::array<bool, 3> need) {
   check_conv(x, weight, std::nullopt, live_out, live_in, stride, padding);
-  const Tensor w = live_part(weight, live_out, live_in);
   need[2] = need[2] && has_bias;
+  const auto none = [&] { return at::empty({0}, x.options()); };
+  const auto whole_bias = [&](const Tensor& db) {
+    return live_out ? at::zeros({weight.size(0)}, db.options()).index_copy_(0, *live_out, db) : db;
+  };
+  const int64_t c_out = live_out ? live_out->size(0) : weight.size(0);
+  if (winograd_pays(x, weight, c_out, stride, padding)) {
+    const auto dx = [&] {
+      const Tensor filters = winograd_filters(weight, live_out, live_in, x.size(2), x.size(3), true);
+      return winograd_conv2d(grad, filters, x.size(1), {}, {}, false);
+    };
+    return {need[0] ? dx() : none(),
+            need[1] ? winograd_weight_gradient(grad, x, weight, live_out, live_in) : none(),
+            need[2] ? whole_bias(grad.sum({0, 2, 3})) : none()};
+  }
+  const Tensor w = live_part(weight, live_out, live_in);
   Tensor dx, dw, db;
   if (w.size(0) == 0 || w.size(1) == 0 || x.numel() == 0) {
     dx = at::zeros_like(x);
@@ -86,9 +105,8 @@ std::tuple<Tensor, Tensor, Tensor> masked_conv2d_backward(
     dx = gx;
     if (!swap) dw = gw;
   }
-  const auto none = [&] { return at::empty({0}, x.options()); };
   return {need[0] ? dx : none(), need[1] ? scattered(dw, weight, live_out, live_in) : none(),
-          need[2] ? (live_out ? at::zeros({weight.size(0)}, db.options()).index_copy_(0, *live_out, db) : db) : none()};
+          need[2] ? whole_bias(db) : none()};
 }
 
 }  // namespace gst
@@ -100,6 +118,11 @@ TORCH_LIBRARY(gst, m) {
         "int padding) -> Tensor");
   m.def("masked_conv2d_backward(Tensor grad, Tensor x, Tensor weight, bool has_bias, Tensor? live_out, "
         "Tensor? live_in, int stride, int padding, bool[3] need) -> (Tensor, Tensor, Tensor)");
+  // The parts of masked_conv2d for filters that are transformed once: cpu/winograd.h.
+  m.def("winograd_pays(Tensor x, Tensor weight, int c_out, int stride, int padding) -> bool");
+  m.def("winograd_filters(Tensor weight, Tensor? live_out, Tensor? live_in, int h, int w, bool flipped) -> Tensor");
+  m.def("winograd_conv2d(Tensor x, Tensor filters, int c, Tensor? bias, Tensor? residual, bool relu) -> Tensor");
+  m.def("winograd_weight_gradient(Tensor grad, Tensor x, Tensor weight, Tensor? live_out, Tensor? live_in) -> Tensor");
   // out (n, c, h, w), mean and invstd (c,), c the live filters; running_mean, running_var and act (c_out,) in place.
   m.def("bn_act(Tensor x, Tensor gamma, Tensor beta, Tensor(a!) running_mean, Tensor(b!) running_var, Tensor? live, "
         "Tensor? residual, Tensor? residual_map, Tensor(c!)? act, Tensor? measure, bool training, bool relu, "
@@ -112,6 +135,10 @@ TORCH_LIBRARY(gst, m) {
 TORCH_LIBRARY_IMPL(gst, CPU, m) {
   m.impl("masked_conv2d", gst::masked_conv2d);
   m.impl("masked_conv2d_backward", gst::masked_conv2d_backward);
+  m.impl("winograd_pays", gst::winograd_pays);
+  m.impl("winograd_filters", gst::winograd_filters);
+  m.impl("winograd_conv2d", gst::winograd_conv2d);
+  m.impl("winograd_weight_gradient", gst::winograd_weight_gradient);
 }
 
 TORCH_LIBRARY_IMPL(gst, CUDA, m) {

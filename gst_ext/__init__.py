@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 try:
     from . import _C  # noqa: F401  (loading it registers torch.ops.gst)
-    available = hasattr(torch.ops.gst, "same_bits")
+    available = hasattr(torch.ops.gst, "winograd_filters")
     why_not = None if available else "it is an older build"
 except ImportError as error:  # not built, or built for another torch
     available, why_not = False, str(error)
@@ -186,7 +186,8 @@ def may_fold(x, weight, residual_map, act, training):
 
 
 def folded(x, weight, bias, gamma, beta, mean, var, live_out, live_in, stride, padding, eps):
-    """(weight, bias) of the convolution that is a block's convolution and batch norm, the weight packed by the library.
+    """(weight, bias) of the convolution that is a block's convolution and batch norm, the weight packed by the library
+    or, where that is faster, transformed for winograd_conv2d.
 
     They are kept while whatever they were made of has the same bits. A tensor's version would be cheaper to ask for,
     but fused optimisers and changes through .data do not count it up.
@@ -199,8 +200,12 @@ def folded(x, weight, bias, gamma, beta, mean, var, live_out, live_in, stride, p
         scale, part = live_part(gamma, live_out) / (live_part(var, live_out) + eps).sqrt(), live_part(weight, live_out)
         part = (part if live_in is None else part[:, live_in]) * scale.view(-1, 1, 1, 1)
         center = live_part(mean, live_out) if bias is None else live_part(mean - bias, live_out)
-        packed = torch.ops.mkldnn._reorder_convolution_weight(
-            part.contiguous(memory_format=torch.channels_last), [padding] * 2, [stride] * 2, [1, 1], 1, list(x.shape))
+        part = part.contiguous(memory_format=torch.channels_last)
+        if torch.ops.gst.winograd_pays(x, part, len(part), stride, padding):
+            packed = torch.ops.gst.winograd_filters(part, None, None, *x.shape[2:], False)
+        else:
+            packed = torch.ops.mkldnn._reorder_convolution_weight(part, [padding] * 2, [stride] * 2, [1, 1], 1,
+                                                                  list(x.shape))
         copies = [None if t is None else t.detach().clone() for t in made_of]
         FOLDED[weight] = kept = shapes, copies, packed, live_part(beta, live_out) - center * scale
     return kept[2:]
@@ -210,6 +215,8 @@ def folded_conv(x, weight, bias, stride, padding, residual, relu):
     """The convolution of folded weights, with the shortcut and ReLU done as its values are written."""
     rest = [padding] * 2, [stride] * 2, [1, 1], 1
     x = x.contiguous(memory_format=torch.channels_last)
+    if not weight.is_mkldnn:
+        return torch.ops.gst.winograd_conv2d(x, weight, len(bias), bias, residual, relu)
     activation = "relu" if relu else "none"
     if residual is None:
         return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *rest, activation, [], "")

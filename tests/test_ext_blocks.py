@@ -59,6 +59,76 @@ def test_masked_conv2d_agrees_with_its_reference(device, dtype, layout, n, size,
     assert not got[2][dead].any(), "the gradient of a pruned filter"
 
 
+def whole_numbers(seed, *shape):
+    """Small ones: what Winograd's transforms make of them, quarters at the least, has no rounding in float32."""
+    return torch.randint(-4, 5, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def winograd_case(n, c_in, c_out, size, live_out, live_in, draw=whole_numbers):
+    """x, weight, live_out, live_in, grad; and in float64 the convolution of the live part and its two gradients."""
+    live_out, live_in = (None if live is None else torch.arange(*live) for live in (live_out, live_in))
+    x = draw(0, n, c_in if live_in is None else len(live_in), *size).contiguous(memory_format=LAYOUTS[1])
+    weight = draw(1, c_out, c_in, 3, 3).contiguous(memory_format=LAYOUTS[1])
+    grad = draw(2, n, c_out if live_out is None else len(live_out), *size).contiguous(memory_format=LAYOUTS[1])
+    want = gradients(lambda *t: gst_ext.masked_conv2d_ref(*t, None, live_out, live_in, 1, 1),
+                     (x.double(), weight.double()), lambda out: grad.double())
+    return (x, weight, live_out, live_in, grad), want
+
+
+def winograd(x, weight, live_out, live_in, grad):
+    filters = [torch.ops.gst.winograd_filters(weight, live_out, live_in, *x.shape[2:], flipped)
+               for flipped in (False, True)]
+    return [torch.ops.gst.winograd_conv2d(x, filters[0], grad.shape[1], None, None, False),
+            torch.ops.gst.winograd_conv2d(grad, filters[1], x.shape[1], None, None, False),
+            torch.ops.gst.winograd_weight_gradient(grad, x, weight, live_out, live_in)]
+
+
+@pytest.mark.parametrize("n, c_in, c_out, size, live_out, live_in", [
+    (1, 1, 1, (1, 1), None, None), (3, 5, 7, (2, 2), None, None), (2, 33, 50, (1, 2), None, None),
+    (1, 19, 33, (5, 7), None, None), (2, 64, 96, (4, 4), None, None), (1, 16, 17, (3, 1), None, None),
+    (9, 70, 90, (2, 2), (1, 90, 2), (3, 70, 4)), (1, 70, 90, (6, 3), (40, 41), (0, 70, 3)),
+    (2, 40, 66, (9, 8), None, (5, 40)), (40, 80, 8, (16, 15), (0, 8, 3), None)])
+def test_winograd_s_convolution_and_gradients_are_exact_in_whole_numbers(n, c_in, c_out, size, live_out, live_in):
+    case, want = winograd_case(n, c_in, c_out, size, live_out, live_in)
+    for got, exact in zip(winograd(*case), want, strict=True):
+        assert torch.equal(got.double(), exact)
+
+
+def test_winograd_s_convolution_adds_bias_and_shortcut_before_relu_whatever_the_memory_layout():
+    (x, weight, *live, grad), (want, *_) = winograd_case(3, 21, 35, (5, 6), None, None)
+    bias, residual = whole_numbers(3, 35), whole_numbers(4, 3, 35, 5, 6)
+    filters = torch.ops.gst.winograd_filters(weight.contiguous(), *live, 5, 6, False)
+    wide = torch.zeros(3, 42, 6, 5).transpose(2, 3)
+    wide[:, ::2] = x
+    for given in (x, x.contiguous(), wide[:, ::2]):
+        got = torch.ops.gst.winograd_conv2d(given, filters, 35, bias, residual, True)
+        assert torch.equal(got.double(), (want + bias.view(-1, 1, 1) + residual).relu())
+    assert torch.ops.gst.winograd_conv2d(x * torch.nan, filters, 35, bias, residual, True).isnan().all()
+    with pytest.raises(RuntimeError, match="do not fit"):
+        torch.ops.gst.winograd_conv2d(x[:, 1:], filters, 35, bias, residual, True)
+
+
+@pytest.mark.parametrize("n, c_in, c_out, size, live_out, live_in", [
+    (64, 256, 256, (2, 2), None, None), (8, 256, 200, (8, 8), None, None), (1, 39, 45, (31, 33), None, None),
+    (5, 90, 80, (10, 7), (0, 80, 2), (7, 90, 2))])
+def test_winograd_s_rounding_is_that_of_a_direct_sum_for_any_number_of_threads(n, c_in, c_out, size, live_out, live_in):
+    case, want = winograd_case(n, c_in, c_out, size, live_out, live_in, lambda *a: draw(*a, dtype=torch.float32))
+    threads = torch.get_num_threads()
+    got = winograd(*case)
+    try:
+        torch.set_num_threads(3)
+        assert all(map(torch.equal, got, winograd(*case)))
+    finally:
+        torch.set_num_threads(threads)
+    x, weight, *live, grad = case
+    served = gradients(lambda *t: gst_ext.masked_conv2d(*t, None, *live, 1, 1), (x, weight), lambda out: grad)
+    for a, b, exact in zip(got, served, want, strict=True):
+        assert max((a - exact).abs().max(), (b - exact).abs().max()) <= 3e-6 * exact.abs().max()
+        assert not a[exact == 0].any() and not b[exact == 0].any()  # a pruned filter's gradient
+    if torch.ops.gst.winograd_pays(x, weight, grad.shape[1], 1, 1):
+        assert all(map(torch.equal, got, served))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_masked_conv2d_passes_gradcheck_and_opcheck(device):
     live_out, live_in = index([0, 2], device), index([1, 2], device)

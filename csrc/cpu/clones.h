@@ -1,0 +1,12 @@
+// How plain loops get the vectors of the CPU they run on: an extension is compiled for the oldest CPU of its kind, so
+// a function with GST_CLONES is compiled several times, and the version is chosen when the library loads.
+#pragma once
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define GST_CLONES __attribute__((target_clones("arch=x86-64-v4", "default")))
+#define GST_HAS_CLONES 1
+#else
+#define GST_CLONES
+#define GST_HAS_CLONES 0
+#endif
+#define GST_BODY static inline __attribute__((always_inline))
