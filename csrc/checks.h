@@ -94,8 +94,13 @@ inline void check_bn_act(const at::Tensor& x, const at::Tensor& gamma, const at:
               ": training needs more than one value per channel, x is ", x.sizes());
 }
 
-inline void check_bn_act_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& out,
-                                  const at::Tensor& gamma, const at::Tensor& mean, const at::Tensor& invstd,
+inline void check_like_x(const char* op, const char* name, const at::Tensor& t, const at::Tensor& x) {
+  TORCH_CHECK(t.sizes() == x.sizes() && t.scalar_type() == x.scalar_type() && t.device() == x.device(), op, ": ", name,
+              " must be like x, ", x.scalar_type(), " ", x.sizes());
+}
+
+inline void check_bn_act_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& gamma,
+                                  const at::Tensor& mean, const at::Tensor& invstd,
                                   const std::optional<at::Tensor>& live,
                                   const std::optional<at::Tensor>& residual_map) {
   const char* op = "bn_act_backward";
@@ -103,9 +108,7 @@ inline void check_bn_act_backward(const at::Tensor& grad, const at::Tensor& x, c
   check_vector(op, "gamma", gamma, gamma.size(0), bn_type(x), x);
   check_vector(op, "mean", mean, x.size(1), bn_type(x), x);
   check_vector(op, "invstd", invstd, x.size(1), bn_type(x), x);
-  for (const at::Tensor* t : {&grad, &out})
-    TORCH_CHECK(t->sizes() == x.sizes() && t->scalar_type() == x.scalar_type() && t->device() == x.device(), op,
-                ": grad and out must be like x, ", x.scalar_type(), " ", x.sizes());
+  check_like_x(op, "grad", grad, x);
 }
 
 }  // namespace gst

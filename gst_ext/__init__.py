@@ -116,18 +116,17 @@ class BnAct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, gamma, beta, running_mean, running_var, live, residual_map, act, measure, training,
                 relu, momentum, eps, act_keep):
-        out, mean, invstd = torch.ops.gst.bn_act(x, gamma, beta, running_mean, running_var, live, residual,
-                                                 residual_map, act, measure, training, relu, momentum, eps, act_keep)
-        ctx.save_for_backward(x, out, gamma, mean, invstd, live, residual_map)
+        out, mean, invstd, gate = torch.ops.gst.bn_act(
+            x, gamma, beta, running_mean, running_var, live, residual, residual_map, act, measure, training, relu,
+            momentum, eps, act_keep)
+        ctx.save_for_backward(x, out if x.is_cuda else gate, gamma, mean, invstd, live, residual_map)
         ctx.rest = -1 if residual is None else residual.shape[1], training, relu
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, out, gamma, mean, invstd, live, residual_map = ctx.saved_tensors
-        dx, dgamma, dbeta, dresidual = torch.ops.gst.bn_act_backward(grad, x, out, gamma, mean, invstd, live,
-                                                                     residual_map, *ctx.rest)
+        dx, dgamma, dbeta, dresidual = torch.ops.gst.bn_act_backward(grad, *ctx.saved_tensors, *ctx.rest)
         return dx, dresidual if ctx.rest[0] >= 0 else None, dgamma, dbeta, *[None] * 11
 
 
@@ -154,9 +153,10 @@ class ConvBnAct(torch.autograd.Function):
     def forward(ctx, x, weight, bias, residual, gamma, beta, running_mean, running_var, live_out, live_in, stride,
                 padding, residual_map, act, measure, *rest):
         a = torch.ops.gst.masked_conv2d(x, weight, bias, live_out, live_in, stride, padding)
-        out, mean, invstd = torch.ops.gst.bn_act(a, gamma, beta, running_mean, running_var, live_out, residual,
-                                                 residual_map, act, measure, *rest)
-        ctx.save_for_backward(x, weight, a, out, gamma, mean, invstd, live_out, live_in, residual_map)
+        out, mean, invstd, gate = torch.ops.gst.bn_act(a, gamma, beta, running_mean, running_var, live_out, residual,
+                                                       residual_map, act, measure, *rest)
+        passed = out if x.is_cuda else gate
+        ctx.save_for_backward(x, weight, a, passed, gamma, mean, invstd, live_out, live_in, residual_map)
         ctx.conv, ctx.has_bias = (stride, padding), bias is not None
         ctx.norm = -1 if residual is None else residual.shape[1], *rest[:2]
         return out
@@ -164,8 +164,8 @@ class ConvBnAct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, weight, a, out, gamma, mean, invstd, live_out, live_in, residual_map = ctx.saved_tensors
-        da, dgamma, dbeta, dresidual = torch.ops.gst.bn_act_backward(grad, a, out, gamma, mean, invstd, live_out,
+        x, weight, a, passed, gamma, mean, invstd, live_out, live_in, residual_map = ctx.saved_tensors
+        da, dgamma, dbeta, dresidual = torch.ops.gst.bn_act_backward(grad, a, passed, gamma, mean, invstd, live_out,
                                                                      residual_map, *ctx.norm)
         need = list(ctx.needs_input_grad[:3])
         dx, dweight, dbias = torch.ops.gst.masked_conv2d_backward(da, x, weight, ctx.has_bias, live_out, live_in,
@@ -284,10 +284,14 @@ if available:
 
     @torch.library.register_fake("gst::bn_act")
     def _(x, gamma, *_):
-        return torch.empty_like(x), gamma.new_empty(x.shape[1]), gamma.new_empty(x.shape[1])
+        n, c, h, w = x.shape
+        gate = 0 if x.is_cuda else -(-n * h * w // 32) * c  # channels-last
+        if not x.is_cuda and torch._prims_common.suggest_memory_format(x) == torch.contiguous_format:
+            gate = n * c * (-(-(h * w // 16) // 32) * 16 + h * w % 16)
+        return torch.empty_like(x), gamma.new_empty(c), gamma.new_empty(c), x.new_empty(gate, dtype=torch.int32)
 
     @torch.library.register_fake("gst::bn_act_backward")
-    def _(grad, x, out, gamma, mean, invstd, live, residual_map, residual_channels, training, relu):
+    def _(grad, x, passed, gamma, mean, invstd, live, residual_map, residual_channels, training, relu):
         dresidual = x.new_empty(0)
         if residual_channels >= 0:
             last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
