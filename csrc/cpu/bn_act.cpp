@@ -6,12 +6,7 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
 #include <limits>
-#include <type_traits>
 #include <vector>
 
 #include "../checks.h"
@@ -35,32 +30,30 @@ using OptTensor = std::optional<Tensor>;
 
 constexpr int64_t kLanes = 16;  // columns of a plane in NCHW: one AVX-512 vector of float
 constexpr int64_t kBits = 32;   // rows of a word of the gate, which has one for each column
-constexpr int kTogether = 4;    // rows for each load of a column's coefficients, and load and store of its sums
+constexpr int kWindow = 4;      // rows of a pooling window
 // Rows are summed in at most kSlots chunks of at least kChunk: by their number alone, not by that of the threads.
 constexpr int64_t kSlots = 64, kChunk = 64;
-// Maps as large as this are written past the caches: nothing of them would be left there for whoever reads them next,
-// and a plain store reads its line first.
-constexpr size_t kStreamed = 12 << 20;
 
 // +------------------------------------------------------------------------------------------------------------------+
-// | The loops, over rows of `width` columns; each column has its own coefficients and sums                           |
+// | The loops, over rows of `width` columns; each column has its own coefficients and sums. One row after the other: |
+// | several at a time would load those less often, but were up to half as fast, as processors prefetch one stream    |
 // +------------------------------------------------------------------------------------------------------------------+
 
 enum Shortcut { kNone, kDirect, kMapped };
 
+// Rows that follow one another; or, with a pair (of image lines: so many rows), those of a max-pool's 2x2 windows,
+// window by window, kWindow to each, `first` the number of the first of them in the whole map.
+struct Rows {
+  int64_t count, width, first, pair;
+};
+
+// From a window's first row to row k; `line` is from its upper line to its lower.
+GST_BODY int64_t to_row(int k, int64_t width, int64_t line) { return (k & 1) * width + (k >> 1) * line; }
+
 template <typename T, typename A>
 GST_BODY void moments_body(const T* __restrict x, int64_t rows, int64_t width, const A* __restrict pilot,
                            A* __restrict sum, A* __restrict sum2) {
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4, x += 4 * width)  // four rows for each load and store of the sums
-#pragma GCC ivdep
-    for (int64_t i = 0; i < width; ++i) {
-      const A p = pilot[i];
-      const A a = A(x[i]) - p, b = A(x[width + i]) - p, c = A(x[2 * width + i]) - p, d = A(x[3 * width + i]) - p;
-      sum[i] += (a + b) + (c + d);
-      sum2[i] += (a * a + b * b) + (c * c + d * d);
-    }
-  for (; r < rows; ++r, x += width)
+  for (int64_t r = 0; r < rows; ++r, x += width)
 #pragma GCC ivdep
     for (int64_t i = 0; i < width; ++i) {
       const A a = A(x[i]) - pilot[i];
@@ -69,154 +62,154 @@ GST_BODY void moments_body(const T* __restrict x, int64_t rows, int64_t width, c
     }
 }
 
-// Copies past the caches, where the processor can; T is a plain number.
-template <typename T>
-GST_BODY void stream(T* __restrict to, const T* __restrict from, int64_t n) {
-#if defined(__SSE2__)
-  if (reinterpret_cast<uintptr_t>(to) % 16 == 0) {
-    constexpr int64_t each = 16 / sizeof(T);
-    for (; n >= each; n -= each, to += each, from += each)
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+// Calls step(r, offset in the map, offset in the pooled map) for each row, or for each window's first.
+template <bool pool, typename F>
+GST_BODY void for_rows(const Rows& rows, const F& step) {
+  const int64_t windows = rows.pair / kWindow;
+  for (int64_t r = 0; r < rows.count; r += pool ? kWindow : 1) {
+    const int64_t window = (rows.first + r) / kWindow;
+    if constexpr (pool)
+      step(r, (window / windows * rows.pair + window % windows * 2) * rows.width, window * rows.width);
+    else
+      step(r, r * rows.width, r * rows.width);
   }
-#endif
-  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
 }
 
-template <int N, Shortcut kind, bool measure, typename T, typename A>
-GST_BODY void apply_rows(const T* __restrict x, const T* __restrict residual, int64_t residual_width,
-                         const int32_t* __restrict map, T* __restrict out, uint32_t* __restrict gate, int64_t bit,
-                         int64_t width, const A* __restrict mean, const A* __restrict scale,
-                         const A* __restrict shift, A lowest, A* __restrict sum) {
+template <Shortcut kind, bool measure, bool pool, typename T, typename A>
+GST_BODY void apply_row(const T* __restrict x, int64_t line, const T* __restrict residual,
+                        const int32_t* __restrict map, T* __restrict out, uint32_t* __restrict gate, int64_t bit,
+                        int64_t width, const A* __restrict mean, const A* __restrict scale,
+                        const A* __restrict shift, A lowest, A* __restrict sum) {
   const uint32_t keep = bit ? ~0u : 0u;  // the gate's memory is as it was found
 #pragma GCC ivdep
   for (int64_t i = 0; i < width; ++i) {
-    uint32_t bits = gate[i] & keep;
-    A magnitude = 0;
+    uint32_t bits = gate[i] & keep, best = 0;
+    A magnitude = 0, top = 0;
 #pragma GCC unroll 4
-    for (int k = 0; k < N; ++k) {
-      A a = bn_value(A(x[k * width + i]), mean[i], scale[i], shift[i]);
-      if constexpr (kind == kDirect) a += A(residual[k * residual_width + i]);
-      if constexpr (kind == kMapped) a += map[i] < 0 ? A(0) : A(residual[k * residual_width + map[i]]);
+    for (int k = 0; k < (pool ? kWindow : 1); ++k) {
+      A a = bn_value(A(x[to_row(k, width, line) + i]), mean[i], scale[i], shift[i]);
+      if constexpr (kind == kDirect) a += A(residual[i]);
+      if constexpr (kind == kMapped) a += map[i] < 0 ? A(0) : A(residual[map[i]]);
       if constexpr (measure) magnitude += std::fabs(a);
-      bits |= act_passes(a, lowest) ? 1u << (bit + k) : 0u;
-      out[k * width + i] = T(act_value(a, lowest));
+      if constexpr (pool) {  // the first of the largest, as max_pool2d has it, or the last that is no number
+        a = A(T(a));
+        const bool better = k == 0 || (a > top) | (a != a);
+        top = better ? a : top;
+        best = better ? 1u << (bit + k) : best;
+      } else {
+        bits |= act_passes(a, lowest) ? 1u << (bit + k) : 0u;
+        out[i] = T(act_value(a, lowest));
+      }
+    }
+    if constexpr (pool) {
+      bits |= act_passes(top, lowest) ? best : 0u;
+      out[i] = T(act_value(top, lowest));
     }
     if constexpr (measure) sum[i] += magnitude;
     gate[i] = bits;
   }
 }
 
-template <Shortcut kind, bool measure, typename T, typename A>
-GST_BODY void apply_all(const T* x, const T* residual, int64_t residual_width, const int32_t* map, T* out, T* buffer,
-                        uint32_t* gate, int64_t rows, int64_t width, const A* mean, const A* scale, const A* shift,
-                        A lowest, A* sum) {
-  const auto step = [&](auto n, int64_t r) __attribute__((always_inline)) {
-    T* to = buffer ? buffer : out + r * width;
-    apply_rows<n.value, kind, measure>(x + r * width, residual + r * residual_width, residual_width, map, to,
-                                       gate + r / kBits * width, r % kBits, width, mean, scale, shift, lowest, sum);
-    if (buffer) stream(out + r * width, buffer, n.value * width);
-  };
-  int64_t r = 0;
-  for (; r + kTogether <= rows; r += kTogether) step(std::integral_constant<int, kTogether>(), r);
-  for (; r < rows; ++r) step(std::integral_constant<int, 1>(), r);
+template <Shortcut kind, bool measure, bool pool, typename T, typename A>
+GST_BODY void apply_all(const T* x, const T* residual, int64_t residual_width, const int32_t* map, T* out,
+                        uint32_t* gate, const Rows& rows, const A* mean, const A* scale, const A* shift, A lowest,
+                        A* sum) {
+  const int64_t width = rows.width;
+  for_rows<pool>(rows, [&](int64_t r, int64_t at, int64_t at_out) __attribute__((always_inline)) {
+    apply_row<kind, measure, pool>(x + at, rows.pair / 2 * width, residual + r * residual_width, map, out + at_out,
+                                    gate + r / kBits * width, r % kBits, width, mean, scale, shift, lowest, sum);
+  });
 }
 
 template <typename T, typename A>
-GST_BODY void apply_body(const T* x, const T* residual, int64_t residual_width, const int32_t* map, T* out, T* buffer,
-                         uint32_t* gate, int64_t rows, int64_t width, const A* mean, const A* scale, const A* shift,
-                         A lowest, A* sum) {
-#define GST_ROWS(kind, measure)                                                                                      \
-  apply_all<kind, measure>(x, residual, residual_width, map, out, buffer, gate, rows, width, mean, scale, shift,     \
-                           lowest, sum)
-  if (!residual) {
-    sum ? GST_ROWS(kNone, true) : GST_ROWS(kNone, false);
-  } else if (!map) {
-    sum ? GST_ROWS(kDirect, true) : GST_ROWS(kDirect, false);
-  } else {
-    sum ? GST_ROWS(kMapped, true) : GST_ROWS(kMapped, false);
-  }
+GST_BODY void apply_body(const T* x, const T* residual, int64_t residual_width, const int32_t* map, T* out,
+                         uint32_t* gate, const Rows& rows, const A* mean, const A* scale, const A* shift, A lowest,
+                         A* sum) {
+#define GST_ROWS(kind, pool)                                                                                         \
+  (sum ? apply_all<kind, true, pool>(x, residual, residual_width, map, out, gate, rows, mean, scale, shift, lowest,  \
+                                     sum)                                                                            \
+       : apply_all<kind, false, pool>(x, residual, residual_width, map, out, gate, rows, mean, scale, shift, lowest, \
+                                      sum))
+  if (rows.pair) GST_ROWS(kNone, true);
+  else if (!residual) GST_ROWS(kNone, false);
+  else if (!map) GST_ROWS(kDirect, false);
+  else GST_ROWS(kMapped, false);
 #undef GST_ROWS
 }
 
-template <int N, typename T, typename A>
-GST_BODY void gradient_sums_rows(const T* __restrict grad, const T* __restrict x, const uint32_t* __restrict gate,
-                                 int64_t bit, int64_t width, const A* __restrict mean, A* __restrict sum,
-                                 A* __restrict sum_x) {
+template <bool pool, typename T, typename A>
+GST_BODY void gradient_sums_row(const T* __restrict grad, const T* __restrict x, int64_t line,
+                                const uint32_t* __restrict gate, int64_t bit, int64_t width,
+                                const A* __restrict mean, A* __restrict sum, A* __restrict sum_x) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < width; ++i) {
     A s = 0, sx = 0;
 #pragma GCC unroll 4
-    for (int k = 0; k < N; ++k) {
-      const A g = gate[i] & 1u << (bit + k) ? A(grad[k * width + i]) : A(0);
+    for (int k = 0; k < (pool ? kWindow : 1); ++k) {
+      const A g = gate[i] & 1u << (bit + k) ? A(grad[i]) : A(0);
       s += g;
-      sx += g * (A(x[k * width + i]) - mean[i]);
+      sx += g * (A(x[to_row(k, width, line) + i]) - mean[i]);
     }
     sum[i] += s;
     sum_x[i] += sx;
   }
 }
 
-template <typename T, typename A>
-GST_BODY void gradient_sums_body(const T* grad, const T* x, const uint32_t* gate, int64_t rows, int64_t width,
-                                 const A* mean, A* sum, A* sum_x) {
-  const auto step = [&](auto n, int64_t r) __attribute__((always_inline)) {
-    gradient_sums_rows<n.value>(grad + r * width, x + r * width, gate + r / kBits * width, r % kBits, width, mean, sum,
-                                sum_x);
-  };
-  int64_t r = 0;
-  for (; r + kTogether <= rows; r += kTogether) step(std::integral_constant<int, kTogether>(), r);
-  for (; r < rows; ++r) step(std::integral_constant<int, 1>(), r);
+template <bool pool, typename T, typename A>
+GST_BODY void gradient_sums_all(const T* grad, const T* x, const uint32_t* gate, const Rows& rows, const A* mean,
+                                A* sum, A* sum_x) {
+  const int64_t width = rows.width;
+  for_rows<pool>(rows, [&](int64_t r, int64_t at, int64_t at_grad) __attribute__((always_inline)) {
+    gradient_sums_row<pool>(grad + at_grad, x + at, rows.pair / 2 * width, gate + r / kBits * width, r % kBits, width,
+                             mean, sum, sum_x);
+  });
 }
 
-template <int N, Shortcut kind, typename T, typename A>
-GST_BODY void gradient_rows(const T* __restrict grad, const T* __restrict x, const uint32_t* __restrict gate,
-                            int64_t bit, T* __restrict dx, T* __restrict dresidual, int64_t residual_width,
-                            const int32_t* __restrict inverse, int64_t width, const A* __restrict mean,
-                            const A* __restrict ka, const A* __restrict kb, const A* __restrict kc) {
+template <Shortcut kind, bool pool, typename T, typename A>
+GST_BODY void gradient_row(const T* __restrict grad, const T* __restrict x, int64_t line,
+                           const uint32_t* __restrict gate, int64_t bit, T* __restrict dx, T* __restrict dresidual,
+                           int64_t residual_width, const int32_t* __restrict inverse, int64_t width,
+                           const A* __restrict mean, const A* __restrict ka, const A* __restrict kb,
+                           const A* __restrict kc) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < width; ++i)
 #pragma GCC unroll 4
-    for (int k = 0; k < N; ++k) {
-      const A g = gate[i] & 1u << (bit + k) ? A(grad[k * width + i]) : A(0);
-      dx[k * width + i] = T(g * ka[i] + (A(x[k * width + i]) - mean[i]) * kb[i] + kc[i]);
-      if constexpr (kind == kDirect) dresidual[k * width + i] = T(g);
+    for (int k = 0; k < (pool ? kWindow : 1); ++k) {
+      const A g = gate[i] & 1u << (bit + k) ? A(grad[i]) : A(0);
+      const A from_mean = A(x[to_row(k, width, line) + i]) - mean[i];
+      dx[to_row(k, width, line) + i] = T(g * ka[i] + from_mean * kb[i] + kc[i]);
+      if constexpr (kind == kDirect) dresidual[i] = T(g);
     }
   if constexpr (kind == kMapped)
-    for (int k = 0; k < N; ++k)
 #pragma GCC ivdep
-      for (int64_t j = 0; j < residual_width; ++j) {
-        const int32_t i = inverse[j];
-        dresidual[k * residual_width + j] = i >= 0 && gate[i] & 1u << (bit + k) ? grad[k * width + i] : T(0);
-      }
+    for (int64_t j = 0; j < residual_width; ++j) {
+      const int32_t i = inverse[j];
+      dresidual[j] = i >= 0 && gate[i] & 1u << bit ? grad[i] : T(0);
+    }
 }
 
-template <Shortcut kind, typename T, typename A>
-GST_BODY void gradient_all(const T* grad, const T* x, const uint32_t* gate, T* dx, T* dresidual, T* buffer,
-                           int64_t residual_width, const int32_t* inverse, int64_t rows, int64_t width, const A* mean,
+template <Shortcut kind, bool pool, typename T, typename A>
+GST_BODY void gradient_all(const T* grad, const T* x, const uint32_t* gate, T* dx, T* dresidual,
+                           int64_t residual_width, const int32_t* inverse, const Rows& rows, const A* mean,
                            const A* ka, const A* kb, const A* kc) {
-  const auto step = [&](auto n, int64_t r) __attribute__((always_inline)) {
-    constexpr int N = n.value;
-    T *to = buffer ? buffer : dx + r * width, *rest = buffer ? buffer + N * width : dresidual + r * residual_width;
-    gradient_rows<N, kind>(grad + r * width, x + r * width, gate + r / kBits * width, r % kBits, to, rest,
-                           residual_width, inverse, width, mean, ka, kb, kc);
-    if (!buffer) return;
-    stream(dx + r * width, to, N * width);
-    if constexpr (kind != kNone) stream(dresidual + r * residual_width, rest, N * residual_width);
-  };
-  int64_t r = 0;
-  for (; r + kTogether <= rows; r += kTogether) step(std::integral_constant<int, kTogether>(), r);
-  for (; r < rows; ++r) step(std::integral_constant<int, 1>(), r);
+  const int64_t width = rows.width;
+  for_rows<pool>(rows, [&](int64_t r, int64_t at, int64_t at_grad) __attribute__((always_inline)) {
+    gradient_row<kind, pool>(grad + at_grad, x + at, rows.pair / 2 * width, gate + r / kBits * width, r % kBits,
+                              dx + at, dresidual + r * residual_width, residual_width, inverse, width, mean, ka, kb,
+                              kc);
+  });
 }
 
 template <typename T, typename A>
-GST_BODY void gradient_body(const T* grad, const T* x, const uint32_t* gate, T* dx, T* dresidual, T* buffer,
-                            int64_t residual_width, const int32_t* inverse, int64_t rows, int64_t width, const A* mean,
+GST_BODY void gradient_body(const T* grad, const T* x, const uint32_t* gate, T* dx, T* dresidual,
+                            int64_t residual_width, const int32_t* inverse, const Rows& rows, const A* mean,
                             const A* ka, const A* kb, const A* kc) {
-#define GST_ROWS(kind) \
-  gradient_all<kind>(grad, x, gate, dx, dresidual, buffer, residual_width, inverse, rows, width, mean, ka, kb, kc)
-  if (!dresidual) GST_ROWS(kNone);
-  else if (!inverse) GST_ROWS(kDirect);
-  else GST_ROWS(kMapped);
+#define GST_ROWS(kind, pool) \
+  gradient_all<kind, pool>(grad, x, gate, dx, dresidual, residual_width, inverse, rows, mean, ka, kb, kc)
+  if (rows.pair) GST_ROWS(kNone, true);
+  else if (!dresidual) GST_ROWS(kNone, false);
+  else if (!inverse) GST_ROWS(kDirect, false);
+  else GST_ROWS(kMapped, false);
 #undef GST_ROWS
 }
 
@@ -232,18 +225,19 @@ GST_BODY void add_slots_body(const A* __restrict values, int64_t slots, int64_t 
     moments_body(x, rows, width, pilot, sum, sum2);                                                                  \
   }                                                                                                                  \
   GST_CLONES void apply(const T* x, const T* residual, int64_t residual_width, const int32_t* map, T* out,           \
-                        T* buffer, uint32_t* gate, int64_t rows, int64_t width, const A* mean, const A* scale,       \
-                        const A* shift, A lowest, A* sum) {                                                          \
-    apply_body(x, residual, residual_width, map, out, buffer, gate, rows, width, mean, scale, shift, lowest, sum);   \
+                        uint32_t* gate, const Rows& rows, const A* mean, const A* scale, const A* shift,             \
+                        A lowest, A* sum) {                                                                          \
+    apply_body(x, residual, residual_width, map, out, gate, rows, mean, scale, shift, lowest, sum);                  \
   }                                                                                                                  \
-  GST_CLONES void gradient_sums(const T* grad, const T* x, const uint32_t* gate, int64_t rows, int64_t width,        \
-                                const A* mean, A* sum, A* sum_x) {                                                   \
-    gradient_sums_body(grad, x, gate, rows, width, mean, sum, sum_x);                                                \
+  GST_CLONES void gradient_sums(const T* grad, const T* x, const uint32_t* gate, const Rows& rows, const A* mean,    \
+                                A* sum, A* sum_x) {                                                                  \
+    rows.pair ? gradient_sums_all<true>(grad, x, gate, rows, mean, sum, sum_x)                                       \
+              : gradient_sums_all<false>(grad, x, gate, rows, mean, sum, sum_x);                                     \
   }                                                                                                                  \
-  GST_CLONES void gradient(const T* grad, const T* x, const uint32_t* gate, T* dx, T* dresidual, T* buffer,          \
-                           int64_t residual_width, const int32_t* inverse, int64_t rows, int64_t width,              \
-                           const A* mean, const A* ka, const A* kb, const A* kc) {                                   \
-    gradient_body(grad, x, gate, dx, dresidual, buffer, residual_width, inverse, rows, width, mean, ka, kb, kc);     \
+  GST_CLONES void gradient(const T* grad, const T* x, const uint32_t* gate, T* dx, T* dresidual,                     \
+                           int64_t residual_width, const int32_t* inverse, const Rows& rows, const A* mean,          \
+                           const A* ka, const A* kb, const A* kc) {                                                  \
+    gradient_body(grad, x, gate, dx, dresidual, residual_width, inverse, rows, mean, ka, kb, kc);                    \
   }
 GST_LOOPS(float, float)
 GST_LOOPS(double, double)
@@ -263,23 +257,24 @@ GST_CLONES void add_slots(const double* values, int64_t slots, int64_t columns, 
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+struct Piece {
+  int64_t slot, offset, word, rows, width, column, image, channel, pixel;
+};
+
 struct Map {
   bool last;  // channels-last
-  int64_t n, c, hw;
-  Map(const Tensor& x)
-      : last(x.suggest_memory_format() == at::MemoryFormat::ChannelsLast), n(x.size(0)), c(x.size(1)),
-        hw(x.size(2) * x.size(3)) {}
+  int64_t n, c, hw, w;
+  Map(const Tensor& x, bool pool)
+      : last(pool || x.suggest_memory_format() == at::MemoryFormat::ChannelsLast), n(x.size(0)), c(x.size(1)),
+        hw(x.size(2) * x.size(3)), w(x.size(3)) {}
   int64_t columns() const { return last ? c : c * kLanes; }
   int64_t spread() const { return last ? 1 : kLanes; }  // columns of a channel
   int64_t chunk() const { return std::max(kChunk, divide_up(divide_up(n * hw, kSlots), kBits) * kBits); }  // rows
   int64_t slots() const { return last ? divide_up(n * hw, chunk()) : 1; }
   int64_t plane_words() const { return divide_up(hw / kLanes, kBits) * kLanes + hw % kLanes; }
   int64_t words() const { return last ? divide_up(n * hw, kBits) * c : n * c * plane_words(); }  // of the gate
+  Rows rows(const Piece& piece, bool pool) const { return {piece.rows, piece.width, piece.pixel, pool ? 2 * w : 0}; }
   double count() const { return static_cast<double>(n) * hw; }
-};
-
-struct Piece {
-  int64_t slot, offset, word, rows, width, column, image, channel, pixel;
 };
 
 // Calls f for all pieces, each thread for its own; backward, from the last to the first, so that the second pass over
@@ -364,13 +359,6 @@ A lowest_value(bool relu) {
   return relu ? A(0) : -std::numeric_limits<A>::infinity();
 }
 
-// Rows on their way past the caches, where a map is that large; none otherwise.
-template <typename T>
-std::vector<T> buffer_for(const Map& map, int64_t more_columns) {
-  const bool large = map.n * map.c * map.hw * sizeof(T) >= kStreamed && map.last;
-  return std::vector<T>(large ? kTogether * (map.c + more_columns) : 0);
-}
-
 // What a per-filter statistic of all filters becomes: the live ones by value(i), the pruned ones, whose map is zero, as
 // if 0 had been seen.
 template <typename A, typename F>
@@ -390,10 +378,10 @@ void update(const Tensor& statistic, const std::vector<int64_t>& filters, double
 template <typename T, typename A>
 void bn_act_forward(const Tensor& x, const Tensor& gamma, const Tensor& beta, const Tensor& running_mean,
                     const Tensor& running_var, const OptTensor& live, const OptTensor& residual,
-                    const OptTensor& residual_map, const OptTensor& act, bool training, bool relu, double momentum,
-                    double eps, double act_keep, const Tensor& out, const Tensor& mean, const Tensor& invstd,
-                    const Tensor& gate) {
-  const Map map(x);
+                    const OptTensor& residual_map, const OptTensor& act, bool training, bool relu, bool pool,
+                    double momentum, double eps, double act_keep, const Tensor& out, const Tensor& mean,
+                    const Tensor& invstd, const Tensor& gate) {
+  const Map map(x, pool);
   const std::vector<int64_t> filters = live_filters(live, map.c);
   const std::vector<int32_t> sources = source_channels(residual_map, residual ? residual->size(1) : 0);
   const T *px = x.const_data_ptr<T>(), *pr = residual ? residual->const_data_ptr<T>() : nullptr;
@@ -433,7 +421,6 @@ void bn_act_forward(const Tensor& x, const Tensor& gamma, const Tensor& beta, co
   std::optional<Sums<A>> magnitude;
   if (act) magnitude.emplace(map);
   for_pieces(map, training, [&](const Piece& p) {
-    std::vector<T> buffer = buffer_for<T>(map, 0);
     const T* r = pr;
     if (pr && map.last) {
       r += p.pixel * residual_width;
@@ -441,8 +428,9 @@ void bn_act_forward(const Tensor& x, const Tensor& gamma, const Tensor& beta, co
       const int64_t source = sources.empty() ? p.channel : sources[p.channel];
       r = source < 0 ? nullptr : r + (p.image * residual_width + source) * map.hw + p.pixel;
     }
-    apply(px + p.offset, r, map.last ? residual_width : p.width, map.last && residual_map ? sources.data() : nullptr,
-          po + p.offset, buffer.empty() ? nullptr : buffer.data(), pgate + p.word, p.rows, p.width, center.at(p),
+    const int64_t offset = pool ? 0 : p.offset;  // pooling rows are counted from the map's first
+    apply(px + offset, r, map.last ? residual_width : p.width, map.last && residual_map ? sources.data() : nullptr,
+          po + offset, pgate + p.word, map.rows(p, pool), center.at(p),
           scale.at(p), shift.at(p), lowest_value<A>(relu), act ? magnitude->at(p) : nullptr);
   });
   if (!act) return;
@@ -453,20 +441,22 @@ void bn_act_forward(const Tensor& x, const Tensor& gamma, const Tensor& beta, co
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_cpu(
     const Tensor& x_in, const Tensor& gamma, const Tensor& beta, const Tensor& running_mean, const Tensor& running_var,
     const OptTensor& live, const OptTensor& residual_in, const OptTensor& residual_map, const OptTensor& act_in,
-    const OptTensor& measure, bool training, bool relu, double momentum, double eps, double act_keep) {
+    const OptTensor& measure, bool training, bool relu, bool pool, double momentum, double eps, double act_keep) {
   check_bn_act(x_in, gamma, beta, running_mean, running_var, live, residual_in, residual_map, act_in, measure,
-               training);
-  const auto format = x_in.suggest_memory_format();
+               training, pool);
+  const auto format = pool ? at::MemoryFormat::ChannelsLast : x_in.suggest_memory_format();
   const Tensor x = x_in.contiguous(format);
   const OptTensor residual = residual_in ? OptTensor(residual_in->contiguous(format)) : std::nullopt;
   const bool measured = act_in && (!measure || measure->item<bool>());
   const OptTensor act = measured ? act_in : std::nullopt;
-  const Tensor out = at::empty_like(x);
+  const Tensor out = at::empty({x.size(0), x.size(1), x.size(2) / (pool ? 2 : 1), x.size(3) / (pool ? 2 : 1)},
+                               x.options().memory_format(format));
   const Tensor mean = at::empty({x.size(1)}, gamma.options()), invstd = at::empty_like(mean);
-  const Tensor gate = at::empty({Map(x).words()}, x.options().dtype(at::kInt));
+  const Tensor gate = at::empty({Map(x, pool).words()}, x.options().dtype(at::kInt));
   const auto call = [&](auto t, auto a) {
     bn_act_forward<decltype(t), decltype(a)>(x, gamma, beta, running_mean, running_var, live, residual, residual_map,
-                                             act, training, relu, momentum, eps, act_keep, out, mean, invstd, gate);
+                                             act, training, relu, pool, momentum, eps, act_keep, out, mean, invstd,
+                                             gate);
   };
   if (x.scalar_type() == at::kDouble) call(double(), double());
   else if (x.scalar_type() == at::kFloat) call(float(), float());
@@ -477,8 +467,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_cpu(
 template <typename T, typename A>
 void bn_act_backward(const Tensor& grad, const Tensor& x, const Tensor& gate, const Tensor& gamma, const Tensor& mean,
                      const Tensor& invstd, const OptTensor& live, const OptTensor& residual_map, bool training,
-                     const Tensor& dx, const Tensor& dgamma, const Tensor& dbeta, const Tensor& dresidual) {
-  const Map map(x);
+                     bool pool, const Tensor& dx, const Tensor& dgamma, const Tensor& dbeta, const Tensor& dresidual) {
+  const Map map(x, pool);
   const std::vector<int64_t> filters = live_filters(live, map.c);
   const int64_t residual_width = dresidual.defined() ? dresidual.size(1) : 0;
   const std::vector<int32_t> sources = source_channels(residual_map, residual_width);
@@ -493,7 +483,8 @@ void bn_act_backward(const Tensor& grad, const Tensor& x, const Tensor& gate, co
   Sums<A> sum(map), sum_x(map);
   for (int64_t i = 0; i < map.c; ++i) center.set(i, mean.const_data_ptr<A>()[i]);
   for_pieces(map, false, [&](const Piece& p) {
-    gradient_sums(pg + p.offset, px + p.offset, pgate + p.word, p.rows, p.width, center.at(p), sum.at(p), sum_x.at(p));
+    const int64_t offset = pool ? 0 : p.offset;
+    gradient_sums(pg + offset, px + offset, pgate + p.word, map.rows(p, pool), center.at(p), sum.at(p), sum_x.at(p));
   });
   const std::vector<double> totals = sum.totals(), totals_x = sum_x.totals();
   for (int64_t i = 0; i < map.c; ++i) {
@@ -504,7 +495,6 @@ void bn_act_backward(const Tensor& grad, const Tensor& x, const Tensor& gate, co
     ka.set(i, k.ka), kb.set(i, k.kb), kc.set(i, k.kc);
   }
   for_pieces(map, true, [&](const Piece& p) {
-    std::vector<T> buffer = buffer_for<T>(map, residual_width);
     T* r = pr;
     if (pr && map.last) {
       r += p.pixel * residual_width;
@@ -512,21 +502,22 @@ void bn_act_backward(const Tensor& grad, const Tensor& x, const Tensor& gate, co
       const int64_t source = residual_map ? sources[p.channel] : p.channel;
       r = source < 0 ? nullptr : r + (p.image * residual_width + source) * map.hw + p.pixel;
     }
-    gradient(pg + p.offset, px + p.offset, pgate + p.word, pd + p.offset, r, buffer.empty() ? nullptr : buffer.data(),
-             map.last ? residual_width : p.width, map.last && residual_map ? inverse.data() : nullptr, p.rows, p.width,
-             center.at(p), ka.at(p), kb.at(p), kc.at(p));
+    const int64_t offset = pool ? 0 : p.offset;
+    gradient(pg + offset, px + offset, pgate + p.word, pd + offset, r,
+             map.last ? residual_width : p.width, map.last && residual_map ? inverse.data() : nullptr,
+             map.rows(p, pool), center.at(p), ka.at(p), kb.at(p), kc.at(p));
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward_cpu(
     const Tensor& grad_in, const Tensor& x_in, const Tensor& gate, const Tensor& gamma, const Tensor& mean,
     const Tensor& invstd, const OptTensor& live, const OptTensor& residual_map, int64_t residual_channels,
-    bool training, bool) {
-  check_bn_act_backward(grad_in, x_in, gamma, mean, invstd, live, residual_map);
-  const auto format = x_in.suggest_memory_format();
+    bool training, bool, bool pool) {
+  check_bn_act_backward(grad_in, x_in, gamma, mean, invstd, live, residual_map, pool);
+  const auto format = pool ? at::MemoryFormat::ChannelsLast : x_in.suggest_memory_format();
   const Tensor grad = grad_in.contiguous(format), x = x_in.contiguous(format), dx = at::empty_like(x);
   TORCH_CHECK(gate.is_cpu() && gate.scalar_type() == at::kInt && gate.dim() == 1 && gate.is_contiguous() &&
-              gate.size(0) == Map(x).words(), "bn_act_backward: gate is not the one that bn_act gave for such an x");
+              gate.size(0) == Map(x, pool).words(), "bn_act_backward: passed is not bn_act's gate for such an x");
   const Tensor dgamma = live ? at::zeros_like(gamma) : at::empty_like(gamma), dbeta = dgamma.clone();
   Tensor dresidual;
   if (residual_channels >= 0) {  // channels-last writes every entry, NCHW only the planes that are mapped to
@@ -534,8 +525,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward_cpu(
     if (residual_map) dresidual.zero_();
   }
   const auto call = [&](auto t, auto a) {
-    bn_act_backward<decltype(t), decltype(a)>(grad, x, gate, gamma, mean, invstd, live, residual_map, training, dx,
-                                              dgamma, dbeta, dresidual);
+    bn_act_backward<decltype(t), decltype(a)>(grad, x, gate, gamma, mean, invstd, live, residual_map, training, pool,
+                                              dx, dgamma, dbeta, dresidual);
   };
   if (x.scalar_type() == at::kDouble) call(double(), double());
   else if (x.scalar_type() == at::kFloat) call(float(), float());
