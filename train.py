@@ -469,7 +469,7 @@ class Block(nn.Module):
     The backend "eager" multiplies by the masks. "ext" computes compact maps: live_in and live_out (int64 indices, None
     for all) are the channels it gets and gives, all that are live and as many pruned ones, which stay zero, as make a
     shape the device likes; shortcut_map says where each lies in the shortcut (-1: nowhere). use_backend sets them,
-    which whoever changes masks has to call again.
+    which whoever changes masks has to call again. pool ends the block with a 2x2 max-pool.
     """
 
     def __init__(self, c_in, c_out, kernel=3, stride=1, bias=False):
@@ -479,6 +479,7 @@ class Block(nn.Module):
         self.register_buffer("mask", torch.ones(c_out, dtype=torch.bool))
         self.register_buffer("bn_mask", torch.ones(c_out, dtype=torch.bool))
         self.register_buffer("act", torch.zeros(c_out))
+        self.pool = False
         self.measure = False  # whether this forward pass updates act
         self.backend, self.keeps_bn, self.live_in, self.live_out, self.shortcut_map = "eager", False, None, None, None
 
@@ -493,7 +494,7 @@ class Block(nn.Module):
             return gst_ext.masked_conv_bn_act(
                 x, weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, self.live_out, self.live_in,
                 conv.stride[0], conv.padding[0], shortcut, self.shortcut_map, self.act if self.measure else None,
-                training=self.training, momentum=bn.momentum, eps=bn.eps, act_keep=ACT_KEEP)
+                training=self.training, momentum=bn.momentum, eps=bn.eps, act_keep=ACT_KEEP, pool=self.pool)
         weight = conv.weight * self.mask.view(-1, 1, 1, 1)
         a = F.conv2d(x, weight, conv.bias, conv.stride, conv.padding)
         a = F.batch_norm(a, bn.running_mean, bn.running_var, bn.weight * self.bn_mask, bn.bias * self.bn_mask,
@@ -502,7 +503,8 @@ class Block(nn.Module):
             a = a + shortcut * self.bn_mask.view(-1, 1, 1)
         if self.measure:
             self.act.mul_(ACT_KEEP).add_(a.detach().abs().mean((0, 2, 3), dtype=torch.float32), alpha=1 - ACT_KEEP)
-        return F.relu(a, inplace=True)
+        a = F.relu(a, inplace=True)
+        return F.max_pool2d(a, 2) if self.pool else a
 
     def connect(self, live_in, multiple):
         """Takes the channels of its input and returns those of its output (indices, None for all)."""
@@ -568,8 +570,9 @@ class VGG(nn.Module):
     def __init__(self, maps, num_classes):
         super().__init__()
         layers, c_in = [], 3
-        for c_out in maps:  # 0 stands for a 2x2 max-pool
-            layers.append(Block(c_in, c_out, bias=True) if c_out else nn.MaxPool2d(2))
+        for c_out in maps:  # 0 stands for a 2x2 max-pool, which is the end of the block before
+            layers.append(Block(c_in, c_out, bias=True) if c_out else nn.Identity())
+            layers[-1 if c_out else -2].pool = not c_out
             c_in = c_out or c_in
         self.features = nn.Sequential(*layers)
         self.linear = nn.Linear(c_in, num_classes)

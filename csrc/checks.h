@@ -72,7 +72,7 @@ inline void check_bn_act(const at::Tensor& x, const at::Tensor& gamma, const at:
                          const at::Tensor& running_mean, const at::Tensor& running_var,
                          const std::optional<at::Tensor>& live, const std::optional<at::Tensor>& residual,
                          const std::optional<at::Tensor>& residual_map, const std::optional<at::Tensor>& act,
-                         const std::optional<at::Tensor>& measure, bool training) {
+                         const std::optional<at::Tensor>& measure, bool training, bool pool) {
   const char* op = "bn_act";
   check_bn(op, x, gamma, live, residual_map);
   const int64_t c_out = gamma.size(0);
@@ -90,22 +90,27 @@ inline void check_bn_act(const at::Tensor& x, const at::Tensor& gamma, const at:
                 residual->size(2) == x.size(2) && residual->size(3) == x.size(3) &&
                 (residual_map || residual->size(1) == x.size(1)), op, ": residual ", residual->scalar_type(), " ",
                 residual->sizes(), " on ", residual->device(), " does not fit x ", x.scalar_type(), " ", x.sizes());
+  TORCH_CHECK(!pool || (x.is_cpu() && !residual && x.size(2) % 2 == 0 && x.size(3) % 2 == 0), op,
+              ": pool is of maps of even size on the CPU, without a residual, not of x ", x.sizes());
   TORCH_CHECK(!training || x.size(0) * x.size(2) * x.size(3) > 1, op,
               ": training needs more than one value per channel, x is ", x.sizes());
 }
 
-inline void check_bn_act_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& out,
-                                  const at::Tensor& gamma, const at::Tensor& mean, const at::Tensor& invstd,
+inline void check_like_x(const char* op, const char* name, const at::Tensor& t, const at::Tensor& x) {
+  TORCH_CHECK(t.sizes() == x.sizes() && t.scalar_type() == x.scalar_type() && t.device() == x.device(), op, ": ", name,
+              " must be like x, ", x.scalar_type(), " ", x.sizes());
+}
+
+inline void check_bn_act_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& gamma,
+                                  const at::Tensor& mean, const at::Tensor& invstd,
                                   const std::optional<at::Tensor>& live,
-                                  const std::optional<at::Tensor>& residual_map) {
+                                  const std::optional<at::Tensor>& residual_map, bool pool) {
   const char* op = "bn_act_backward";
   check_bn(op, x, gamma, live, residual_map);
   check_vector(op, "gamma", gamma, gamma.size(0), bn_type(x), x);
   check_vector(op, "mean", mean, x.size(1), bn_type(x), x);
   check_vector(op, "invstd", invstd, x.size(1), bn_type(x), x);
-  for (const at::Tensor* t : {&grad, &out})
-    TORCH_CHECK(t->sizes() == x.sizes() && t->scalar_type() == x.scalar_type() && t->device() == x.device(), op,
-                ": grad and out must be like x, ", x.scalar_type(), " ", x.sizes());
+  check_like_x(op, "grad", grad, pool ? x.slice(2, 0, x.size(2) / 2).slice(3, 0, x.size(3) / 2) : x);
 }
 
 }  // namespace gst

@@ -62,8 +62,8 @@ GST_HD A act_value(A a, A lowest) {
 }
 
 template <typename A>
-GST_HD A act_gate(A grad, A out, A lowest) {
-  return out <= lowest ? A(0) : grad;
+GST_HD bool act_passes(A a, A lowest) {
+  return !(a <= lowest);
 }
 
 // dx = g * ka + (x - mean) * kb + kc, g the gated gradient, from the sums of g and of g (x - mean).

@@ -16,6 +16,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch._prims_common import suggest_memory_format
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -94,7 +95,7 @@ def update_statistic(statistic, live, seen, momentum):
 
 
 def bn_act_ref(x, gamma, beta, running_mean, running_var, live=None, residual=None, residual_map=None, act=None,
-               measure=None, training=True, relu=True, momentum=0.1, eps=1e-5, act_keep=0.9):
+               measure=None, training=True, relu=True, momentum=0.1, eps=1e-5, act_keep=0.9, pool=False):
     """`bn_act` in plain PyTorch."""
     wide = x.to(gamma.dtype)
     mean, var = live_part(running_mean, live), live_part(running_var, live)
@@ -109,30 +110,35 @@ def bn_act_ref(x, gamma, beta, running_mean, running_var, live=None, residual=No
         a = a + mapped_residual(residual, residual_map)
     if act is not None and (measure is None or measure):
         update_statistic(act, live, a.detach().abs().mean((0, 2, 3)), 1 - act_keep)
-    return (a.relu() if relu else a).to(x.dtype)
+    out = (a.relu() if relu else a).to(x.dtype)
+    return F.max_pool2d(out, 2) if pool else out
+
+
+def pools_itself(pool, residual, device, *size):
+    """Whether the kernels do a 2x2 max-pool of maps of this size themselves, and never write the map before it."""
+    return pool and residual is None and device.type == "cpu" and not any(s % 2 for s in size)
 
 
 class BnAct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, gamma, beta, running_mean, running_var, live, residual_map, act, measure, training,
-                relu, momentum, eps, act_keep):
-        out, mean, invstd = torch.ops.gst.bn_act(x, gamma, beta, running_mean, running_var, live, residual,
-                                                 residual_map, act, measure, training, relu, momentum, eps, act_keep)
-        ctx.save_for_backward(x, out, gamma, mean, invstd, live, residual_map)
-        ctx.rest = -1 if residual is None else residual.shape[1], training, relu
+                relu, pool, momentum, eps, act_keep):
+        out, mean, invstd, gate = torch.ops.gst.bn_act(
+            x, gamma, beta, running_mean, running_var, live, residual, residual_map, act, measure, training, relu,
+            pool, momentum, eps, act_keep)
+        ctx.save_for_backward(x, out if x.is_cuda else gate, gamma, mean, invstd, live, residual_map)
+        ctx.rest = -1 if residual is None else residual.shape[1], training, relu, pool
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, out, gamma, mean, invstd, live, residual_map = ctx.saved_tensors
-        dx, dgamma, dbeta, dresidual = torch.ops.gst.bn_act_backward(grad, x, out, gamma, mean, invstd, live,
-                                                                     residual_map, *ctx.rest)
-        return dx, dresidual if ctx.rest[0] >= 0 else None, dgamma, dbeta, *[None] * 11
+        dx, dgamma, dbeta, dresidual = torch.ops.gst.bn_act_backward(grad, *ctx.saved_tensors, *ctx.rest)
+        return dx, dresidual if ctx.rest[0] >= 0 else None, dgamma, dbeta, *[None] * 12
 
 
 def bn_act(x, gamma, beta, running_mean, running_var, live=None, residual=None, residual_map=None, act=None,
-           measure=None, training=True, relu=True, momentum=0.1, eps=1e-5, act_keep=0.9):
+           measure=None, training=True, relu=True, momentum=0.1, eps=1e-5, act_keep=0.9, pool=False):
     """Batch norm, then the shortcut, then ReLU, of compact maps, and the act score's average on the way (A.4).
 
     x (n, c, h, w), float32, float64 or bfloat16 (CUDA: float16 too), in NCHW or channels-last memory; c = len(live).
@@ -140,11 +146,14 @@ def bn_act(x, gamma, beta, running_mean, running_var, live=None, residual=None, 
     batch and update the running statistics, a pruned filter's as if its map of zeros had been seen; else normalise by
     them. residual (n, k, h, w), of x's type: channel residual_map[i] of it is added to channel i, none where that is
     -1; without a map, k = c. act (c_out,) float32: takes in act_keep and 1 - act_keep parts of old and mean |a|, a the
-    map before ReLU, but only if measure, one bool on the device, is None or true. Returns (n, c, h, w) in x's layout.
+    map before ReLU, but only if measure, one bool on the device, is None or true. pool ends it with a 2x2
+    max_pool2d. Returns (n, c, h, w) in x's layout, or (n, c, h // 2, w // 2).
     Raises RuntimeError for shapes, types or devices that do not fit, and in training for a single value per channel.
     """
-    return BnAct.apply(x, residual, gamma, beta, running_mean, running_var, live, residual_map, act, measure, training,
-                       relu, momentum, eps, act_keep)
+    inside = pools_itself(pool, residual, x.device, *x.shape[2:])
+    out = BnAct.apply(x, residual, gamma, beta, running_mean, running_var, live, residual_map, act, measure, training,
+                      relu, inside, momentum, eps, act_keep)
+    return F.max_pool2d(out, 2) if pool and not inside else out
 
 
 class ConvBnAct(torch.autograd.Function):
@@ -154,24 +163,25 @@ class ConvBnAct(torch.autograd.Function):
     def forward(ctx, x, weight, bias, residual, gamma, beta, running_mean, running_var, live_out, live_in, stride,
                 padding, residual_map, act, measure, *rest):
         a = torch.ops.gst.masked_conv2d(x, weight, bias, live_out, live_in, stride, padding)
-        out, mean, invstd = torch.ops.gst.bn_act(a, gamma, beta, running_mean, running_var, live_out, residual,
-                                                 residual_map, act, measure, *rest)
-        ctx.save_for_backward(x, weight, a, out, gamma, mean, invstd, live_out, live_in, residual_map)
+        out, mean, invstd, gate = torch.ops.gst.bn_act(a, gamma, beta, running_mean, running_var, live_out, residual,
+                                                       residual_map, act, measure, *rest)
+        passed = out if x.is_cuda else gate
+        ctx.save_for_backward(x, weight, a, passed, gamma, mean, invstd, live_out, live_in, residual_map)
         ctx.conv, ctx.has_bias = (stride, padding), bias is not None
-        ctx.norm = -1 if residual is None else residual.shape[1], *rest[:2]
+        ctx.norm = -1 if residual is None else residual.shape[1], *rest[:3]
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, weight, a, out, gamma, mean, invstd, live_out, live_in, residual_map = ctx.saved_tensors
-        da, dgamma, dbeta, dresidual = torch.ops.gst.bn_act_backward(grad, a, out, gamma, mean, invstd, live_out,
+        x, weight, a, passed, gamma, mean, invstd, live_out, live_in, residual_map = ctx.saved_tensors
+        da, dgamma, dbeta, dresidual = torch.ops.gst.bn_act_backward(grad, a, passed, gamma, mean, invstd, live_out,
                                                                      residual_map, *ctx.norm)
         need = list(ctx.needs_input_grad[:3])
         dx, dweight, dbias = torch.ops.gst.masked_conv2d_backward(da, x, weight, ctx.has_bias, live_out, live_in,
                                                                   *ctx.conv, need)
         found = [dx, dweight, dbias, dresidual, dgamma, dbeta]
-        return *[g if wanted else None for g, wanted in zip(found, ctx.needs_input_grad)], *[None] * 14
+        return *[g if wanted else None for g, wanted in zip(found, ctx.needs_input_grad)], *[None] * 15
 
 
 FOLDED = WeakTensorKeyDictionary()  # a block's weight: (shapes, copies of what it was folded from, weight, bias)
@@ -227,7 +237,7 @@ def folded_conv(x, weight, bias, stride, padding, residual, relu):
 
 def masked_conv_bn_act(x, weight, bias, gamma, beta, running_mean, running_var, live_out=None, live_in=None, stride=1,
                        padding=1, residual=None, residual_map=None, act=None, measure=None, training=True, relu=True,
-                       momentum=0.1, eps=1e-5, act_keep=0.9, score=None):
+                       momentum=0.1, eps=1e-5, act_keep=0.9, pool=False, score=None):
     """A network's block in one call: `masked_conv2d`, then `bn_act`; their arguments, errors and gradients.
 
     Under autocast, x, weight, bias and residual are cast as for a convolution. With score "ebn" or "ebn-signed" (B.2)
@@ -241,13 +251,18 @@ def masked_conv_bn_act(x, weight, bias, gamma, beta, running_mean, running_var, 
     if available and may_fold(x, weight, residual_map, act, training) and (live_out is None or len(live_out)):
         parts = folded(x, weight, bias, gamma, beta, running_mean, running_var, live_out, live_in, stride, padding, eps)
         out = folded_conv(x, *parts, stride, padding, residual, relu)
+        out = F.max_pool2d(out, 2) if pool else out
     elif available:
+        size = ((s + 2 * padding - k) // stride + 1 for s, k in zip(x.shape[2:], weight.shape[2:]))
+        inside = pools_itself(pool, residual, x.device, *size)
         out = ConvBnAct.apply(x, weight, bias, residual, gamma, beta, running_mean, running_var, live_out, live_in,
-                              stride, padding, residual_map, act, measure, training, relu, momentum, eps, act_keep)
+                              stride, padding, residual_map, act, measure, training, relu, inside, momentum, eps,
+                              act_keep)
+        out = F.max_pool2d(out, 2) if pool and not inside else out
     else:
         out = masked_conv_bn_act_ref(x, weight, bias, gamma, beta, running_mean, running_var, live_out, live_in, stride,
                                      padding, residual, residual_map, act=act, measure=measure, training=training,
-                                     relu=relu, momentum=momentum, eps=eps, act_keep=act_keep)
+                                     relu=relu, momentum=momentum, eps=eps, act_keep=act_keep, pool=pool)
     return out if score is None else (out, ebn_score(gamma, beta, signed=score == "ebn-signed"))
 
 
@@ -290,16 +305,22 @@ if available:
         return tuple(torch.empty_like(t) if wanted else x.new_empty(0) for t, wanted in zip(shapes, need))
 
     @torch.library.register_fake("gst::bn_act")
-    def _(x, gamma, *_):
-        return torch.empty_like(x), gamma.new_empty(x.shape[1]), gamma.new_empty(x.shape[1])
+    def _(x, gamma, *rest):
+        (n, c, h, w), pool = x.shape, rest[10]
+        gate = 0 if x.is_cuda else -(-n * h * w // 32) * c  # channels-last
+        if not x.is_cuda and not pool and suggest_memory_format(x) == torch.contiguous_format:
+            gate = n * c * (-(-(h * w // 16) // 32) * 16 + h * w % 16)
+        out = x[:, :, :h // 2, :w // 2].contiguous(memory_format=torch.channels_last) if pool else torch.empty_like(x)
+        return out, gamma.new_empty(c), gamma.new_empty(c), x.new_empty(gate, dtype=torch.int32)
 
     @torch.library.register_fake("gst::bn_act_backward")
-    def _(grad, x, out, gamma, mean, invstd, live, residual_map, residual_channels, training, relu):
+    def _(grad, x, passed, gamma, mean, invstd, live, residual_map, residual_channels, training, relu, pool):
         dresidual = x.new_empty(0)
         if residual_channels >= 0:
             last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
             dresidual = x.new_empty(x.shape[0], residual_channels, *x.shape[2:])
             dresidual = dresidual.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-        return torch.empty_like(x), torch.empty_like(gamma), torch.empty_like(gamma), dresidual
+        dx = torch.empty_like(x, memory_format=torch.channels_last if pool else torch.preserve_format)
+        return dx, torch.empty_like(gamma), torch.empty_like(gamma), dresidual
 
     torch.library.register_autograd("gst::masked_conv2d", masked_conv2d_gradient, setup_context=setup_masked_conv2d)

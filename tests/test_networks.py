@@ -230,12 +230,12 @@ def small_batch_norm(x, bn, kept, training):
 def small_vgg(model, x, training):
     inputs = torch.arange(3)
     for layer in model.features:
-        if isinstance(layer, torch.nn.MaxPool2d):
-            x = F.max_pool2d(x, 2)
+        if not isinstance(layer, train.Block):
             continue
         kept = live(layer)
         x = F.conv2d(x, layer.conv.weight[kept][:, inputs], layer.conv.bias[kept], padding=1)
         x, inputs = F.relu(small_batch_norm(x, layer.bn, kept, training)), kept
+        x = F.max_pool2d(x, 2) if layer.pool else x
     return x.mean((2, 3)) @ model.linear.weight[:, inputs].T + model.linear.bias
 
 

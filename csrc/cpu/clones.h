@@ -1,9 +1,9 @@
-// How plain loops get the vectors of the CPU they run on: an extension is compiled for the oldest CPU of its kind, so
-// a function with GST_CLONES is compiled several times, and the version is chosen when the library loads.
+// How plain loops get the vectors of the CPU they run on: an extension is compiled for the oldest CPU of its kind, and
+// at::vec with it, so a function with GST_CLONES is compiled several times, and the library chooses when it loads.
 #pragma once
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define GST_CLONES __attribute__((target_clones("arch=x86-64-v4", "default")))
+#define GST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #define GST_HAS_CLONES 1
 #else
 #define GST_CLONES

@@ -216,7 +216,7 @@ __global__ void gradient_sums_kernel(BnActBackward p) {
       const auto x = *reinterpret_cast<const Pack<T, V>*>(static_cast<const T*>(p.x) + at);
       const auto out = *reinterpret_cast<const Pack<T, V>*>(static_cast<const T*>(p.out) + at);
       for (int k = 0; k < V; ++k) {
-        const A g = act_gate(wide<A>(grad.v[k]), wide<A>(out.v[k]), lowest);
+        const A g = act_passes(wide<A>(out.v[k]), lowest) ? wide<A>(grad.v[k]) : A(0);
         sum[k] += g;
         sum_x[k] += g * (wide<A>(x.v[k]) - mean[k]);
       }
@@ -266,7 +266,7 @@ __global__ void gradient_kernel(BnActBackward p) {
     const auto out = *reinterpret_cast<const Pack<T, V>*>(static_cast<const T*>(p.out) + at);
     Pack<T, V> dx, gated;
     for (int k = 0; k < V; ++k) {
-      const A g = act_gate(wide<A>(grad.v[k]), wide<A>(out.v[k]), lowest);
+      const A g = act_passes(wide<A>(out.v[k]), lowest) ? wide<A>(grad.v[k]) : A(0);
       gated.v[k] = narrow<T>(g);
       dx.v[k] = narrow<T>(g * ka[k] + (wide<A>(x.v[k]) - mean[k]) * kb[k] + kc[k]);
     }

@@ -41,11 +41,12 @@ const int64_t* index_data(const OptTensor& index) { return index ? index->const_
 
 OptTensor contiguous_index(const OptTensor& index) { return index ? OptTensor(index->contiguous()) : std::nullopt; }
 
-std::tuple<Tensor, Tensor, Tensor> bn_act_cuda(
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_cuda(
     const Tensor& x_in, const Tensor& gamma, const Tensor& beta, const Tensor& running_mean, const Tensor& running_var,
     const OptTensor& live_in, const OptTensor& residual_in, const OptTensor& map_in, const OptTensor& act,
-    const OptTensor& measure, bool training, bool relu, double momentum, double eps, double act_keep) {
-  check_bn_act(x_in, gamma, beta, running_mean, running_var, live_in, residual_in, map_in, act, measure, training);
+    const OptTensor& measure, bool training, bool relu, bool pool, double momentum, double eps, double act_keep) {
+  check_bn_act(x_in, gamma, beta, running_mean, running_var, live_in, residual_in, map_in, act, measure, training,
+               pool);
   const c10::cuda::CUDAGuard guard(x_in.device());
   const Tensor x = channels_last(x_in);
   const Tensor residual = residual_in ? channels_last(*residual_in) : Tensor();
@@ -61,14 +62,15 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_cuda(
             act ? act->data_ptr<float>() : nullptr, measure ? measure->const_data_ptr<bool>() : nullptr, training, relu,
             momentum, eps, act_keep, out.data_ptr(), mean.data_ptr(), invstd.data_ptr(), partial.data_ptr()},
       c10::cuda::getCurrentCUDAStream()));
-  return {out.contiguous(x_in.suggest_memory_format()), mean, invstd};
+  return {out.contiguous(x_in.suggest_memory_format()), mean, invstd, at::empty({0}, x.options().dtype(at::kInt))};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward_cuda(
     const Tensor& grad_in, const Tensor& x_in, const Tensor& out_in, const Tensor& gamma, const Tensor& mean,
     const Tensor& invstd, const OptTensor& live_in, const OptTensor& map_in, int64_t residual_channels, bool training,
-    bool relu) {
-  check_bn_act_backward(grad_in, x_in, out_in, gamma, mean, invstd, live_in, map_in);
+    bool relu, bool pool) {
+  check_bn_act_backward(grad_in, x_in, gamma, mean, invstd, live_in, map_in, pool);
+  check_like_x("bn_act_backward", "out", out_in, x_in);
   const c10::cuda::CUDAGuard guard(x_in.device());
   const auto format = x_in.suggest_memory_format();
   const Tensor grad = channels_last(grad_in), x = channels_last(x_in), out = channels_last(out_in);
