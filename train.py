@@ -242,15 +242,15 @@ def parse_options(argv):
         args.noise_batches, args.noise_filters = args.noise_batches or 1, args.noise_filters or "newest"
         args.noise_restore = bool(args.noise_restore)
 
-    lengths = {f"--{name}": len(getattr(args, name)) for name in "sep"}
-    counts = ", ".join(f"{n} ({k}{'' if k[2:] in given else ', the default'})" for k, n in lengths.items())
+    lengths = {name: len(getattr(args, name)) for name in "sep"}
+    counts = ", ".join(f"{n} (--{name}{'' if name in given else ', the default'})" for name, n in lengths.items())
     require(len(set(lengths.values())) == 1 or args.scratch,
             f"--s, --e and --p need one value for each pruned layer: there are {counts}")
     n_max = PRUNABLE_BLOCKS[args.model]
     require(len(args.p) <= n_max,
             f"--p has {len(args.p)} values, but {args.model} has {n_max} layers to prune: give fewer")
-    require(all(0 <= p <= 1 for p in args.p), f"--p {short(args.p)}: give fractions from 0 to below 1")
-    require(max(args.p) < 1, "--p 1 prunes a whole layer, which cuts the network in two: give less than 1")
+    require(all(0 <= p < 1 for p in args.p), f"--p {short(args.p)}: give fractions from 0 to below 1, since a layer "
+            "without filters cuts the network in two")
     for s, e in zip(args.s, args.e):
         require(0 <= s <= e, f"pruning starts at epoch {s} and ends at {e}: each s must be 0 or more and at most its e")
     if not pruning or args.scratch:
@@ -283,26 +283,25 @@ def schedule(args):
 
 def run_name(args):
     """(method, setting): what is done to the filters, and all else that differs from the paper's, "" if nothing."""
-    paper = paper_settings(args.model, args.optimizer)
+    paper = paper_settings(args.model, args.optimizer) | dict(
+        optimizer=paper_settings(args.model)["optimizer"], width=1, scale_epochs=1, batch_size=128, test_batch_size=128,
+        val_split=0, precision="fp32")
 
-    def differing(labels, defaults):
+    def differing(**labels):
         return [label + short(getattr(args, name)) for name, label in labels.items()
-                if getattr(args, name) not in (None, defaults[name])]
+                if getattr(args, name) not in (None, paper[name])]
 
     if args.noise != "none":
-        method = [args.noise, str(args.noise_batches)] + [args.target] * (args.target != "L")
-        method += differing({"r": "r"}, paper) + [args.noise_filters] * (args.noise_filters != "newest")
-        method += ["restore"] * args.noise_restore + differing({"test_batch_size": "tb"}, {"test_batch_size": 128})
+        method = [args.noise, str(args.noise_batches)] + [args.target] * (args.target != "L") + differing(r="r")
+        method += [args.noise_filters] * (args.noise_filters != "newest") + ["restore"] * args.noise_restore
+        method += differing(test_batch_size="tb")
     elif args.scratch:
         method = ["scratch", args.target]
     else:
         method = [args.target] + [f"r{args.r}"] * (args.target != "none")
-    method += differing({"score": ""}, paper) + ["bnkeep"] * (args.prune_bn == "keep")
-    method += differing({name: name for name in "sep"}, paper)
-    setting = differing({"optimizer": ""}, paper_settings(args.model))
-    setting += differing({"width": "w", "scale_epochs": "x", "epochs": "epochs", "lrs": "lrs", "lr": "lr",
-                          "weight_decay": "wd", "batch_size": "batch", "val_split": "val", "precision": ""},
-                         paper | dict(width=1, scale_epochs=1, batch_size=128, val_split=0, precision="fp32"))
+    method += differing(score="") + ["bnkeep"] * (args.prune_bn == "keep") + differing(s="s", e="e", p="p")
+    setting = differing(optimizer="", width="w", scale_epochs="x", epochs="epochs", lrs="lrs", lr="lr",
+                        weight_decay="wd", batch_size="batch", val_split="val", precision="")
     setting += ["augment" if args.augment else "noaugment"] * (args.augment != paper["augment"])
     return "-".join(method), "-".join(setting + ["deterministic"] * args.deterministic)
 
@@ -743,27 +742,21 @@ def select_filters(scores, mask, k, target, generator=None):
 
 
 @torch.no_grad()
-def prune_block(block, indices, keep_bn=False):
+def prune_block(block, indices, keep_bn=False, optimizer=None):
     """Removes filters `indices` of `block` for good: weights, bias, batch norm's scale and shift and shortcut become 0.
 
-    With keep_bn only the convolution's weights go (D.1's Prune_L).
+    With keep_bn only the convolution's weights go (D.1's Prune_L). The optimiser's memory of what goes is cleared: what
+    is left of a filter's momentum would move the zeros again.
     """
     indices = indices.to(block.mask.device)
     block.mask[indices] = False
-    block.conv.weight[indices] = 0
     if not keep_bn:
         block.bn_mask[indices] = False
-        for param in (block.conv.bias, block.bn.weight, block.bn.bias):
-            if param is not None:
-                param[indices] = 0
-
-
-def forget_filters(optimizer, block, indices, keep_bn=False):
-    """Clears the optimiser's memory of pruned filters: what is left of their momentum would move the zeros again."""
     for param in [block.conv.weight] if keep_bn else [*block.conv.parameters(), *block.bn.parameters()]:
-        for value in optimizer.state[param].values():
+        param[indices] = 0
+        for value in optimizer.state[param].values() if optimizer else ():
             if torch.is_tensor(value) and value.shape == param.shape:
-                value[indices.to(value.device)] = 0
+                value[indices] = 0
 
 
 def filters_due(model, args, plan, epoch, noise):
@@ -780,7 +773,7 @@ def prune_now(model, optimizer, args, plan, due, noise, generator):
     """Removes (or starts to noise) the filters that are due; returns {layer: their indices}."""
     gone = {}
     for i, k in due.items():
-        layer, keep_bn = plan[i][0], args.prune_bn == "keep"
+        layer = plan[i][0]
         block = model.prunable[layer]
         if noise:
             end_noise(block, noise[i], args)  # scores are taken of the network itself
@@ -789,8 +782,7 @@ def prune_now(model, optimizer, args, plan, due, noise, generator):
         if noise:
             start_noise(block, noise[i], indices, args)
         else:
-            prune_block(block, indices, keep_bn)
-            forget_filters(optimizer, block, indices, keep_bn)
+            prune_block(block, indices, args.prune_bn == "keep", optimizer)
         gone[layer] = indices.tolist()
     use_backend(model, model.backend)
     return gone
@@ -1227,15 +1219,12 @@ def replayed(graphs, name, function, size):
     """
     if graphs is None:
         return function(size)
-    calls, replay = graphs.setdefault((name, size), (0, None))
-    if calls < WARM_UP:
-        graphs[name, size] = calls + 1, None
-        function(size)
-    else:
-        if replay is None:
-            replay = record(lambda: function(size), graphs)
-            graphs[name, size] = calls, replay
-        replay()
+    calls = graphs[name, size, "calls"] = graphs.get((name, size, "calls"), 0) + 1
+    if calls <= WARM_UP:
+        return function(size)
+    if (name, size) not in graphs:
+        graphs[name, size] = record(lambda: function(size), graphs)
+    graphs[name, size]()
 
 
 def record(function, graphs):
@@ -1261,8 +1250,7 @@ def measure_shapes(args, num_classes, data, device):
     args = argparse.Namespace(**vars(args) | {"score": "l2"})  # no step that measures activations is among these
     model = use_backend(build_model(args.model, num_classes, args.width).to(device), "ext")
     optimizer, generators = make_optimizer(model, args), make_generators(args, device)
-    few = {name: data[name] for name in data if name not in ("test", "val")}
-    few["train"] = tuple(t[:SHAPE_STEPS * args.batch_size] for t in data["train"])
+    few = data | {"train": tuple(t[:SHAPE_STEPS * args.batch_size] for t in data["train"])}
     steps = -(-len(few["train"][0]) // args.batch_size)
 
     def epochs_ms():
@@ -1301,12 +1289,11 @@ def choose_shapes(model, shapes, plan, due, steps):
 
 
 def make_optimizer(model, args):
-    if args.optimizer == "adam":
-        on_gpu = next(model.parameters()).is_cuda
-        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # the steps before
-        return torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True,
-                                capturable=on_gpu)
-    return torch.optim.SGD(model.parameters(), args.lr, MOMENTUM, weight_decay=args.weight_decay, fused=True)
+    params, settings = list(model.parameters()), dict(lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(params, momentum=MOMENTUM, **settings)
+    warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # the steps before
+    return torch.optim.Adam(params, capturable=params[0].is_cuda, **settings)
 
 
 def make_generators(args, device):
@@ -1332,8 +1319,7 @@ def train(args):
 
 def stream_of(args):
     """A CUDA stream of its own to work on; on a CPU, nothing."""
-    on_gpu = choose_device(args).type == "cuda"
-    return torch.cuda.stream(torch.cuda.Stream() if on_gpu else None)
+    return torch.cuda.stream(torch.cuda.Stream() if choose_device(args).type == "cuda" else None)
 
 
 def training(args, shared):
@@ -1467,8 +1453,7 @@ def tensorboard(args, directory, first_epoch):
         raise UserError("--tensorboard needs its package: pip install tensorboard, or leave the option out") from None
     with writing(directory), SummaryWriter(directory / "tensorboard", purge_step=first_epoch) as writer:
         def write(record):
-            names = "lr", "train_loss", "train_acc", "test_acc_before", "test_acc", "val_acc", "stability"
-            for name in names:
+            for name in ("lr", "train_loss", "train_acc", "test_acc_before", "test_acc", "val_acc", "stability"):
                 if record[name] is not None:
                     writer.add_scalar(name, record[name], record["epoch"])
             writer.add_scalar("live_filters", sum(record["live"]), record["epoch"])
@@ -1579,20 +1564,26 @@ def state_of(directory):
     return "failed" if (directory / "failed.txt").exists() else "waiting"
 
 
+def by_state(runs):
+    """The directories of runs under each of the states."""
+    found = {state: [] for state in ("done", "running", "failed", "waiting")}
+    for directory in runs:
+        found[state_of(directory)].append(directory)
+    return found
+
+
 def print_plan(runs, retry_failed):
     """--plan: what is left of the runs, in numbers on stderr, as lines on stdout."""
-    states = {directory: state_of(directory) for directory in runs}
-    failed = [directory for directory, state in states.items() if state == "failed" and not retry_failed]
-    running = [directory for directory, state in states.items() if state == "running"]
-    todo = {d: run for d, run in runs.items() if states[d] != "done" and d not in failed + running}
+    finished, running, failed, waiting = by_state(runs).values()
+    left = {*waiting, *failed} if retry_failed else {*waiting}
+    todo = {directory: run for directory, run in runs.items() if directory in left}
     done = [lines_of(directory) for directory in todo]
     epochs = sum(schedule(args)["epochs"] for args, _ in todo.values()) - sum(done)
-    finished = sum(state == "done" for state in states.values())
-    print(f"{len(runs)} runs: {finished} finished, {sum(map(bool, done))} half-done; to do now: "
+    print(f"{len(runs)} runs: {len(finished)} finished, {sum(map(bool, done))} half-done; to do now: "
           f"{len(todo)} runs, {epochs:,} epochs", file=sys.stderr)
     if running:
         print(f"{len(running)} runs are being trained by another process, such as {running[0]}", file=sys.stderr)
-    if failed:
+    if failed and not retry_failed:
         print(f"{len(failed)} runs that failed before are left alone, such as {failed[0]}: "
               f"{why_failed(failed[0])} (--retry-failed trains them again)", file=sys.stderr)
     for dataset, data_dir in {(args.dataset, args.data_dir) for args, _ in todo.values()}:
@@ -1605,37 +1596,36 @@ def print_status(files):
     """--status: a line for each file of runs, named after it, and a line for each run that failed."""
     print(f"{'':12} {'runs':>6} {'done':>6} {'running':>8} {'failed':>7} {'waiting':>8}  time left")
     for file in files:
-        runs, failures, left, pace = read_runs(file), [], [], []
-        states = {directory: state_of(directory) for directory in runs}
-        for directory, (args, _) in runs.items():
-            if states[directory] == "failed":
-                failures.append(f"  failed: {directory}: {why_failed(directory)}")
+        runs, pace = read_runs(file), []
+        done, running, failed, waiting = by_state(runs).values()
+        for directory in runs:
             with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # no epoch, or a damaged one
                 pace.append(float(json.loads((directory / "epochs.jsonl").read_bytes().split(b"\n")[-2])["seconds"]))
-            if states[directory] in ("running", "waiting"):
-                left.append(max(0, schedule(args)["epochs"] - lines_of(directory)))
-        count = [list(states.values()).count(state) for state in ("done", "running", "failed", "waiting")]
-        hours = sum(left) * sum(pace) / max(1, len(pace)) / max(1, count[1]) / 3600
-        time_left = f"{hours:.1f} h, {max(1, count[1])} at once" if pace else "not known"
-        print(f"{pathlib.Path(file).name:12} {len(runs):6} {count[0]:6} {count[1]:8} {count[2]:7} {count[3]:8}  "
-              f"{time_left if left else 'nothing to do'}")
-        print("".join(line + "\n" for line in failures), end="")
+        left = [max(0, schedule(runs[d][0])["epochs"] - lines_of(d)) for d in running + waiting]
+        at_once = max(1, len(running))
+        hours = sum(left) * sum(pace) / max(1, len(pace)) / at_once / 3600
+        time_left = f"{hours:.1f} h, {at_once} at once" if pace else "not known"
+        print(f"{pathlib.Path(file).name:12} {len(runs):6} {len(done):6} {len(running):8} {len(failed):7} "
+              f"{len(waiting):8}  {time_left if left else 'nothing to do'}")
+        for directory in failed:
+            print(f"  failed: {directory}: {why_failed(directory)}")
 
 
 def tell(error):
     """One line on stderr for whatever the user can mend, a traceback for what is a bug; returns the exit code."""
+    line, code = str(error), 1
     if isinstance(error, UserError):
-        line, code = str(error), error.code
+        code = error.code
     elif isinstance(error, torch.OutOfMemoryError):
-        line, code = ("the GPU's memory is full: lower --batch-size or wait for other programs; the same command "
-                      "continues this run"), 1
+        line = ("the GPU's memory is full: lower --batch-size or wait for other programs; the same command continues "
+                "this run")
     elif isinstance(error, OSError):  # a folder that may not even be looked into, and its kind
-        line, code = f"{error}: mend that, or choose other folders with --log-dir and --data-dir", 1
+        line += ": mend that, or choose other folders with --log-dir and --data-dir"
     elif isinstance(error, KeyboardInterrupt):
-        line, code = (f"{str(error) or 'interrupted'}; the same command goes on from the last finished epoch",
-                      143 if str(error) else 130)
+        code = 143 if line else 130
+        line = f"{line or 'interrupted'}; the same command goes on from the last finished epoch"
     else:
-        line, code = "".join(traceback.format_exception(error)).rstrip(), 1
+        line = "".join(traceback.format_exception(error)).rstrip()
     print(f"train.py: {line}", file=sys.stderr)
     return code
 
@@ -1655,25 +1645,26 @@ def train_all(runs, at_once):
 
     at_once: None for one, and on a GPU, once the first run has shown what memory it takes, for as many as fit.
     """
-    waiting, going, shared, failed, limit = list(runs.items()), [], {}, 0, at_once or 1
+    waiting, going, streams, shared, failed, limit = list(runs), {}, {}, {}, 0, at_once or 1
     try:
         while waiting or going:
             while waiting and len(going) < limit:
-                directory, (args, line) = waiting.pop(0)
-                going.append((training(args, shared), args, line, directory, []))
-            for turn in list(going):
-                run, args, line, directory, stream = turn
+                directory = waiting.pop(0)
+                going[directory] = training(runs[directory][0], shared)
+            for directory, run in list(going.items()):
+                args, line = runs[directory]
                 try:
-                    stream[:] = stream or [stream_of(args)]
-                    with stream[0]:
+                    if directory not in streams:
+                        streams[directory] = stream_of(args)
+                    with streams[directory]:
                         next(run)
                 except StopIteration:
-                    going.remove(turn)
+                    del going[directory]
                 except Exception as error:
-                    going.remove(turn)
+                    del going[directory]
                     if going and isinstance(error, torch.OutOfMemoryError):
                         limit = at_once = len(going)
-                        waiting.append((directory, (args, line)))
+                        waiting.append(directory)
                         print(f"train.py: the GPU's memory holds {limit} runs at once: {directory} goes on when one of "
                               "them has ended", file=sys.stderr)
                         continue
@@ -1686,31 +1677,28 @@ def train_all(runs, at_once):
     finally:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # each run's stream, which is not the one that works from here on
-        for run, *_ in going:
+        for run in going.values():
             run.close()  # which writes the checkpoints that are not on disk yet
     require(not failed, f"{failed} of {len(runs)} runs failed; the same command continues them", 1)
 
 
-def run(argv):
-    args = parse_options(argv)
-    keep_freed_memory()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, terminate)
-    if args.plan:
-        print_plan(read_runs(args.plan), args.retry_failed)
-    elif args.status:
-        print_status(args.status)
-    elif args.runs:
-        train_all(read_runs(args.runs), args.at_once)
-    elif args.seeds:
-        train_all(runs_of([argv]), args.at_once)
-    else:
-        train(args)
-
-
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        run(sys.argv[1:] if argv is None else argv)
+        args = parse_options(argv)
+        keep_freed_memory()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, terminate)
+        if args.plan:
+            print_plan(read_runs(args.plan), args.retry_failed)
+        elif args.status:
+            print_status(args.status)
+        elif args.runs:
+            train_all(read_runs(args.runs), args.at_once)
+        elif args.seeds:
+            train_all(runs_of([argv]), args.at_once)
+        else:
+            train(args)
         return 0
     except (Exception, KeyboardInterrupt) as error:
         return tell(error)
