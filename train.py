@@ -67,6 +67,8 @@ ADAM_PRUNING = {  # B.1
     "vgg": dict(s=[3, 4, 5, 6], e=[150, 150, 150, 275], p=[0.3, 0.3, 0.3, 0.9], r=40, score="l2", save_epoch=315),
     "resnet": dict(s=[7, 8, 9, 10], e=[150, 150, 170, 275], p=[0.25, 0.4, 0.25, 0.95], r=40, score="act", save_epoch=0),
 }
+DEFAULTS = dict(dataset="cifar10", width=1.0, scale_epochs=1.0, batch_size=128, test_batch_size=128, val_split=0,
+                precision="fp32", deterministic=False)  # of what else decides a result, for every model
 NOT_THE_RESULT = ("log_dir", "data_dir", "device", "backend", "save_epoch", "tensorboard", "seeds", "runs", "at_once",
                   "plan", "retry_failed", "status")  # not what a run computes
 GRAPHED = ("cuda",)  # devices whose steps are captured in graphs
@@ -148,11 +150,11 @@ def make_parser():
     flag = argparse.BooleanOptionalAction
     add = parser.add_argument_group("network and data").add_argument
     add("--model", choices=PRUNABLE_BLOCKS, default="vgg11", help="(default: vgg11)")
-    add("--width", type=float, default=1.0, help="multiplies every channel count (default: 1)")
-    add("--dataset", default="cifar10", help="cifar10, cifar100, digits, a .npz file, or a folder with train/ and "
-        "test/ class folders of images (default: cifar10)")
+    add("--width", type=float, help="multiplies every channel count (default: 1)")
+    add("--dataset", help="cifar10, cifar100, digits, a .npz file, or a folder with train/ and test/ class folders of "
+        "images (default: cifar10)")
     add("--data-dir", default="data", help="where <dataset>.npz lies or is put (default: data)")
-    add("--val-split", type=int, default=0, metavar="N", help="hold N training images out to validate (default: 0)")
+    add("--val-split", type=int, metavar="N", help="hold N training images out to validate (default: 0)")
     add("--augment", action=flag, help="random crop and flip (default: the paper's)")
 
     add = parser.add_argument_group("pruning (defaults: the paper's for the model, listed below)").add_argument
@@ -179,11 +181,11 @@ def make_parser():
     add("--optimizer", choices=OPTIMIZERS, help="(default: the paper's for the model)")
     add("--lr", type=float, help="initial learning rate")
     add("--weight-decay", type=float)
-    add("--batch-size", type=int, default=128, help="(default: 128)")
-    add("--test-batch-size", type=int, default=128, help="each adds its noise in a noise run (default: 128)")
+    add("--batch-size", type=int, help="(default: 128)")
+    add("--test-batch-size", type=int, help="each adds its noise in a noise run (default: 128)")
     add("--epochs", type=int)
     add("--lrs", type=repeated(int), nargs="*", metavar="epoch", help="epochs that divide the learning rate by ten")
-    add("--scale-epochs", type=float, default=1.0, metavar="F",
+    add("--scale-epochs", type=float, metavar="F",
         help="multiply epochs, lrs, s, e and r by F, each rounded, r at least 1 (default: 1)")
     add("--seed", type=int, default=1, help="(default: 1)")
 
@@ -191,8 +193,8 @@ def make_parser():
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     add("--backend", choices=("auto", "ext", "eager"), default="auto", help="who computes the blocks: the extension, "
         "live filters only, or plain PyTorch, masked; auto is ext where it is built (default: auto)")
-    add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="(default: fp32)")
-    add("--deterministic", action=flag, default=False,
+    add("--precision", choices=("fp32", "tf32", "bf16"), help="(default: fp32)")
+    add("--deterministic", action=flag,
         help="CUDA: only deterministic kernels; CPU runs repeat exactly anyway (default: no)")
     add("--log-dir", default="logs", help="(default: logs)")
     add("--save-epoch", type=int, metavar="N", help="also keep the weights after the N-th epoch, as epoch<N>.pt; 0: no")
@@ -207,6 +209,7 @@ def make_parser():
         "data, and print their lines")
     add("--retry-failed", action=flag, default=False, help="count failed runs as left in --plan (default: no)")
     add("--status", metavar="FILE", nargs="+", help="train nothing: say what became of the runs listed in each FILE")
+    parser.set_defaults(**DEFAULTS)
     return parser
 
 
@@ -242,13 +245,11 @@ def parse_options(argv):
         args.noise_batches, args.noise_filters = args.noise_batches or 1, args.noise_filters or "newest"
         args.noise_restore = bool(args.noise_restore)
 
-    lengths = {name: len(getattr(args, name)) for name in "sep"}
-    counts = ", ".join(f"{n} (--{name}{'' if name in given else ', the default'})" for name, n in lengths.items())
-    require(len(set(lengths.values())) == 1 or args.scratch,
+    counts = ", ".join(f"{len(getattr(args, k))} (--{k}{'' if k in given else ', the default'})" for k in "sep")
+    require(len(args.s) == len(args.e) == len(args.p) or args.scratch,
             f"--s, --e and --p need one value for each pruned layer: there are {counts}")
-    n_max = PRUNABLE_BLOCKS[args.model]
-    require(len(args.p) <= n_max,
-            f"--p has {len(args.p)} values, but {args.model} has {n_max} layers to prune: give fewer")
+    n = PRUNABLE_BLOCKS[args.model]
+    require(len(args.p) <= n, f"--p has {len(args.p)} values, but {args.model} has {n} layers to prune: give fewer")
     require(all(0 <= p < 1 for p in args.p), f"--p {short(args.p)}: give fractions from 0 to below 1, since a layer "
             "without filters cuts the network in two")
     for s, e in zip(args.s, args.e):
@@ -283,13 +284,12 @@ def schedule(args):
 
 def run_name(args):
     """(method, setting): what is done to the filters, and all else that differs from the paper's, "" if nothing."""
-    paper = paper_settings(args.model, args.optimizer) | dict(
-        optimizer=paper_settings(args.model)["optimizer"], width=1, scale_epochs=1, batch_size=128, test_batch_size=128,
-        val_split=0, precision="fp32")
+    optimizer = paper_settings(args.model)["optimizer"]
+    usual = paper_settings(args.model, args.optimizer) | DEFAULTS | {"optimizer": optimizer}
 
     def differing(**labels):
         return [label + short(getattr(args, name)) for name, label in labels.items()
-                if getattr(args, name) not in (None, paper[name])]
+                if getattr(args, name) not in (None, usual[name])]
 
     if args.noise != "none":
         method = [args.noise, str(args.noise_batches)] + [args.target] * (args.target != "L") + differing(r="r")
@@ -302,7 +302,7 @@ def run_name(args):
     method += differing(score="") + ["bnkeep"] * (args.prune_bn == "keep") + differing(s="s", e="e", p="p")
     setting = differing(optimizer="", width="w", scale_epochs="x", epochs="epochs", lrs="lrs", lr="lr",
                         weight_decay="wd", batch_size="batch", val_split="val", precision="")
-    setting += ["augment" if args.augment else "noaugment"] * (args.augment != paper["augment"])
+    setting += ["augment" if args.augment else "noaugment"] * (args.augment != usual["augment"])
     return "-".join(method), "-".join(setting + ["deterministic"] * args.deterministic)
 
 
@@ -417,8 +417,7 @@ def put_on_device(data, device, val_split=0):
     images are the same for every seed, so that runs differ in what they learn and not in what judges them.
     """
     train_x, train_y = data["train_x"], data["train_y"]
-    require(val_split < len(train_x), f"--val-split {val_split} leaves nothing of {len(train_x)} training images: give "
-            "fewer")
+    require(val_split < len(train_x), f"--val-split {val_split} leaves none of {len(train_x)} images: give fewer")
     splits = {"test": (data["test_x"], data["test_y"])}
     if val_split:
         order = np.random.RandomState(0).permutation(len(train_x))
@@ -832,7 +831,7 @@ def noise_pass(block, state, args, generator, training):
 
 def end_noise_if_due(block, state, args):
     """Called after every batch, that is after the optimiser's step: K = 1 is a single pass, else K training passes."""
-    if state["active"] is not None and (args.noise_batches == 1 or state["train"] == args.noise_batches):
+    if args.noise_batches == 1 or state["train"] == args.noise_batches:
         end_noise(block, state, args)
 
 
@@ -875,9 +874,8 @@ def write_atomically(path, content, check=None):
             if check:
                 check()
             os.replace(partial, path)
-        except BaseException:
+        finally:
             partial.unlink(missing_ok=True)
-            raise
 
 
 def write_json(path, value):
@@ -1335,11 +1333,12 @@ def training(args, shared):
     source = args.dataset, args.data_dir, args.val_split, args.augment, device
     if source not in shared:
         arrays = load_data(args.dataset, args.data_dir)
-        shared[source] = arrays, put_on_device(arrays, device, args.val_split)
+        data = put_on_device(arrays, device, args.val_split)
         if args.augment:
-            shared[source][1]["padded"] = F.pad(shared[source][1]["train"][0], (0, 0, *[CROP_PADDING] * 4))
+            data["padded"] = F.pad(data["train"][0], (0, 0, *[CROP_PADDING] * 4))
         if device.type == "cuda":
             torch.cuda.synchronize()  # the other runs' streams do not wait for this one
+        shared[source] = arrays, data
     with claimed(directory) as still_ours, failure_noted(directory, still_ours):
         return (yield from epochs_of(args, directory, device, *shared[source], shared, still_ours))
 
@@ -1389,8 +1388,7 @@ def epochs_of(args, directory, device, arrays, data, shared, still_ours):
             lr = args.lr * 0.1 ** sum(epoch >= x for x in times["lrs"])
             if graphs and lr != optimizer.param_groups[0]["lr"]:
                 graphs.clear()
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            optimizer.param_groups[0]["lr"] = lr
             totals, step = train_epoch(model, data, optimizer, args, generators, step, **hooks)
             test_acc = before = evaluate(model, data, "test", args, **hooks)
             yield
@@ -1543,10 +1541,10 @@ def runs_of(commands):
     return runs
 
 
-def lines_of(directory):
-    """How many epochs a run has logged."""
+def log_of(directory):
+    """The lines of the epochs that a run has logged."""
     log = directory / "epochs.jsonl"
-    return log.read_bytes().count(b"\n") if log.exists() else 0
+    return log.read_bytes().split(b"\n")[:-1] if log.exists() else []
 
 
 def state_of(directory):
@@ -1577,7 +1575,7 @@ def print_plan(runs, retry_failed):
     finished, running, failed, waiting = by_state(runs).values()
     left = {*waiting, *failed} if retry_failed else {*waiting}
     todo = {directory: run for directory, run in runs.items() if directory in left}
-    done = [lines_of(directory) for directory in todo]
+    done = [len(log_of(directory)) for directory in todo]
     epochs = sum(schedule(args)["epochs"] for args, _ in todo.values()) - sum(done)
     print(f"{len(runs)} runs: {len(finished)} finished, {sum(map(bool, done))} half-done; to do now: "
           f"{len(todo)} runs, {epochs:,} epochs", file=sys.stderr)
@@ -1600,8 +1598,8 @@ def print_status(files):
         done, running, failed, waiting = by_state(runs).values()
         for directory in runs:
             with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # no epoch, or a damaged one
-                pace.append(float(json.loads((directory / "epochs.jsonl").read_bytes().split(b"\n")[-2])["seconds"]))
-        left = [max(0, schedule(runs[d][0])["epochs"] - lines_of(d)) for d in running + waiting]
+                pace.append(float(json.loads(log_of(directory)[-1])["seconds"]))
+        left = [max(0, schedule(runs[d][0])["epochs"] - len(log_of(d))) for d in running + waiting]
         at_once = max(1, len(running))
         hours = sum(left) * sum(pace) / max(1, len(pace)) / at_once / 3600
         time_left = f"{hours:.1f} h, {at_once} at once" if pace else "not known"
