@@ -243,11 +243,10 @@ def rest_command(name, dataset, setting, found):
         seeds = list(range(1, {"tabF1": 4, "figB1": 2}.get(target, 11)))
     else:
         options = found[0]["config"]["options"]
-        defaults = train.paper_settings(options["model"], options.get("optimizer"))
-        defaults |= dict(dataset="cifar10", width=1.0, scale_epochs=1.0, batch_size=128, val_split=0, precision="fp32",
-                         deterministic=False)
+        defaults = train.paper_settings(options["model"], options.get("optimizer")) | train.DEFAULTS
         different = {k: options[k] for k, default in defaults.items() if options.get(k, default) != default
-                     and k not in ("optimizer", "s", "e", "p", "r", "score", "save_epoch")}  # those are the method's
+                     and k not in ("optimizer", "s", "e", "p", "r", "score", "save_epoch",
+                                   "test_batch_size")}  # those are the method's
         quick = {"dataset": "digits", "width": 0.25, "val_split": 300}
         more = ["--quick"] if quick.items() <= different.items() else ["--"]
         for k, value in different.items() if more == ["--"] else ():

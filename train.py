@@ -67,6 +67,8 @@ ADAM_PRUNING = {  # B.1
     "vgg": dict(s=[3, 4, 5, 6], e=[150, 150, 150, 275], p=[0.3, 0.3, 0.3, 0.9], r=40, score="l2", save_epoch=315),
     "resnet": dict(s=[7, 8, 9, 10], e=[150, 150, 170, 275], p=[0.25, 0.4, 0.25, 0.95], r=40, score="act", save_epoch=0),
 }
+DEFAULTS = dict(dataset="cifar10", width=1.0, scale_epochs=1.0, batch_size=128, test_batch_size=128, val_split=0,
+                precision="fp32", deterministic=False)  # of what else decides a result, for every model
 NOT_THE_RESULT = ("log_dir", "data_dir", "device", "backend", "save_epoch", "tensorboard", "seeds", "runs", "at_once",
                   "plan", "retry_failed", "status")  # not what a run computes
 GRAPHED = ("cuda",)  # devices whose steps are captured in graphs
@@ -148,11 +150,11 @@ def make_parser():
     flag = argparse.BooleanOptionalAction
     add = parser.add_argument_group("network and data").add_argument
     add("--model", choices=PRUNABLE_BLOCKS, default="vgg11", help="(default: vgg11)")
-    add("--width", type=float, default=1.0, help="multiplies every channel count (default: 1)")
-    add("--dataset", default="cifar10", help="cifar10, cifar100, digits, a .npz file, or a folder with train/ and "
-        "test/ class folders of images (default: cifar10)")
+    add("--width", type=float, help="multiplies every channel count (default: 1)")
+    add("--dataset", help="cifar10, cifar100, digits, a .npz file, or a folder with train/ and test/ class folders of "
+        "images (default: cifar10)")
     add("--data-dir", default="data", help="where <dataset>.npz lies or is put (default: data)")
-    add("--val-split", type=int, default=0, metavar="N", help="hold N training images out to validate (default: 0)")
+    add("--val-split", type=int, metavar="N", help="hold N training images out to validate (default: 0)")
     add("--augment", action=flag, help="random crop and flip (default: the paper's)")
 
     add = parser.add_argument_group("pruning (defaults: the paper's for the model, listed below)").add_argument
@@ -179,11 +181,11 @@ def make_parser():
     add("--optimizer", choices=OPTIMIZERS, help="(default: the paper's for the model)")
     add("--lr", type=float, help="initial learning rate")
     add("--weight-decay", type=float)
-    add("--batch-size", type=int, default=128, help="(default: 128)")
-    add("--test-batch-size", type=int, default=128, help="each adds its noise in a noise run (default: 128)")
+    add("--batch-size", type=int, help="(default: 128)")
+    add("--test-batch-size", type=int, help="each adds its noise in a noise run (default: 128)")
     add("--epochs", type=int)
     add("--lrs", type=repeated(int), nargs="*", metavar="epoch", help="epochs that divide the learning rate by ten")
-    add("--scale-epochs", type=float, default=1.0, metavar="F",
+    add("--scale-epochs", type=float, metavar="F",
         help="multiply epochs, lrs, s, e and r by F, each rounded, r at least 1 (default: 1)")
     add("--seed", type=int, default=1, help="(default: 1)")
 
@@ -191,8 +193,8 @@ def make_parser():
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     add("--backend", choices=("auto", "ext", "eager"), default="auto", help="who computes the blocks: the extension, "
         "live filters only, or plain PyTorch, masked; auto is ext where it is built (default: auto)")
-    add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="(default: fp32)")
-    add("--deterministic", action=flag, default=False,
+    add("--precision", choices=("fp32", "tf32", "bf16"), help="(default: fp32)")
+    add("--deterministic", action=flag,
         help="CUDA: only deterministic kernels; CPU runs repeat exactly anyway (default: no)")
     add("--log-dir", default="logs", help="(default: logs)")
     add("--save-epoch", type=int, metavar="N", help="also keep the weights after the N-th epoch, as epoch<N>.pt; 0: no")
@@ -207,6 +209,7 @@ def make_parser():
         "data, and print their lines")
     add("--retry-failed", action=flag, default=False, help="count failed runs as left in --plan (default: no)")
     add("--status", metavar="FILE", nargs="+", help="train nothing: say what became of the runs listed in each FILE")
+    parser.set_defaults(**DEFAULTS)
     return parser
 
 
@@ -242,15 +245,13 @@ def parse_options(argv):
         args.noise_batches, args.noise_filters = args.noise_batches or 1, args.noise_filters or "newest"
         args.noise_restore = bool(args.noise_restore)
 
-    lengths = {f"--{name}": len(getattr(args, name)) for name in "sep"}
-    counts = ", ".join(f"{n} ({k}{'' if k[2:] in given else ', the default'})" for k, n in lengths.items())
-    require(len(set(lengths.values())) == 1 or args.scratch,
+    counts = ", ".join(f"{len(getattr(args, k))} (--{k}{'' if k in given else ', the default'})" for k in "sep")
+    require(len(args.s) == len(args.e) == len(args.p) or args.scratch,
             f"--s, --e and --p need one value for each pruned layer: there are {counts}")
-    n_max = PRUNABLE_BLOCKS[args.model]
-    require(len(args.p) <= n_max,
-            f"--p has {len(args.p)} values, but {args.model} has {n_max} layers to prune: give fewer")
-    require(all(0 <= p <= 1 for p in args.p), f"--p {short(args.p)}: give fractions from 0 to below 1")
-    require(max(args.p) < 1, "--p 1 prunes a whole layer, which cuts the network in two: give less than 1")
+    n = PRUNABLE_BLOCKS[args.model]
+    require(len(args.p) <= n, f"--p has {len(args.p)} values, but {args.model} has {n} layers to prune: give fewer")
+    require(all(0 <= p < 1 for p in args.p), f"--p {short(args.p)}: give fractions from 0 to below 1, since a layer "
+            "without filters cuts the network in two")
     for s, e in zip(args.s, args.e):
         require(0 <= s <= e, f"pruning starts at epoch {s} and ends at {e}: each s must be 0 or more and at most its e")
     if not pruning or args.scratch:
@@ -283,27 +284,25 @@ def schedule(args):
 
 def run_name(args):
     """(method, setting): what is done to the filters, and all else that differs from the paper's, "" if nothing."""
-    paper = paper_settings(args.model, args.optimizer)
+    optimizer = paper_settings(args.model)["optimizer"]
+    usual = paper_settings(args.model, args.optimizer) | DEFAULTS | {"optimizer": optimizer}
 
-    def differing(labels, defaults):
+    def differing(**labels):
         return [label + short(getattr(args, name)) for name, label in labels.items()
-                if getattr(args, name) not in (None, defaults[name])]
+                if getattr(args, name) not in (None, usual[name])]
 
     if args.noise != "none":
-        method = [args.noise, str(args.noise_batches)] + [args.target] * (args.target != "L")
-        method += differing({"r": "r"}, paper) + [args.noise_filters] * (args.noise_filters != "newest")
-        method += ["restore"] * args.noise_restore + differing({"test_batch_size": "tb"}, {"test_batch_size": 128})
+        method = [args.noise, str(args.noise_batches)] + [args.target] * (args.target != "L") + differing(r="r")
+        method += [args.noise_filters] * (args.noise_filters != "newest") + ["restore"] * args.noise_restore
+        method += differing(test_batch_size="tb")
     elif args.scratch:
         method = ["scratch", args.target]
     else:
         method = [args.target] + [f"r{args.r}"] * (args.target != "none")
-    method += differing({"score": ""}, paper) + ["bnkeep"] * (args.prune_bn == "keep")
-    method += differing({name: name for name in "sep"}, paper)
-    setting = differing({"optimizer": ""}, paper_settings(args.model))
-    setting += differing({"width": "w", "scale_epochs": "x", "epochs": "epochs", "lrs": "lrs", "lr": "lr",
-                          "weight_decay": "wd", "batch_size": "batch", "val_split": "val", "precision": ""},
-                         paper | dict(width=1, scale_epochs=1, batch_size=128, val_split=0, precision="fp32"))
-    setting += ["augment" if args.augment else "noaugment"] * (args.augment != paper["augment"])
+    method += differing(score="") + ["bnkeep"] * (args.prune_bn == "keep") + differing(s="s", e="e", p="p")
+    setting = differing(optimizer="", width="w", scale_epochs="x", epochs="epochs", lrs="lrs", lr="lr",
+                        weight_decay="wd", batch_size="batch", val_split="val", precision="")
+    setting += ["augment" if args.augment else "noaugment"] * (args.augment != usual["augment"])
     return "-".join(method), "-".join(setting + ["deterministic"] * args.deterministic)
 
 
@@ -418,8 +417,7 @@ def put_on_device(data, device, val_split=0):
     images are the same for every seed, so that runs differ in what they learn and not in what judges them.
     """
     train_x, train_y = data["train_x"], data["train_y"]
-    require(val_split < len(train_x), f"--val-split {val_split} leaves nothing of {len(train_x)} training images: give "
-            "fewer")
+    require(val_split < len(train_x), f"--val-split {val_split} leaves none of {len(train_x)} images: give fewer")
     splits = {"test": (data["test_x"], data["test_y"])}
     if val_split:
         order = np.random.RandomState(0).permutation(len(train_x))
@@ -746,27 +744,21 @@ def select_filters(scores, mask, k, target, generator=None):
 
 
 @torch.no_grad()
-def prune_block(block, indices, keep_bn=False):
+def prune_block(block, indices, keep_bn=False, optimizer=None):
     """Removes filters `indices` of `block` for good: weights, bias, batch norm's scale and shift and shortcut become 0.
 
-    With keep_bn only the convolution's weights go (D.1's Prune_L).
+    With keep_bn only the convolution's weights go (D.1's Prune_L). The optimiser's memory of what goes is cleared: what
+    is left of a filter's momentum would move the zeros again.
     """
     indices = indices.to(block.mask.device)
     block.mask[indices] = False
-    block.conv.weight[indices] = 0
     if not keep_bn:
         block.bn_mask[indices] = False
-        for param in (block.conv.bias, block.bn.weight, block.bn.bias):
-            if param is not None:
-                param[indices] = 0
-
-
-def forget_filters(optimizer, block, indices, keep_bn=False):
-    """Clears the optimiser's memory of pruned filters: what is left of their momentum would move the zeros again."""
     for param in [block.conv.weight] if keep_bn else [*block.conv.parameters(), *block.bn.parameters()]:
-        for value in optimizer.state[param].values():
+        param[indices] = 0
+        for value in optimizer.state[param].values() if optimizer else ():
             if torch.is_tensor(value) and value.shape == param.shape:
-                value[indices.to(value.device)] = 0
+                value[indices] = 0
 
 
 def filters_due(model, args, plan, epoch, noise):
@@ -783,7 +775,7 @@ def prune_now(model, optimizer, args, plan, due, noise, generator):
     """Removes (or starts to noise) the filters that are due; returns {layer: their indices}."""
     gone = {}
     for i, k in due.items():
-        layer, keep_bn = plan[i][0], args.prune_bn == "keep"
+        layer = plan[i][0]
         block = model.prunable[layer]
         if noise:
             end_noise(block, noise[i], args)  # scores are taken of the network itself
@@ -792,8 +784,7 @@ def prune_now(model, optimizer, args, plan, due, noise, generator):
         if noise:
             start_noise(block, noise[i], indices, args)
         else:
-            prune_block(block, indices, keep_bn)
-            forget_filters(optimizer, block, indices, keep_bn)
+            prune_block(block, indices, args.prune_bn == "keep", optimizer)
         gone[layer] = indices.tolist()
     use_backend(model, model.backend)
     return gone
@@ -843,7 +834,7 @@ def noise_pass(block, state, args, generator, training):
 
 def end_noise_if_due(block, state, args):
     """Called after every batch, that is after the optimiser's step: K = 1 is a single pass, else K training passes."""
-    if state["active"] is not None and (args.noise_batches == 1 or state["train"] == args.noise_batches):
+    if args.noise_batches == 1 or state["train"] == args.noise_batches:
         end_noise(block, state, args)
 
 
@@ -886,9 +877,8 @@ def write_atomically(path, content, check=None):
             if check:
                 check()
             os.replace(partial, path)
-        except BaseException:
+        finally:
             partial.unlink(missing_ok=True)
-            raise
 
 
 def write_json(path, value):
@@ -1230,15 +1220,12 @@ def replayed(graphs, name, function, size):
     """
     if graphs is None:
         return function(size)
-    calls, replay = graphs.setdefault((name, size), (0, None))
-    if calls < WARM_UP:
-        graphs[name, size] = calls + 1, None
-        function(size)
-    else:
-        if replay is None:
-            replay = record(lambda: function(size), graphs)
-            graphs[name, size] = calls, replay
-        replay()
+    calls = graphs[name, size, "calls"] = graphs.get((name, size, "calls"), 0) + 1
+    if calls <= WARM_UP:
+        return function(size)
+    if (name, size) not in graphs:
+        graphs[name, size] = record(lambda: function(size), graphs)
+    graphs[name, size]()
 
 
 def record(function, graphs):
@@ -1264,8 +1251,7 @@ def measure_shapes(args, num_classes, data, device):
     args = argparse.Namespace(**vars(args) | {"score": "l2"})  # no step that measures activations is among these
     model = use_backend(build_model(args.model, num_classes, args.width).to(device), "ext")
     optimizer, generators = make_optimizer(model, args), make_generators(args, device)
-    few = {name: data[name] for name in data if name not in ("test", "val")}
-    few["train"] = tuple(t[:SHAPE_STEPS * args.batch_size] for t in data["train"])
+    few = data | {"train": tuple(t[:SHAPE_STEPS * args.batch_size] for t in data["train"])}
     steps = -(-len(few["train"][0]) // args.batch_size)
 
     def epochs_ms():
@@ -1304,12 +1290,11 @@ def choose_shapes(model, shapes, plan, due, steps):
 
 
 def make_optimizer(model, args):
-    if args.optimizer == "adam":
-        on_gpu = next(model.parameters()).is_cuda
-        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # the steps before
-        return torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True,
-                                capturable=on_gpu)
-    return torch.optim.SGD(model.parameters(), args.lr, MOMENTUM, weight_decay=args.weight_decay, fused=True)
+    params, settings = list(model.parameters()), dict(lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(params, momentum=MOMENTUM, **settings)
+    warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # the steps before
+    return torch.optim.Adam(params, capturable=params[0].is_cuda, **settings)
 
 
 def make_generators(args, device):
@@ -1335,8 +1320,7 @@ def train(args):
 
 def stream_of(args):
     """A CUDA stream of its own to work on; on a CPU, nothing."""
-    on_gpu = choose_device(args).type == "cuda"
-    return torch.cuda.stream(torch.cuda.Stream() if on_gpu else None)
+    return torch.cuda.stream(torch.cuda.Stream() if choose_device(args).type == "cuda" else None)
 
 
 def training(args, shared):
@@ -1352,11 +1336,12 @@ def training(args, shared):
     source = args.dataset, args.data_dir, args.val_split, args.augment, device
     if source not in shared:
         arrays = load_data(args.dataset, args.data_dir)
-        shared[source] = arrays, put_on_device(arrays, device, args.val_split)
+        data = put_on_device(arrays, device, args.val_split)
         if args.augment:
-            shared[source][1]["padded"] = F.pad(shared[source][1]["train"][0], (0, 0, *[CROP_PADDING] * 4))
+            data["padded"] = F.pad(data["train"][0], (0, 0, *[CROP_PADDING] * 4))
         if device.type == "cuda":
             torch.cuda.synchronize()  # the other runs' streams do not wait for this one
+        shared[source] = arrays, data
     with claimed(directory) as still_ours, failure_noted(directory, still_ours):
         return (yield from epochs_of(args, directory, device, *shared[source], shared, still_ours))
 
@@ -1406,8 +1391,7 @@ def epochs_of(args, directory, device, arrays, data, shared, still_ours):
             lr = args.lr * 0.1 ** sum(epoch >= x for x in times["lrs"])
             if graphs and lr != optimizer.param_groups[0]["lr"]:
                 graphs.clear()
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            optimizer.param_groups[0]["lr"] = lr
             totals, step = train_epoch(model, data, optimizer, args, generators, step, **hooks)
             test_acc = before = evaluate(model, data, "test", args, **hooks)
             yield
@@ -1470,8 +1454,7 @@ def tensorboard(args, directory, first_epoch):
         raise UserError("--tensorboard needs its package: pip install tensorboard, or leave the option out") from None
     with writing(directory), SummaryWriter(directory / "tensorboard", purge_step=first_epoch) as writer:
         def write(record):
-            names = "lr", "train_loss", "train_acc", "test_acc_before", "test_acc", "val_acc", "stability"
-            for name in names:
+            for name in ("lr", "train_loss", "train_acc", "test_acc_before", "test_acc", "val_acc", "stability"):
                 if record[name] is not None:
                     writer.add_scalar(name, record[name], record["epoch"])
             writer.add_scalar("live_filters", sum(record["live"]), record["epoch"])
@@ -1561,10 +1544,10 @@ def runs_of(commands):
     return runs
 
 
-def lines_of(directory):
-    """How many epochs a run has logged."""
+def log_of(directory):
+    """The lines of the epochs that a run has logged."""
     log = directory / "epochs.jsonl"
-    return log.read_bytes().count(b"\n") if log.exists() else 0
+    return log.read_bytes().split(b"\n")[:-1] if log.exists() else []
 
 
 def state_of(directory):
@@ -1582,20 +1565,26 @@ def state_of(directory):
     return "failed" if (directory / "failed.txt").exists() else "waiting"
 
 
+def by_state(runs):
+    """The directories of runs under each of the states."""
+    found = {state: [] for state in ("done", "running", "failed", "waiting")}
+    for directory in runs:
+        found[state_of(directory)].append(directory)
+    return found
+
+
 def print_plan(runs, retry_failed):
     """--plan: what is left of the runs, in numbers on stderr, as lines on stdout."""
-    states = {directory: state_of(directory) for directory in runs}
-    failed = [directory for directory, state in states.items() if state == "failed" and not retry_failed]
-    running = [directory for directory, state in states.items() if state == "running"]
-    todo = {d: run for d, run in runs.items() if states[d] != "done" and d not in failed + running}
-    done = [lines_of(directory) for directory in todo]
+    finished, running, failed, waiting = by_state(runs).values()
+    left = {*waiting, *failed} if retry_failed else {*waiting}
+    todo = {directory: run for directory, run in runs.items() if directory in left}
+    done = [len(log_of(directory)) for directory in todo]
     epochs = sum(schedule(args)["epochs"] for args, _ in todo.values()) - sum(done)
-    finished = sum(state == "done" for state in states.values())
-    print(f"{len(runs)} runs: {finished} finished, {sum(map(bool, done))} half-done; to do now: "
+    print(f"{len(runs)} runs: {len(finished)} finished, {sum(map(bool, done))} half-done; to do now: "
           f"{len(todo)} runs, {epochs:,} epochs", file=sys.stderr)
     if running:
         print(f"{len(running)} runs are being trained by another process, such as {running[0]}", file=sys.stderr)
-    if failed:
+    if failed and not retry_failed:
         print(f"{len(failed)} runs that failed before are left alone, such as {failed[0]}: "
               f"{why_failed(failed[0])} (--retry-failed trains them again)", file=sys.stderr)
     for dataset, data_dir in {(args.dataset, args.data_dir) for args, _ in todo.values()}:
@@ -1608,37 +1597,36 @@ def print_status(files):
     """--status: a line for each file of runs, named after it, and a line for each run that failed."""
     print(f"{'':12} {'runs':>6} {'done':>6} {'running':>8} {'failed':>7} {'waiting':>8}  time left")
     for file in files:
-        runs, failures, left, pace = read_runs(file), [], [], []
-        states = {directory: state_of(directory) for directory in runs}
-        for directory, (args, _) in runs.items():
-            if states[directory] == "failed":
-                failures.append(f"  failed: {directory}: {why_failed(directory)}")
+        runs, pace = read_runs(file), []
+        done, running, failed, waiting = by_state(runs).values()
+        for directory in runs:
             with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # no epoch, or a damaged one
-                pace.append(float(json.loads((directory / "epochs.jsonl").read_bytes().split(b"\n")[-2])["seconds"]))
-            if states[directory] in ("running", "waiting"):
-                left.append(max(0, schedule(args)["epochs"] - lines_of(directory)))
-        count = [list(states.values()).count(state) for state in ("done", "running", "failed", "waiting")]
-        hours = sum(left) * sum(pace) / max(1, len(pace)) / max(1, count[1]) / 3600
-        time_left = f"{hours:.1f} h, {max(1, count[1])} at once" if pace else "not known"
-        print(f"{pathlib.Path(file).name:12} {len(runs):6} {count[0]:6} {count[1]:8} {count[2]:7} {count[3]:8}  "
-              f"{time_left if left else 'nothing to do'}")
-        print("".join(line + "\n" for line in failures), end="")
+                pace.append(float(json.loads(log_of(directory)[-1])["seconds"]))
+        left = [max(0, schedule(runs[d][0])["epochs"] - len(log_of(d))) for d in running + waiting]
+        at_once = max(1, len(running))
+        hours = sum(left) * sum(pace) / max(1, len(pace)) / at_once / 3600
+        time_left = f"{hours:.1f} h, {at_once} at once" if pace else "not known"
+        print(f"{pathlib.Path(file).name:12} {len(runs):6} {len(done):6} {len(running):8} {len(failed):7} "
+              f"{len(waiting):8}  {time_left if left else 'nothing to do'}")
+        for directory in failed:
+            print(f"  failed: {directory}: {why_failed(directory)}")
 
 
 def tell(error):
     """One line on stderr for whatever the user can mend, a traceback for what is a bug; returns the exit code."""
+    line, code = str(error), 1
     if isinstance(error, UserError):
-        line, code = str(error), error.code
+        code = error.code
     elif isinstance(error, torch.OutOfMemoryError):
-        line, code = ("the GPU's memory is full: lower --batch-size or wait for other programs; the same command "
-                      "continues this run"), 1
+        line = ("the GPU's memory is full: lower --batch-size or wait for other programs; the same command continues "
+                "this run")
     elif isinstance(error, OSError):  # a folder that may not even be looked into, and its kind
-        line, code = f"{error}: mend that, or choose other folders with --log-dir and --data-dir", 1
+        line += ": mend that, or choose other folders with --log-dir and --data-dir"
     elif isinstance(error, KeyboardInterrupt):
-        line, code = (f"{str(error) or 'interrupted'}; the same command goes on from the last finished epoch",
-                      143 if str(error) else 130)
+        code = 143 if line else 130
+        line = f"{line or 'interrupted'}; the same command goes on from the last finished epoch"
     else:
-        line, code = "".join(traceback.format_exception(error)).rstrip(), 1
+        line = "".join(traceback.format_exception(error)).rstrip()
     print(f"train.py: {line}", file=sys.stderr)
     return code
 
@@ -1658,25 +1646,26 @@ def train_all(runs, at_once):
 
     at_once: None for one, and on a GPU, once the first run has shown what memory it takes, for as many as fit.
     """
-    waiting, going, shared, failed, limit = list(runs.items()), [], {}, 0, at_once or 1
+    waiting, going, streams, shared, failed, limit = list(runs), {}, {}, {}, 0, at_once or 1
     try:
         while waiting or going:
             while waiting and len(going) < limit:
-                directory, (args, line) = waiting.pop(0)
-                going.append((training(args, shared), args, line, directory, []))
-            for turn in list(going):
-                run, args, line, directory, stream = turn
+                directory = waiting.pop(0)
+                going[directory] = training(runs[directory][0], shared)
+            for directory, run in list(going.items()):
+                args, line = runs[directory]
                 try:
-                    stream[:] = stream or [stream_of(args)]
-                    with stream[0]:
+                    if directory not in streams:
+                        streams[directory] = stream_of(args)
+                    with streams[directory]:
                         next(run)
                 except StopIteration:
-                    going.remove(turn)
+                    del going[directory]
                 except Exception as error:
-                    going.remove(turn)
+                    del going[directory]
                     if going and isinstance(error, torch.OutOfMemoryError):
                         limit = at_once = len(going)
-                        waiting.append((directory, (args, line)))
+                        waiting.append(directory)
                         print(f"train.py: the GPU's memory holds {limit} runs at once: {directory} goes on when one of "
                               "them has ended", file=sys.stderr)
                         continue
@@ -1689,31 +1678,28 @@ def train_all(runs, at_once):
     finally:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # each run's stream, which is not the one that works from here on
-        for run, *_ in going:
+        for run in going.values():
             run.close()  # which writes the checkpoints that are not on disk yet
     require(not failed, f"{failed} of {len(runs)} runs failed; the same command continues them", 1)
 
 
-def run(argv):
-    args = parse_options(argv)
-    keep_freed_memory()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, terminate)
-    if args.plan:
-        print_plan(read_runs(args.plan), args.retry_failed)
-    elif args.status:
-        print_status(args.status)
-    elif args.runs:
-        train_all(read_runs(args.runs), args.at_once)
-    elif args.seeds:
-        train_all(runs_of([argv]), args.at_once)
-    else:
-        train(args)
-
-
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        run(sys.argv[1:] if argv is None else argv)
+        args = parse_options(argv)
+        keep_freed_memory()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, terminate)
+        if args.plan:
+            print_plan(read_runs(args.plan), args.retry_failed)
+        elif args.status:
+            print_status(args.status)
+        elif args.runs:
+            train_all(read_runs(args.runs), args.at_once)
+        elif args.seeds:
+            train_all(runs_of([argv]), args.at_once)
+        else:
+            train(args)
         return 0
     except (Exception, KeyboardInterrupt) as error:
         return tell(error)

@@ -99,9 +99,7 @@ def choose_half(model):
 def prune_half(model, optimizer=None, keep_bn=False):
     chosen = choose_half(model)
     for block, indices in zip(model.prunable, chosen):
-        train.prune_block(block, indices, keep_bn)
-        if optimizer:
-            train.forget_filters(optimizer, block, indices, keep_bn)
+        train.prune_block(block, indices, keep_bn, optimizer)
     return chosen
 
 
