@@ -79,6 +79,7 @@ def forked(argv, moment, number, log):
     if process:
         return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     with contextlib.suppress(BaseException):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs have it ignored
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
