@@ -159,7 +159,7 @@ def test_figure_2_goes_through_slurm_though_its_tasks_are_killed(slurm, tmp_path
 
     def half_done(task):
         for number, directory in enumerate(runs[task - 1]):
-            if not (tmp_path / directory / "done.json").exists() and train.lines_of(tmp_path / directory) >= 2:
+            if not (tmp_path / directory / "done.json").exists() and len(train.log_of(tmp_path / directory)) >= 2:
                 disturbed[task] = number
                 return True
         return False
