@@ -1,4 +1,4 @@
-// The operators' schemas, and masked_conv2d: the vendor library's convolution of the live filters, or cpu/winograd.cpp's.
+// The schemas, and masked_conv2d: the convolution of the live filters, by the vendor library or cpu/winograd.cpp.
 // Kernels are in cpu/ and cuda/; fake kernels, autograd and pure-PyTorch references in gst_ext/.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/convolution.h>
