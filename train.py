@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-import gst_ext
+from gst_ext import ops
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # before CUDA starts: as many streams at once as runs
 
@@ -489,7 +489,7 @@ class Block(nn.Module):
         conv, bn = self.conv, self.bn
         if self.backend == "ext":
             weight = conv.weight * self.mask.view(-1, 1, 1, 1) if self.keeps_bn else conv.weight
-            return gst_ext.masked_conv_bn_act(
+            return ops.masked_conv_bn_act(
                 x, weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, self.live_out, self.live_in,
                 conv.stride[0], conv.padding[0], shortcut, self.shortcut_map, self.act if self.measure else None,
                 training=self.training, momentum=bn.momentum, eps=bn.eps, act_keep=ACT_KEEP, pool=self.pool)
@@ -648,7 +648,7 @@ def live_shortcut(shortcut, x, block):
     conv, bn = shortcut
     if block.training:
         bn.num_batches_tracked.add_(1)  # as the module itself would
-    return gst_ext.masked_conv_bn_act(x, conv.weight, None, bn.weight, bn.bias, bn.running_mean, bn.running_var, None,
+    return ops.masked_conv_bn_act(x, conv.weight, None, bn.weight, bn.bias, bn.running_mean, bn.running_var, None,
                                       block.live_in, conv.stride[0], 0, training=block.training, relu=False,
                                       momentum=bn.momentum, eps=bn.eps)
 
@@ -722,7 +722,7 @@ def filter_scores(block, method):
         return weight.square().sum(1).sqrt()
     if method == "act":
         return block.act.clone()
-    return gst_ext.ebn_score(block.bn.weight.double(), block.bn.bias.double(), signed=method == "ebn-signed")
+    return ops.ebn_score(block.bn.weight.double(), block.bn.bias.double(), signed=method == "ebn-signed")
 
 
 def select_filters(scores, mask, k, target, generator=None):
@@ -1503,13 +1503,13 @@ def choose_device(args):
 
 def choose_backend(args):
     """"ext" or "eager", as --backend says; one line where "auto" has to do without the extension."""
-    require(gst_ext.available or args.backend != "ext", f"--backend ext, but the extension is not built here "
-            f"({gst_ext.why_not}): run bash runs.sh setup, or use --backend eager")
-    if not gst_ext.available and args.backend == "auto" and not choose_backend.told:
-        print(f"train.py: the extension is not built ({gst_ext.why_not}); plain PyTorch takes its place. bash runs.sh "
+    require(ops.available or args.backend != "ext", f"--backend ext, but the extension is not built here "
+            f"({ops.why_not}): run bash runs.sh setup, or use --backend eager")
+    if not ops.available and args.backend == "auto" and not choose_backend.told:
+        print(f"train.py: the extension is not built ({ops.why_not}); plain PyTorch takes its place. bash runs.sh "
               "setup builds it", file=sys.stderr)
         choose_backend.told = True
-    return "ext" if gst_ext.available and args.backend != "eager" else "eager"
+    return "ext" if ops.available and args.backend != "eager" else "eager"
 
 
 choose_backend.told = False  # once, not for every run of a list

@@ -400,7 +400,7 @@ def main():
     path = pathlib.Path(cli.out or step.results_path(machine, "epoch", cli.machine))
     results = {"machine": machine, "full_size": (cli.device, cli.images, cli.width, cli.batch_size) == (
                "cuda", IMAGES, 1, 128), "settings": {k: v for k, v in vars(cli).items() if k not in ("worker", "out")},
-               "backend": "ext" if step.gst_ext.available else "eager", "loader_workers": LOADER_WORKERS,
+               "backend": "ext" if step.ops.available else "eager", "loader_workers": LOADER_WORKERS,
                "warm_up_epochs": WARM_UP, "epochs": [], "matrix_peak": [], "estimates": [], "targets": []}
     with tempfile.TemporaryDirectory() as folder:
         dataset = pathlib.Path(folder, "images.npz")

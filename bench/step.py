@@ -33,7 +33,7 @@ import torch.nn.utils.prune
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import gst_ext  # noqa: E402
+from gst_ext import ops  # noqa: E402
 import train  # noqa: E402
 
 POINTS = ("unpruned", "half-way", "end")
@@ -59,7 +59,7 @@ def options_of(job):
 
 def build(options, point, device, backend="eager"):
     """The network at "unpruned", "half-way" (half of all pruning events are over) or "end"."""
-    train.require(gst_ext.available or backend == "eager", f"the extension is not built: {gst_ext.why_not}")
+    train.require(ops.available or backend == "eager", f"the extension is not built: {ops.why_not}")
     torch.manual_seed(options.seed)
     model = train.build_model(options.model, 10, options.width).to(device)
     plan = train.pruning_plan(model, options, train.schedule(options))
@@ -252,7 +252,7 @@ def bn_worker(job, device):
             return F.relu(a + residual if shortcut else a, inplace=True)
 
         def bn_act():
-            return gst_ext.bn_act(x, gamma, beta, mean, var, residual=residual if shortcut else None)
+            return ops.bn_act(x, gamma, beta, mean, var, residual=residual if shortcut else None)
 
         functions.reverse()  # so that each comes first in every second round
         run = {"ext": bn_act, "eager": chain}

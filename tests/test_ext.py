@@ -6,13 +6,13 @@ import mpmath
 import pytest
 import torch
 
-import gst_ext
+from gst_ext import ops
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))]
 
 
 def test_the_extension_is_built():
-    assert gst_ext.available, gst_ext.why_not
+    assert ops.available, ops.why_not
 
 
 @pytest.mark.skipif(not (shutil.which("nvcc") or os.path.exists("/usr/local/cuda/bin/nvcc")) or not torch.version.cuda,
@@ -38,7 +38,7 @@ def test_ebn_score_holds_its_relative_accuracy_far_into_the_tails(device, signed
     ratios = [r * sign for r in (0, 1e-8, 0.3, 1, 2.7, 4.999, 5, 5.001, 8, 12.5, 20, 30) for sign in (1, -1)]
     pairs = [(g, g * r) for r in ratios for g in (1.0, -1.0, 0.01, -37.5)] + [(0.0, 1.5), (0.0, -1.5), (0.0, 0.0)]
     gamma, beta = torch.tensor(pairs, dtype=torch.float64, device=device).T
-    score = gst_ext.ebn_score(gamma, beta, signed).cpu()
+    score = ops.ebn_score(gamma, beta, signed).cpu()
     for (g, b), got in zip(torch.stack([gamma, beta], 1).tolist(), score.tolist()):
         want = exact_ebn(g, b, signed)
         assert abs(mpmath.mpf(got) - want) <= mpmath.mpf(10) ** -11 * abs(want), (g, b)
@@ -48,8 +48,8 @@ def test_ebn_score_holds_its_relative_accuracy_far_into_the_tails(device, signed
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_ebn_score_of_a_narrow_type_is_the_float64_score_rounded_once(device, dtype):
     gamma, beta = torch.randn(2, 300, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    wide = gst_ext.ebn_score(gamma.double(), beta.double())
-    assert torch.equal(gst_ext.ebn_score(gamma, beta), wide.to(dtype))
+    wide = ops.ebn_score(gamma.double(), beta.double())
+    assert torch.equal(ops.ebn_score(gamma, beta), wide.to(dtype))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -57,8 +57,8 @@ def test_ebn_score_is_a_number_for_every_finite_input(device):
     values = [0.0, -0.0, 5e-324, -5e-324, 1e-300, 1e-30, 1.0, -1.0, 1e30, 1e300, -1e300, 1.7e308, -1.7e308]
     gamma, beta = torch.cartesian_prod(*[torch.tensor(values, dtype=torch.float64, device=device)] * 2).T
     for signed in (False, True):
-        assert not gst_ext.ebn_score(gamma, beta, signed).isnan().any()
-        assert not gst_ext.ebn_score_ref(gamma, beta, signed).isnan().any()
+        assert not ops.ebn_score(gamma, beta, signed).isnan().any()
+        assert not ops.ebn_score_ref(gamma, beta, signed).isnan().any()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -67,15 +67,15 @@ def test_ebn_score_agrees_with_its_reference_also_strided_and_empty(device, sign
     gamma, beta = (3 * torch.randn(2, 514, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).to(device)
     for part in (slice(None), slice(None, None, 3), slice(0, 0), slice(5, 6)):
         pair = gamma[part], beta[part]
-        torch.testing.assert_close(gst_ext.ebn_score(*pair, signed), gst_ext.ebn_score_ref(*pair, signed), rtol=1e-11,
+        torch.testing.assert_close(ops.ebn_score(*pair, signed), ops.ebn_score_ref(*pair, signed), rtol=1e-11,
                                    atol=0)
 
 
 def test_ebn_score_without_the_build_is_the_reference(monkeypatch):
-    monkeypatch.setattr(gst_ext, "available", False)
+    monkeypatch.setattr(ops, "available", False)
     gamma, beta = torch.randn(2, 9)
-    score = gst_ext.ebn_score(gamma, beta)
-    assert score.dtype == torch.float32 and torch.equal(score, gst_ext.ebn_score_ref(gamma, beta).float())
+    score = ops.ebn_score(gamma, beta)
+    assert score.dtype == torch.float32 and torch.equal(score, ops.ebn_score_ref(gamma, beta).float())
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -90,4 +90,4 @@ def test_ebn_score_passes_opcheck(device):
     (torch.ones(3, dtype=torch.int64), torch.ones(3, dtype=torch.int64), "floating")])
 def test_ebn_score_refuses_other_shapes_and_types(gamma, beta, words):
     with pytest.raises(RuntimeError, match=words):
-        gst_ext.ebn_score(gamma, beta)
+        ops.ebn_score(gamma, beta)

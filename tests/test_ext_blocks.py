@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from test_ext import DEVICES
 
-import gst_ext
+from gst_ext import ops
 import train
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -51,7 +51,7 @@ def test_masked_conv2d_agrees_with_its_reference(device, dtype, layout, n, size,
     tensors = x, weight, draw(2, 7, device=device, dtype=dtype) if bias else None
     got, want = (gradients(lambda *t: f(*t, live_out, live_in, stride, kernel // 2), tensors,
                            lambda out: draw(3, *out.shape, device=device, dtype=dtype))
-                 for f in (gst_ext.masked_conv2d, gst_ext.masked_conv2d_ref))
+                 for f in (ops.masked_conv2d, ops.masked_conv2d_ref))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, **TOLERANCE[dtype])
     dead = torch.ones(7, dtype=torch.bool, device=device)
@@ -70,7 +70,7 @@ def winograd_case(n, c_in, c_out, size, live_out, live_in, draw=whole_numbers):
     x = draw(0, n, c_in if live_in is None else len(live_in), *size).contiguous(memory_format=LAYOUTS[1])
     weight = draw(1, c_out, c_in, 3, 3).contiguous(memory_format=LAYOUTS[1])
     grad = draw(2, n, c_out if live_out is None else len(live_out), *size).contiguous(memory_format=LAYOUTS[1])
-    want = gradients(lambda *t: gst_ext.masked_conv2d_ref(*t, None, live_out, live_in, 1, 1),
+    want = gradients(lambda *t: ops.masked_conv2d_ref(*t, None, live_out, live_in, 1, 1),
                      (x.double(), weight.double()), lambda out: grad.double())
     return (x, weight, live_out, live_in, grad), want
 
@@ -121,7 +121,7 @@ def test_winograd_s_rounding_is_that_of_a_direct_sum_for_any_number_of_threads(n
     finally:
         torch.set_num_threads(threads)
     x, weight, *live, grad = case
-    served = gradients(lambda *t: gst_ext.masked_conv2d(*t, None, *live, 1, 1), (x, weight), lambda out: grad)
+    served = gradients(lambda *t: ops.masked_conv2d(*t, None, *live, 1, 1), (x, weight), lambda out: grad)
     for a, b, exact in zip(got, served, want, strict=True):
         assert max((a - exact).abs().max(), (b - exact).abs().max()) <= 3e-6 * exact.abs().max()
         assert not a[exact == 0].any() and not b[exact == 0].any()  # a pruned filter's gradient
@@ -134,7 +134,7 @@ def test_masked_conv2d_passes_gradcheck_and_opcheck(device):
     live_out, live_in = index([0, 2], device), index([1, 2], device)
     x, weight, bias = (draw(i, *shape, device=device).requires_grad_()
                        for i, shape in enumerate([(2, 2, 5, 4), (3, 4, 3, 3), (3,)]))
-    torch.autograd.gradcheck(lambda *t: gst_ext.masked_conv2d(*t, live_out, live_in, 2, 1), (x, weight, bias))
+    torch.autograd.gradcheck(lambda *t: ops.masked_conv2d(*t, live_out, live_in, 2, 1), (x, weight, bias))
     torch.library.opcheck(torch.ops.gst.masked_conv2d.default, (x, weight, bias, live_out, live_in, 1, 1))
     torch.library.opcheck(torch.ops.gst.masked_conv2d.default, (x, weight[:, :2], None, None, None, 1, 1))
 
@@ -148,7 +148,7 @@ def test_masked_conv2d_refuses_what_does_not_fit(change, words):
     arguments = dict(x=torch.zeros(2, 3, 5, 5), weight=torch.zeros(4, 3, 3, 3), bias=None, live_out=None, live_in=None,
                      stride=1, padding=1)
     with pytest.raises(RuntimeError, match=words):
-        gst_ext.masked_conv2d(**arguments | change)
+        ops.masked_conv2d(**arguments | change)
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -195,9 +195,9 @@ def run_bn(function, case, **options):
 def test_bn_act_agrees_with_its_reference(device, dtype, layout, shape, residual):
     for pruned, training, relu in itertools.product((False, True), (False, True), (False, True)):
         case = bn_case(device, dtype, layout, shape, RESIDUALS[residual], pruned)
-        got, want = (run_bn(f, case, training=training, relu=relu) for f in (gst_ext.bn_act, gst_ext.bn_act_ref))
+        got, want = (run_bn(f, case, training=training, relu=relu) for f in (ops.bn_act, ops.bn_act_ref))
         if dtype != torch.float64 and relu:  # rounding may open or close a gate at 0: elsewhere is what is compared
-            edge = gst_ext.bn_act_ref(**case, training=training, relu=False).abs() < (0.02 if dtype == torch.bfloat16
+            edge = ops.bn_act_ref(**case, training=training, relu=False).abs() < (0.02 if dtype == torch.bfloat16
                                                                                       else 1e-5)
             if edge.any():
                 got, want = got[:4], want[:4]
@@ -215,7 +215,7 @@ def test_bn_act_matches_pytorch_s_own_batch_norm_and_is_the_same_for_any_number_
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         statistics = mean.clone(), var.clone()
-        outs.append([gst_ext.bn_act(x, torch.ones_like(mean), mean, *statistics), *statistics])
+        outs.append([ops.bn_act(x, torch.ones_like(mean), mean, *statistics), *statistics])
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*outs))
     want = F.relu(F.batch_norm(x.double(), mean.double(), var.double(), training=True))
@@ -229,7 +229,7 @@ def test_of_bn_act_s_backward_pass_too_no_bit_depends_on_the_number_of_threads(d
     before, found = torch.get_num_threads(), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        found.append(run_bn(gst_ext.bn_act, case, pool=pool))
+        found.append(run_bn(ops.bn_act, case, pool=pool))
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -241,12 +241,12 @@ def test_bn_act_of_maps_that_are_written_past_the_caches(device, pool, residual,
     x, r = (draw(i, *shape, device=device, dtype=torch.float32).contiguous(memory_format=LAYOUTS[1]) for i in (0, 1))
     gamma, beta, statistics = draw(2, 51, device=device), draw(3, 51, device=device), torch.ones(2, 51, device=device)
     found = []
-    for function, dtype in ((gst_ext.bn_act, torch.float32), (gst_ext.bn_act_ref, torch.float64)):
+    for function, dtype in ((ops.bn_act, torch.float32), (ops.bn_act_ref, torch.float64)):
         tensors = [t.to(dtype) for t in (x, gamma, beta, *[r] * residual)]
         found.append(gradients(lambda x, gamma, beta, *rest: function(
             x, gamma, beta, *statistics.to(dtype), residual=rest[0] if rest else None, pool=pool), tensors,
             lambda out: draw(4, *out.shape, device=device, dtype=dtype)))
-    a = gst_ext.bn_act_ref(x.double(), gamma, beta, *statistics.double(), residual=r.double() if residual else None,
+    a = ops.bn_act_ref(x.double(), gamma, beta, *statistics.double(), residual=r.double() if residual else None,
                            relu=False)
     edge = a.abs() < 1e-5  # rounding may open or close a gate there, or choose another of two equal values in a window
     if pool:
@@ -269,7 +269,7 @@ def test_relu_s_gate_is_shut_at_zero_and_open_for_what_is_no_number(device, layo
     x = values.repeat(5).view(3, 5, 3, 1).contiguous(memory_format=layout).requires_grad_()
     r = (-0.5 * torch.ones_like(x)).requires_grad_() if residual else None
     one, zero = torch.ones(5, device=device), torch.zeros(5, device=device)
-    out = gst_ext.bn_act(x, one, zero, zero.clone(), one.clone(), residual=r, training=False, eps=0.0)
+    out = ops.bn_act(x, one, zero, zero.clone(), one.clone(), residual=r, training=False, eps=0.0)
     a = x.detach() + (r.detach() if residual else 0)
     assert torch.equal(out.isnan(), a.isnan())
     assert torch.equal(out.nan_to_num(7), torch.where(a <= 0, torch.zeros_like(a), a).nan_to_num(7))
@@ -288,7 +288,7 @@ def test_bn_act_with_a_pool_agrees_with_its_reference(device, dtype, layout, sha
     for pruned, training, relu in itertools.product((False, True), (False, True), (False, True)):
         case = bn_case(device, dtype, layout, shape, RESIDUALS[residual], pruned)
         got, want = (run_bn(f, case, training=training, relu=relu, pool=True)
-                     for f in (gst_ext.bn_act, gst_ext.bn_act_ref))
+                     for f in (ops.bn_act, ops.bn_act_ref))
         if dtype != torch.float64:  # which of two nearly equal values is the larger one, rounding decides
             got, want = got[:4], want[:4]
         for k, (a, b) in enumerate(zip(got, want, strict=True)):
@@ -306,7 +306,7 @@ def test_of_equal_values_and_of_no_numbers_the_pool_takes_the_one_that_max_pool2
     one, zero = torch.ones(3, device=device), torch.zeros(3, device=device)
 
     def pooled(x):
-        return gst_ext.bn_act(x, one, zero, zero.clone(), one.clone(), training=False, eps=0.0, pool=True)
+        return ops.bn_act(x, one, zero, zero.clone(), one.clone(), training=False, eps=0.0, pool=True)
     got, want = (gradients(f, [x], lambda out: draw(0, *out.shape, device=device, dtype=dtype))
                  for f in (pooled, lambda x: F.max_pool2d(F.relu(x), 2)))
     torch.testing.assert_close(got[0], want[0], rtol=0, atol=0, equal_nan=True)
@@ -319,9 +319,9 @@ def test_of_equal_values_and_of_no_numbers_the_pool_takes_the_one_that_max_pool2
 def test_one_flag_on_the_device_decides_whether_act_takes_the_batch_in(device, layout):
     case = bn_case(device, torch.float32, layout, (4, 5, 3, 3), "direct", True)
     before = case["act"].clone()
-    gst_ext.bn_act(**case, measure=torch.tensor(False, device=device))
+    ops.bn_act(**case, measure=torch.tensor(False, device=device))
     assert torch.equal(case["act"], before)
-    gst_ext.bn_act(**case, measure=torch.tensor(True, device=device))
+    ops.bn_act(**case, measure=torch.tensor(True, device=device))
     dead = torch.ones(9, dtype=torch.bool, device=device)
     dead[case["live"]] = False
     torch.testing.assert_close(case["act"][dead], 0.9 * before[dead])  # a pruned map has shown 0
@@ -336,7 +336,7 @@ def test_bn_act_of_a_layer_without_live_filters_only_lets_its_statistics_fade(de
     for k in ("x", "residual"):
         case[k] = case[k][:, :0].requires_grad_()
     case["live"] = case["live"][:0]
-    out = gst_ext.bn_act(**case)
+    out = ops.bn_act(**case)
     assert out.shape == (4, 0, 3, 3)
     out.sum().backward()
     torch.testing.assert_close(case["running_var"], 0.9 * old)
@@ -346,7 +346,7 @@ def test_bn_act_of_a_layer_without_live_filters_only_lets_its_statistics_fade(de
 def test_bn_act_lets_a_number_that_is_none_through(device):
     case = bn_case(device, torch.float32, LAYOUTS[1], (4, 5, 3, 3), None, False)
     case["x"][0, 0, 0, 0] = torch.nan
-    assert gst_ext.bn_act(**case)[:, 0].isnan().all()
+    assert ops.bn_act(**case)[:, 0].isnan().all()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -360,7 +360,7 @@ def test_bn_act_passes_gradcheck(device, layout, residual, training):
 
     def function(x, gamma, beta, *shortcut):
         fresh = {k: v if v is None else v.clone() for k, v in case.items() if k != "residual"}
-        return gst_ext.bn_act(x, gamma, beta, **fresh, residual=shortcut[0] if shortcut else None, training=training)
+        return ops.bn_act(x, gamma, beta, **fresh, residual=shortcut[0] if shortcut else None, training=training)
     torch.autograd.gradcheck(function, [t.requires_grad_() for t in leaves + shortcut])
 
 
@@ -388,7 +388,7 @@ def test_bn_act_s_operators_with_a_pool_pass_opcheck_and_gradcheck(layout, shape
     torch.library.opcheck(torch.ops.gst.bn_act_backward.default, (
         torch.ones_like(out), c["x"], gate, c["gamma"], mean, invstd, c["live"], None, -1, True, True, True),
         test_utils=checks)
-    torch.autograd.gradcheck(lambda *t: gst_ext.bn_act(*t, *(s.clone() for s in statistics), c["live"], pool=True),
+    torch.autograd.gradcheck(lambda *t: ops.bn_act(*t, *(s.clone() for s in statistics), c["live"], pool=True),
                              [t.requires_grad_() for t in arguments[:3]])
 
 
@@ -403,20 +403,20 @@ def test_bn_act_refuses_what_does_not_fit(change, words):
     v = torch.ones(5)
     arguments = dict(x=torch.randn(2, 5, 3, 3), gamma=v, beta=v, running_mean=v.clone(), running_var=v.clone())
     with pytest.raises((RuntimeError, IndexError), match=words):
-        gst_ext.bn_act(**arguments | change)
+        ops.bn_act(**arguments | change)
 
 
 @pytest.mark.parametrize("built", [True, False])
 @pytest.mark.parametrize("score", [None, "ebn", "ebn-signed"])
 def test_the_fused_block_is_its_parts_and_gives_scores_on_request(built, score, monkeypatch):
-    monkeypatch.setattr(gst_ext, "available", built)
+    monkeypatch.setattr(ops, "available", built)
     case = bn_case("cpu", torch.float64, LAYOUTS[1], (4, 5, 6, 6), "direct", True)
     case["live_out"], x = case.pop("live"), draw(20, 4, 3, 6, 6)
     del case["x"]
     weight, bias = draw(21, 9, 7, 3, 3), draw(22, 9)
     got, want = (f(x, weight, bias, live_in=torch.tensor([0, 3, 6]), score=score,
                    **{k: v if v is None else v.clone() for k, v in case.items()})
-                 for f in (gst_ext.masked_conv_bn_act, gst_ext.masked_conv_bn_act_ref))
+                 for f in (ops.masked_conv_bn_act, ops.masked_conv_bn_act_ref))
     torch.testing.assert_close(got, want)
 
 
@@ -508,7 +508,7 @@ def test_evaluation_by_folded_weights_is_never_stale(name):
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()
         assert before is None or not torch.equal(before, got)
         before = got
-        assert torch.equal(got, models[1](x)) and models[1].prunable[0].conv.weight in gst_ext.FOLDED
+        assert torch.equal(got, models[1](x)) and models[1].prunable[0].conv.weight in ops.FOLDED
 
 
 def test_pruned_filters_have_no_gradient_and_the_maps_between_blocks_are_compact():
@@ -560,8 +560,8 @@ def test_a_run_logs_its_backend_and_may_be_continued_by_the_other(tmp_path, back
 
 
 def test_without_the_build_auto_says_so_once_and_ext_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(gst_ext, "available", False)
-    monkeypatch.setattr(gst_ext, "why_not", "no such file")
+    monkeypatch.setattr(ops, "available", False)
+    monkeypatch.setattr(ops, "why_not", "no such file")
     monkeypatch.setattr(train.choose_backend, "told", False)
     for _ in range(2):
         assert train.choose_backend(train.parse_options(SHORT)) == "eager"

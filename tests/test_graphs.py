@@ -13,7 +13,7 @@ from test_runs import PRUNE, RESUMED, Killed, kill_before
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import gst_ext
+from gst_ext import ops
 import train
 
 
@@ -38,7 +38,7 @@ class Tape(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def nothing_folded(monkeypatch):
     """Folded weights are for evaluation on a CPU, where no graph is: they are made outside of what is dispatched."""
-    monkeypatch.setattr(gst_ext, "may_fold", lambda *_: False)
+    monkeypatch.setattr(ops, "may_fold", lambda *_: False)
 
 
 @pytest.fixture
@@ -73,8 +73,8 @@ def shapes(monkeypatch):
 
 
 backends = pytest.mark.parametrize("backend", ["eager", pytest.param("ext", marks=pytest.mark.skipif(
-    not gst_ext.available, reason="the extension is not built"))])
-needs_ext = pytest.mark.skipif(not gst_ext.available, reason="the extension is not built")
+    not ops.available, reason="the extension is not built"))])
+needs_ext = pytest.mark.skipif(not ops.available, reason="the extension is not built")
 LONG = ("--batch-size", 16, "--test-batch-size", 32, "--epochs", 8, "--lrs", 6)
 
 

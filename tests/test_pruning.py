@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_arrays, read_lines, tiny_model
 
-import gst_ext
+from gst_ext import ops
 import train
 
 # +-- Schedule: every experiment of runs.sh, in integers only --------------------------------------------------------+
@@ -173,7 +173,7 @@ def test_norms_are_of_the_weights_without_bias(name):
 
 
 def ebn(gamma, beta, signed=False):
-    return gst_ext.ebn_score(torch.tensor([gamma], dtype=torch.float64), torch.tensor([beta], dtype=torch.float64),
+    return ops.ebn_score(torch.tensor([gamma], dtype=torch.float64), torch.tensor([beta], dtype=torch.float64),
                            signed).item()
 
 
@@ -229,7 +229,7 @@ def test_ebn_is_finite_and_signed_right_for_extreme_values():
     sizes = (0.0, 5e-324, 1e-300, 1e-40, 1.0, 1e40, 1e300)
     values = sorted({sign * size for size in sizes for sign in (-1, 1)})
     gamma, beta = torch.tensor(list(itertools.product(values, values)), dtype=torch.float64).T
-    plain, signed = gst_ext.ebn_score(gamma, beta), gst_ext.ebn_score(gamma, beta, signed=True)
+    plain, signed = ops.ebn_score(gamma, beta), ops.ebn_score(gamma, beta, signed=True)
     assert plain.isfinite().all() and signed.isfinite().all()
     assert (plain >= beta.clamp(min=0)).all(), "E[max(0, M)] >= max(0, E[M])"
     assert (signed[gamma >= 0] == plain[gamma >= 0]).all() and (signed[gamma < 0] <= 0).all()
