@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 import analyze
 import train
+from gst_ext import flatness
 
 
 def operator(values, seed=0):
@@ -77,7 +78,7 @@ def test_eigenpairs_of_softmax_regression_are_those_of_the_closed_form(method):
     model, x, y = softmax_regression()
     hessian = closed_form_hessian(model, x)
     k = 15 if method == "lanczos" else 2
-    found = analyze.hessian_eigs(model, x, y, k, method, tol=1e-12 if method == "lanczos" else 0.1)
+    found = flatness.hessian_eigs(model, x, y, k, method, tol=1e-12 if method == "lanczos" else 0.1)
     expected = by_magnitude(np.linalg.eigvalsh(hessian))[:k]
     assert found["eigenvalues"] == pytest.approx(expected, abs=1e-10 if method == "lanczos" else 1e-3 * expected[0])
     for value, v, residual in zip(found["eigenvalues"], found["eigenvectors"], found["residuals"]):
@@ -88,22 +89,22 @@ def test_eigenpairs_of_softmax_regression_are_those_of_the_closed_form(method):
 
 def test_a_network_smaller_than_the_number_asked_for_gives_all_its_eigenvalues():
     model, x, y = softmax_regression()
-    found = analyze.hessian_eigs(model, x, y, 100)
+    found = flatness.hessian_eigs(model, x, y, 100)
     assert len(found["eigenvalues"]) == 15 and found["converged"].all()
     trace = float(closed_form_hessian(model, x).trace())
     assert found["eigenvalues"].sum() == pytest.approx(trace, rel=1e-10)
-    assert analyze.hessian_trace(model, x, y) == (pytest.approx(trace, rel=1e-10), 0.0)
+    assert flatness.hessian_trace(model, x, y) == (pytest.approx(trace, rel=1e-10), 0.0)
 
 
 def test_leading_eigenpairs_of_a_pruned_convolutional_network(small):
     model, x, y, hessian = small
     expected = by_magnitude(np.linalg.eigvalsh(hessian))
     assert expected[:20].min() < 0 and (np.abs(hessian).sum(0) == 0).sum() > 40  # negative ones; pruned parameters
-    found = analyze.hessian_eigs(model, x, y, 20, tol=1e-9)
+    found = flatness.hessian_eigs(model, x, y, 20, tol=1e-9)
     assert found["converged"].all() and found["residuals"].max() < 1e-9 * abs(expected[0])
     assert found["eigenvalues"] == pytest.approx(expected[:20], rel=1e-6)
     route = scipy.sparse.linalg.eigsh(scipy.sparse.linalg.LinearOperator(
-        hessian.shape, lambda v: analyze.hessian_product(model, x, y)(torch.from_numpy(v.ravel().copy())).numpy(),
+        hessian.shape, lambda v: flatness.hessian_product(model, x, y)(torch.from_numpy(v.ravel().copy())).numpy(),
         dtype=np.float64), 20, which="LM", tol=1e-10)[0]
     assert found["eigenvalues"] == pytest.approx(by_magnitude(route), rel=1e-6)
 
@@ -111,7 +112,7 @@ def test_leading_eigenpairs_of_a_pruned_convolutional_network(small):
 def test_the_usual_tolerance_holds_for_every_pair_and_the_sum(small):
     model, x, y, hessian = small
     expected = by_magnitude(np.linalg.eigvalsh(hessian))
-    found = analyze.hessian_eigs(model, x, y, 20)
+    found = flatness.hessian_eigs(model, x, y, 20)
     v = found["eigenvectors"].numpy()
     residuals = np.linalg.norm(v @ hessian - found["eigenvalues"][:, None] * v, axis=1)
     assert found["residuals"] == pytest.approx(residuals, abs=1e-12 * abs(expected[0]))
@@ -122,15 +123,15 @@ def test_the_usual_tolerance_holds_for_every_pair_and_the_sum(small):
 def test_products_do_not_depend_on_the_memory_they_get_and_are_counted(small):
     model, x, y, hessian = small
     v = torch.randn(len(hessian), dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    assert len(analyze.in_chunks(model, x, y, 1e-3)) > 1 == len(analyze.in_chunks(model, x, y, 4))
+    assert len(flatness.in_chunks(model, x, y, 1e-3)) > 1 == len(flatness.in_chunks(model, x, y, 4))
     ticks = []
     for memory in (4, 1e-3):
-        product = analyze.hessian_product(model, x, y, memory, lambda: ticks.append(memory))
+        product = flatness.hessian_product(model, x, y, memory, lambda: ticks.append(memory))
         for _ in range(2):
             assert product(v).numpy() == pytest.approx(hessian @ v.numpy(), abs=1e-12 * np.abs(hessian).max())
         assert product.products == ticks.count(memory) == 2
     ticks.clear()
-    found = analyze.hessian_eigs(model, x, y, 5, tick=lambda: ticks.append(0))
+    found = flatness.hessian_eigs(model, x, y, 5, tick=lambda: ticks.append(0))
     assert found["products"] == len(ticks) > 20
 
 
@@ -141,7 +142,7 @@ def test_products_do_not_depend_on_the_memory_they_get_and_are_counted(small):
     ([0] * 12, 4), (list(np.linspace(-1, 1, 30)), 30)])
 def test_multiple_zero_and_all_eigenvalues(values, k):
     matrix, product, draw = operator(values)
-    found, vectors = analyze.lanczos(product, len(values), k, 1e-10, draw)
+    found, vectors = flatness.lanczos(product, len(values), k, 1e-10, draw)
     assert np.abs(found) == pytest.approx(np.abs(by_magnitude(np.array(values, float)))[:k], abs=1e-8)
     assert torch.allclose(vectors @ matrix, torch.from_numpy(found)[:, None] * vectors, atol=1e-8)
     assert torch.allclose(vectors @ vectors.T, torch.eye(k, dtype=torch.float64), atol=1e-8)
@@ -152,7 +153,7 @@ def test_lanczos_goes_on_when_its_vectors_fill_the_memory_meant_for_them():
     values = list(np.concatenate([1 + 0.004 * np.arange(8), np.linspace(-0.9, 0.99, 1000)]))
     matrix, product, draw = operator(values)
     counted = []
-    found, _ = analyze.lanczos(lambda v: counted.append(0) or product(v), len(values), 8, 1e-6, draw)
+    found, _ = flatness.lanczos(lambda v: counted.append(0) or product(v), len(values), 8, 1e-6, draw)
     assert found == pytest.approx(by_magnitude(np.array(values))[:8], abs=1e-6)
     assert 4 * 8 + 100 < len(counted) < 30 * 8 + 200
 
@@ -167,9 +168,9 @@ def test_no_pair_is_called_converged_that_is_not_an_eigenpair(method, monkeypatc
         counted.products += 1
         return product(v)
     counted.products = 0
-    monkeypatch.setattr(analyze, "hessian_product", lambda *arguments: counted)
+    monkeypatch.setattr(flatness, "hessian_product", lambda *arguments: counted)
     model = torch.nn.Linear(len(values), 1, bias=False).double()
-    found = analyze.hessian_eigs(model, None, None, 8, method, tol=1e-7)
+    found = flatness.hessian_eigs(model, None, None, 8, method, tol=1e-7)
     vectors, size = found["eigenvectors"], max(values)
     residuals = (vectors @ matrix - torch.from_numpy(found["eigenvalues"])[:, None] * vectors).norm(dim=1).numpy()
     assert (found["converged"] == (residuals <= 1e-7 * size)).all() and not found["converged"].all()
@@ -184,18 +185,18 @@ def test_power_method_stops_as_the_paper_s_and_needs_more_products_than_lanczos(
     values = [16, -8, 4, 2, 1] + [0.01] * 20
     _, product, draw = operator(values)
     counted = []
-    found, _ = analyze.power_method(lambda v: counted.append(0) or product(v), 25, 4, draw)
+    found, _ = flatness.power_method(lambda v: counted.append(0) or product(v), 25, 4, draw)
     assert found == pytest.approx(values[:4], rel=1e-3)
     assert len(counted) < 4 * 20  # halved errors: well below 100 steps each
     _, product, draw = operator([1, 0.999, 0.998] + [0.5] * 5)
     counted.clear()
-    analyze.power_method(lambda v: counted.append(0) or product(v), 8, 1, draw, residual=1e-4)
+    flatness.power_method(lambda v: counted.append(0) or product(v), 8, 1, draw, residual=1e-4)
     assert len(counted) == 1000  # ratios of 0.999 take thousands
 
 
 def test_power_method_at_a_residual_goes_on_until_it_is_reached():
     matrix, product, draw = operator([10, 9, -8, 7, 1, 0])
-    values, vectors = analyze.power_method(product, 6, 3, draw, residual=1e-4)
+    values, vectors = flatness.power_method(product, 6, 3, draw, residual=1e-4)
     assert values == pytest.approx([10, 9, -8], abs=1e-3)
     residual = (vectors @ matrix - torch.from_numpy(values)[:, None] * vectors).norm(dim=1)
     assert 1e-9 < residual.max() < 2e-3
@@ -203,12 +204,12 @@ def test_power_method_at_a_residual_goes_on_until_it_is_reached():
 
 def test_trace_is_within_its_error_which_is_honest(small):
     model, x, y, hessian = small
-    estimates = np.array([analyze.hessian_trace(model, x, y, products=24, seed=seed) for seed in range(40)])
+    estimates = np.array([flatness.hessian_trace(model, x, y, products=24, seed=seed) for seed in range(40)])
     scores = (estimates[:, 0] - np.trace(hessian)) / estimates[:, 1]
     assert np.abs(scores).mean() < 1.5  # 0.8 for a normal, 0.87 for Student's t of 7
     spread = estimates[:, 0].std(ddof=1)
     assert spread / 1.6 < math.sqrt((estimates[:, 1] ** 2).mean()) < 1.6 * spread
-    estimate, error = analyze.hessian_trace(model, x, y)
+    estimate, error = flatness.hessian_trace(model, x, y)
     assert abs(estimate - np.trace(hessian)) < 3 * error + 1e-9 and error < np.abs(scores).mean() * spread
 
 
@@ -222,11 +223,11 @@ def test_covariance_and_fisher_traces_are_their_definitions(name, keeps_bn):
     generator = torch.Generator().manual_seed(3)
     x, y = torch.randn(5, 3, 32, 32, dtype=torch.float64, generator=generator), torch.arange(5) % 4
     for memory in (4, 1e-3):
-        trace = analyze.gradient_covariance_trace(model, x, y, memory)
+        trace = flatness.gradient_covariance_trace(model, x, y, memory)
         assert trace == pytest.approx(np.mean(sample_norms(model, x, y)), rel=1e-10)
     p = model(x).softmax(1).detach()
     expected = sum(p[:, c].numpy() @ sample_norms(model, x, torch.full((5,), c)) for c in range(4)) / 5
-    assert analyze.fisher_trace(model, x, y) == (pytest.approx(expected, rel=1e-10), 0)
+    assert flatness.fisher_trace(model, x, y) == (pytest.approx(expected, rel=1e-10), 0)
 
 
 @pytest.mark.parametrize("c_in, c_out, size, kernel, stride, padding", [
@@ -242,7 +243,7 @@ def test_kernel_norms_are_those_of_each_image_s_gradient(c_in, c_out, size, kern
     expected = [float(torch.autograd.grad((output[i] * g[i]).sum(), weight, retain_graph=True)[0].square().sum())
                 for i in range(3)]
     for layout in (torch.contiguous_format, torch.channels_last):
-        found = analyze.kernel_norms(x.contiguous(memory_format=layout), g.contiguous(memory_format=layout), kernel,
+        found = flatness.kernel_norms(x.contiguous(memory_format=layout), g.contiguous(memory_format=layout), kernel,
                                      stride, padding)
         assert found.tolist() == pytest.approx(expected, rel=1e-10)
 
@@ -250,10 +251,10 @@ def test_kernel_norms_are_those_of_each_image_s_gradient(c_in, c_out, size, kern
 def test_fisher_trace_of_softmax_regression_is_the_trace_of_its_hessian_and_drawn_labels_estimate_it():
     model, x, y = softmax_regression(classes=4)
     trace = float(closed_form_hessian(model, x).trace())
-    assert analyze.fisher_trace(model, x, y)[0] == pytest.approx(trace, rel=1e-10)
+    assert flatness.fisher_trace(model, x, y)[0] == pytest.approx(trace, rel=1e-10)
     model, x, y = softmax_regression(classes=15, images=60)
     exact = float(closed_form_hessian(model, x).trace())
-    drawn = np.array([analyze.fisher_trace(model, x, y, seed=seed) for seed in range(40)])
+    drawn = np.array([flatness.fisher_trace(model, x, y, seed=seed) for seed in range(40)])
     scores = (drawn[:, 0] - exact) / drawn[:, 1]
     assert abs(scores.mean()) < 0.6 and 0.7 < scores.std() < 1.4
 
@@ -262,16 +263,16 @@ def test_parameters_that_the_layers_do_not_cover_are_refused_and_so_is_batch_nor
     model, x, y = softmax_regression()
     model.scale = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="cover 15 of 17"):
-        analyze.gradient_covariance_trace(model, x, y)
+        flatness.gradient_covariance_trace(model, x, y)
     with pytest.raises(ValueError, match="eval mode"):
-        analyze.mask_factors(tiny_model("vgg11").train(), torch.randn(4, 3, 32, 32))
+        flatness.mask_factors(tiny_model("vgg11").train(), torch.randn(4, 3, 32, 32))
 
 
 def test_the_rise_is_the_first_crossing_of_a_fine_grid(small):
     model, x, y, hessian = small
     direction = torch.from_numpy(np.linalg.eigh(hessian)[1][:, -1].copy())
-    loss = analyze.line_loss(model, x, y, direction)
-    epsilon = analyze.loss_rise_epsilon(model, x, y, direction)
+    loss = flatness.line_loss(model, x, y, direction)
+    epsilon = flatness.loss_rise_epsilon(model, x, y, direction)
     grid = [i * epsilon / 500 for i in range(-500, 501)]
     assert max(loss(e) for e in grid) == pytest.approx(loss(0.0) + 0.1, abs=1e-8)
     assert min(abs(e) for e in grid if loss(e) > loss(0.0) + 0.1 - 1e-8) == pytest.approx(epsilon)
@@ -286,11 +287,11 @@ def test_the_rise_is_the_first_crossing_of_a_fine_grid(small):
 
 
 def test_rises_of_functions_known_in_closed_form():
-    assert analyze.first_rise(lambda e: 2 + 5 * e**2, 0.1) == pytest.approx(math.sqrt(0.02), rel=1e-9)
-    assert analyze.first_rise(lambda e: 2 - 0.05 * e, 0.1) == pytest.approx(2, rel=1e-9)  # the negative side
-    assert analyze.first_rise(lambda e: math.sin(20 * e), 0.5) == pytest.approx(math.asin(0.5) / 20, rel=1e-9)
-    assert analyze.first_rise(lambda e: 0.0, 0.1) is None
-    assert analyze.first_rise(lambda e: e if e < 0.05 else math.nan, 0.1) == pytest.approx(0.05)
+    assert flatness.first_rise(lambda e: 2 + 5 * e**2, 0.1) == pytest.approx(math.sqrt(0.02), rel=1e-9)
+    assert flatness.first_rise(lambda e: 2 - 0.05 * e, 0.1) == pytest.approx(2, rel=1e-9)  # the negative side
+    assert flatness.first_rise(lambda e: math.sin(20 * e), 0.5) == pytest.approx(math.asin(0.5) / 20, rel=1e-9)
+    assert flatness.first_rise(lambda e: 0.0, 0.1) is None
+    assert flatness.first_rise(lambda e: e if e < 0.05 else math.nan, 0.1) == pytest.approx(0.05)
 
 
 @pytest.fixture
