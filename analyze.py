@@ -26,8 +26,9 @@ import textwrap
 import time
 import warnings
 import zlib
+from fractions import Fraction
 
-import matplotlib
+import matplotlib.figure
 import numpy as np
 import scipy.stats
 import torch
@@ -37,9 +38,8 @@ from tqdm import tqdm
 
 import train
 from gst_ext import flatness
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of backend)
+from gst_ext.statistics import (BOUNDS, KINDS, bootstrap_correlation, correlations, floats, interval, measured,
+                                paired_test, partial_correlation, t_test)
 
 # +--------------------------------------------------------------------------------------------------------------------+
 # | Configuration: which runs make which figure, how each method looks, what the paper reports                         |
@@ -52,6 +52,7 @@ RATES = {"vgg11": tuple(f"{target}-r{r}" for r in (4, 20, 40, 60, 100, 200, 300)
 NOISE = ("none", "L-r40-bnkeep", *(f"{kind}-{k}" for kind in ("zero", "gauss") for k in (1, 50, 1105)))
 HIGH = "-p0.25,0.8,0.25,0.95"  # Table C.1's 59%
 F1 = ("scratch-S-ebn-signed-p0,0,0,0.7", *(f"{t}-r750-ebn-signed-s2500x4-e3250x4-p0,0,0,0.7" for t in "SL"))
+ANY = None  # in place of methods: whatever prunes, of any experiment, and the baselines
 FIGURES = {  # name: (what it shows, runs.sh target, {model: the methods drawn})
     "2": ("accuracy while training, and best accuracy against mean stability", "fig2",
           {"vgg11": ADAM, "resnet18": ADAM}),
@@ -78,7 +79,10 @@ FIGURES = {  # name: (what it shows, runs.sh target, {model: the methods drawn})
         "E4": "the loss along the leading eigenvectors",
         "E5": "TIC proxy against stability, and accuracy against it",
         "E6": "accuracy against stability for the runs of the flatness figures",
-        "flatness": "every flatness measure against accuracy, with rank correlations"}.items()},
+        "flatness": "accuracy against every flatness measure, plain and adaptive, with rank correlations",
+        "density": "the spectral density of the Hessian"}.items()},
+    "stability": ("accuracy, best and last, against what pruning events do to the network", "fig2", ANY),
+    "compute": ("accuracy, best and last, against the multiply-adds of the training", "fig2", ANY),
 }
 TABLES = {
     "C1": ("accuracy and stability at 46% and 59% total pruning", "tabC1",
@@ -86,23 +90,33 @@ TABLES = {
     "F1": ("CIFAR-100: the methods, and t-tests of L against S and scratch", "tabF1", {"resnet18": ("none", *F1)}),
 }
 EVERYTHING = {**FIGURES, **{f"table {name}": entry for name, entry in TABLES.items()}}
-SCATTERS = {  # figure: the (x, y) of its panels
-    **dict.fromkeys(("4", "C3"), [("mean_stability", "best_acc"), ("mean_stability", "gap")]),
-    "6": [("mean_stability", "trace_eigs"), ("trace_eigs", "best_acc"),
-          ("mean_stability", "tr_c"), ("tr_c", "best_acc")],
-    "E3": [("mean_stability", "epsilon_min"), ("epsilon_min", "best_acc")],
-    "E5": [("mean_stability", "tic"), ("tic", "best_acc")],
-    "E6": [("mean_stability", "best_acc")],
-    "flatness": [(x, "best_acc") for x in ("trace_eigs", "trace", "tr_c", "tic", "tic_trace", "c_over_f",
-                                           "epsilon_min", "top")],
+MEASURES = {  # of flatness
+    "trace_eigs": "Tr(H), sum of the leading eigenvalues", "trace": "Tr(H), Hutch++", "tr_c": "Tr(C)",
+    "tic": "TIC proxy Tr(C)/Tr(H)", "tic_trace": "Tr(C)/Tr(H), Hutch++", "c_over_f": "Tr(C)/Tr(F)",
+    "epsilon_min": "|ε| at a loss rise of 0.1", "top": "Largest eigenvalue"}
+OF_EIGENPAIRS = ("trace_eigs", "tic", "epsilon_min", "top")  # which need these to have converged
+EVENTS = {
+    "mean_stability": "Mean stability (%)", "loss_rise": "Rise in test loss at an event (nats)",
+    "churn": "Churn at an event (%)", "min_stability": "Smallest stability (%)",
+    "below_99": "Events below 99% stability"}
+LABELS = {
+    **EVENTS, "best_acc": "Best test accuracy (%)", "last_acc": "Last test accuracy (%)",
+    "gap": "Train − test accuracy (points)", "compute": "Multiply-adds of the training (% of no pruning's)",
+    "events": "Pruning events", "converged": "Share of converged eigenpairs", **MEASURES,
+    **{f"adaptive_{k}": f"Adaptive {label}" for k, label in MEASURES.items()}}
+SCATTERS = {  # figure: (columns, the (x, y) of its panels)
+    **dict.fromkeys(("4", "C3"), (2, [("mean_stability", "best_acc"), ("mean_stability", "gap")])),
+    "6": (2, [("mean_stability", "trace_eigs"), ("trace_eigs", "best_acc"),
+              ("mean_stability", "tr_c"), ("tr_c", "best_acc")]),
+    "E3": (2, [("mean_stability", "epsilon_min"), ("epsilon_min", "best_acc")]),
+    "E5": (2, [("mean_stability", "tic"), ("tic", "best_acc")]),
+    "E6": (2, [("mean_stability", "best_acc")]),
+    "flatness": (4, [(form + x, "best_acc") for x in MEASURES for form in ("", "adaptive_")]),
+    "stability": (5, [(x, y) for y in ("best_acc", "last_acc") for x in EVENTS]),
+    "compute": (2, [("compute", "best_acc"), ("compute", "last_acc")]),
 }
 NEEDS_FLATNESS = {name for name, (_, target, _) in FIGURES.items() if target == "fig6"} - {"E6"}
-LABELS = {
-    "mean_stability": "Mean stability (%)", "best_acc": "Best test accuracy (%)",
-    "gap": "Train − test accuracy (points)", "trace_eigs": "Tr(H), sum of the leading eigenvalues",
-    "trace": "Tr(H), Hutch++", "tr_c": "Tr(C)", "tic": "TIC proxy Tr(C)/Tr(H)", "tic_trace": "Tr(C)/Tr(H), Hutch++",
-    "c_over_f": "Tr(C)/Tr(F)", "epsilon_min": "|ε| at a loss rise of 0.1", "top": "Largest eigenvalue",
-}
+MOVED = 0.05  # by what share of itself rescaling must move a measure for the figures to say so
 # Okabe and Ito's colour-blind-safe colours; one method looks the same in every figure.
 BLACK, BLUE, SKY, ORANGE, RED, GREEN, PINK = "#000000 #0072B2 #56B4E9 #E69F00 #D55E00 #009E73 #CC79A7".split()
 STYLES = {  # by the beginning of the method's name, the first that fits
@@ -114,6 +128,7 @@ STYLES = {  # by the beginning of the method's name, the first that fits
         (1, ORANGE, ":", "s"), (50, SKY, "--", "^"), (1105, BLUE, "-", "D"), (89, ORANGE, ":", "s"),
         (630, SKY, "--", "^"), (1220, BLUE, "-", "D"), (2480, GREEN, "-", "v"))},
 }
+MARKERS = "os^DvPX*<>ph8"  # a second method of one colour in a panel takes the next one
 PAPER = {  # what the appendix reports; accuracies and stabilities in %
     ("2", "resnet18"): {"S-r4": {"best_acc": 87.65, "best_acc_sd": 0.26, "stability": 99.957},
                         "S-r40": {"best_acc": 87.72, "best_acc_sd": 0.18, "stability": 99.470},
@@ -134,30 +149,43 @@ PAPER = {  # what the appendix reports; accuracies and stabilities in %
         F1[1]: (15, 73.22, 0.09, 91.94, 4.10), F1[2]: (15, 73.41, 0.08, 86.98, 6.87)},
 }
 SUMMARY = (("best accuracy", "best_acc", 2), ("last accuracy", "last_acc", 2), ("mean stability", "mean_stability", 3))
-RESAMPLES = 2000
-plt.rcParams.update({"font.size": 8, "axes.titlesize": 7, "legend.fontsize": 7, "xtick.labelsize": 7,
-                     "ytick.labelsize": 7, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42,
-                     "legend.frameon": False})
+LOOK = {"font.size": 8, "axes.titlesize": 7, "legend.fontsize": 7, "xtick.labelsize": 7, "ytick.labelsize": 7,
+        "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42, "legend.frameon": False}
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
 # | Runs: reading logs, and saying what is wrong with them                                                             |
 # +--------------------------------------------------------------------------------------------------------------------+
 
+def exact(record, images):
+    """The record with its accuracies, and the stability they give, as exact fractions, so that equal ones are equal.
+
+    images: {"train", "test", "val"}, the number of each. A logged percentage is a count of them over their number.
+    """
+    for key, split in (("train_acc", "train"), ("test_acc_before", "test"), ("test_acc", "test"), ("val_acc", "val")):
+        if record[key] is not None:
+            count = record[key] * images.get(split, 0) / 100
+            is_count = images.get(split) and abs(count - round(count)) < 0.01
+            record[key] = Fraction(100 * round(count), images[split]) if is_count else Fraction(record[key])
+    if record["stability"] is not None:
+        record["stability"] = 100 * record["test_acc"] / record["test_acc_before"]
+    return record
+
+
 def summarize(run_dir):
     """Everything a run's logs say, as a dict.
 
     dir, model, dataset, method, setting, seed and config; curve (epochs,), the test accuracy after each epoch; live,
-    the filters left of each prunable layer; best_acc, best_epoch, gap, last_acc, val_chosen_acc, mean_stability (all
-    in %) and events (train.summarize_epochs); problem: None, or one line saying why the run must not be averaged with
-    others (unfinished or damaged). Raises nothing for a bad log.
+    the filters left of each prunable layer; and what train.summarize_epochs says, accuracies and stabilities as exact
+    fractions; problem: None, or one line saying why the run must not be averaged with others (unfinished or damaged).
+    Raises nothing for a bad log.
     """
     run_dir = pathlib.Path(run_dir)
     run, records = {"dir": str(run_dir), "problem": None, "curve": np.empty(0)}, []
     wrong = "config.json is missing or damaged"
     try:
         config = json.loads((run_dir / "config.json").read_text())
-        options, epochs = config["options"], config["schedule"]["epochs"]
+        options, epochs, images = config["options"], config["schedule"]["epochs"], config.get("data", {})
         named = dict(method=config["method"], setting=config["setting"], model=options["model"], seed=options["seed"])
         if [type(value) for value in named.values()] != [str, str, str, int] or (
                 options.get("optimizer") not in (None, *train.OPTIMIZERS)):
@@ -166,13 +194,19 @@ def summarize(run_dir):
         wrong = "has no epochs.jsonl"
         for number, line in enumerate((run_dir / "epochs.jsonl").read_text().splitlines(), 1):
             wrong = f"line {number} of epochs.jsonl is damaged"
-            records.append(json.loads(line))
-            if records[-1]["epoch"] != number - 1:
-                return {**run, "problem": f"line {number} of epochs.jsonl is of epoch {records[-1]['epoch']}"}
+            record = json.loads(line)
+            if record["epoch"] != number - 1:
+                return {**run, "problem": f"line {number} of epochs.jsonl is of epoch {record['epoch']}"}
+            for key, value in record.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    return {**run, "problem": f"{key} of epoch {number - 1} is {value}"}
+            records.append(exact(record, images))
         wrong = "epochs.jsonl is damaged"
-        run.update(train.summarize_epochs(records), live=records[-1].get("live"),
+        found = train.summarize_epochs(records)
+        run.update(found, live=records[-1].get("live"), below_99=found.get("below", {}).get("99"),
+                   compute=100 * found["macs_spent"] / found["macs_unpruned"] if found.get("macs_spent") else None,
                    curve=np.array([record["test_acc"] for record in records], float))
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, ArithmeticError) as error:
         return {**run, "problem": f"{wrong} ({type(error).__name__})"}
     if len(records) != epochs:
         run.update(problem=f"unfinished, {len(records)} of {epochs} epochs", unfinished=True)
@@ -208,12 +242,18 @@ def name_mixed(runs, group, content):
             run["problem"] = f"differs from {most[0]['dir']} in {', '.join(names)}"
 
 
+def is_wanted(name, run):
+    """Whether a run's method is one of a figure's, or for ANY, one that prunes or a baseline."""
+    methods = EVERYTHING[name][2]
+    return bool(re.match("none|scratch|[SLR]-", run["method"])) if methods is ANY else run["method"] in methods.get(
+        run["model"], ())
+
+
 def runs_of(name, runs):
     """(what a figure or table is drawn from, {(dataset, setting): [run …]}; what is left out of it, [run …])."""
-    methods, sgd = EVERYTHING[name][2], name in ("4", "C3")
-    found, left_out = {}, []
+    sgd, found, left_out = name in ("4", "C3"), {}, []
     for run in runs:
-        if "method" in run and run["method"] not in methods.get(run["model"], ()):
+        if "method" in run and not is_wanted(name, run):
             continue
         if sgd and run.get("model") == "resnet18" and not run["setting"].startswith("sgd"):
             continue  # Adam is ResNet18's own; the other two always train by SGD, and do not say so
@@ -222,9 +262,22 @@ def runs_of(name, runs):
         else:
             setting = run["setting"].removeprefix("sgd").lstrip("-") if sgd else run["setting"]
             found.setdefault((run["dataset"], setting), []).append(run)
-    # A baseline alone makes no figure: it belongs to every figure of its setting.
-    only_baselines = set(sum(map(list, methods.values()), [])) == {"none"}
-    return {k: v for k, v in found.items() if only_baselines or any(r["method"] != "none" for r in v)}, left_out
+    # A baseline alone makes no figure but B1: it belongs to every figure of its setting.
+    return {k: v for k, v in found.items() if name == "B1" or any(r["method"] != "none" for r in v)}, left_out
+
+
+def grouped(name, runs):
+    """{model: {method: [run …]}} of a figure's runs, in the order in which it shows them."""
+    groups = {}
+    for model in train.PRUNABLE_BLOCKS:
+        own = [run for run in runs if run["model"] == model]
+        methods = {run["method"] for run in own}
+        order = list(methods) if EVERYTHING[name][2] is ANY else EVERYTHING[name][2].get(model, ())
+        if EVERYTHING[name][2] is ANY:
+            order.sort(key=lambda m: (list(STYLES.values()).index(style(m)), len(m), m))
+        if methods - {"none"} or methods and name == "B1":
+            groups[model] = {m: [run for run in own if run["method"] == m] for m in order if m in methods}
+    return groups
 
 
 def is_papers(name, dataset, setting):
@@ -236,6 +289,8 @@ def is_papers(name, dataset, setting):
 def rest_command(name, dataset, setting, found):
     """(how many of its runs are there, how many there should be, the command that trains the rest)."""
     _, target, models = EVERYTHING[name]
+    if models is ANY:
+        return len(found), len(found), ""
     papers, seeds, more = is_papers(name, dataset, setting), sorted({run["seed"] for run in found}), []
     if papers:
         seeds = list(range(1, {"tabF1": 4, "figB1": 2}.get(target, 11)))
@@ -274,90 +329,49 @@ def total_pruned(run):
 # | Statistics                                                                                                         |
 # +--------------------------------------------------------------------------------------------------------------------+
 
-def interval(values):
-    """Mean over axis 0 and its bootstrapped 95% percentile interval: (mean, low, high); low, high NaN for one run."""
-    values = np.asarray(values, float)
-    mean = values.mean(0)
-    if len(values) < 2:
-        return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
-    result = scipy.stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, batch=200, method="percentile", axis=0,
-                                   vectorized=True, rng=np.random.default_rng(0))
-    return mean, result.confidence_interval.low, result.confidence_interval.high
+def accuracy_correlations(runs, x, y="best_acc"):
+    """correlations of the runs' x and y; where y is the best accuracy, also of the last epoch's ("by last_acc") and the
+    validation-chosen one.
 
-
-def floats(values):
-    """Numbers as a list for JSON, which has no NaN: None stands for it."""
-    return [None if np.isnan(v) else float(v) for v in values]
-
-
-def correlations(x, y):
-    """{"n", "pearson": [r, p], "kendall": [tau, p]}; None for either where it is undefined (n < 3, or no spread)."""
-    result = {"n": len(x), "pearson": None, "kendall": None}
-    if len(x) >= 3 and np.ptp(x) > 0 and np.ptp(y) > 0:
-        result |= {"pearson": floats(scipy.stats.pearsonr(x, y)), "kendall": floats(scipy.stats.kendalltau(x, y))}
-    return result
-
-
-def correlation_interval(x, y, kind):
-    """Bootstrapped 95% interval [low, high] of "pearson" or "kendall" over resampled runs; None where undefined."""
-    if correlations(x, y)[kind] is None:
-        return None
-    score = np.sign if kind == "kendall" else np.asarray
-
-    def statistic(x, y, axis):  # both are the cosine of all pairs' differences, or of their signs (tau-b)
-        dx, dy = (score(v[..., :, None] - v[..., None, :]) for v in (x, y))
-        return (dx * dy).sum((-2, -1)) / np.sqrt((dx**2).sum((-2, -1)) * (dy**2).sum((-2, -1)))
-
-    with np.errstate(invalid="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a resample of one run many times over has none: left out of the percentiles
-        drawn = scipy.stats.bootstrap((x, y), statistic, n_resamples=RESAMPLES, batch=200, paired=True, vectorized=True,
-                                      method="percentile", rng=np.random.default_rng(0)).bootstrap_distribution
-    return floats(np.nanpercentile(drawn, [2.5, 97.5]))
-
-
-def measured(values):
-    """n, mean, standard deviation and 95% interval of one number per run, for the JSON; None where a run lacks it."""
-    if any(v is None for v in values):
-        return None
-    mean, low, high = interval(values)
-    return {"n": len(values), "mean": float(mean), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-            "ci95": floats((low, high)) if len(values) > 1 else None, "values": floats(values)}
-
-
-def t_test(a, b):
-    """Two-tailed t-tests of two samples' means: {"difference" (a's minus b's), "student": [t, p], "welch": [t, p]}.
-
-    The paper's stars (C.2, F) are Student's, of equal variances; None where a sample has one value, or neither spread.
+    disagrees: whether a coefficient has another sign by the last epoch's accuracy. The best is a maximum over all
+    epochs since the last event, which are more without pruning than with it.
     """
-    result = {"difference": float(np.mean(a) - np.mean(b)), "student": None, "welch": None}
-    if min(len(a), len(b)) > 1 and max(np.ptp(a), np.ptp(b)) > 0:
-        for name, equal in (("student", True), ("welch", False)):
-            result[name] = floats(scipy.stats.ttest_ind(a, b, equal_var=equal))
+    result = correlations([run[x] for run in runs], [run[y] for run in runs])
+    if y == "best_acc":
+        for other in ("last_acc", "val_chosen_acc"):
+            if all(run[other] is not None for run in runs):
+                result["by " + other] = correlations([run[x] for run in runs], [run[other] for run in runs])
+        last = result["by last_acc"]
+        result["disagrees"] = any(result[k] and last[k] and result[k][0] * last[k][0] < 0 for k in KINDS)
     return result
 
 
-def paired_differences(groups):
-    """Best accuracy of each method minus the baseline's and each other's under the same seed, with a paired t-test."""
+def paired_differences(groups, key):
+    """Accuracy `key` of each method minus the baseline's and each other's under the same seed (paired_test)."""
     result = {}
-    best = {method: {run["seed"]: run["best_acc"] for run in runs} for method, runs in groups.items()}
-    for (first, a), (second, b) in itertools.combinations(best.items(), 2):
+    values = {method: {run["seed"]: run[key] for run in runs} for method, runs in groups.items()}
+    for (first, a), (second, b) in itertools.combinations(values.items(), 2):
         seeds = sorted(a.keys() & b.keys())
-        gaps = [b[s] - a[s] for s in seeds]
         if seeds:
-            p = float(scipy.stats.ttest_1samp(gaps, 0).pvalue) if np.ptp(gaps) > 0 else None
-            result[f"{second} minus {first}"] = {**measured(gaps), "seeds": seeds, "p": p}
+            result[f"{second} minus {first}"] = {**paired_test([b[s] for s in seeds], [a[s] for s in seeds]),
+                                                 "seeds": seeds}
     return result
 
 
 def method_numbers(groups):
-    """What a figure's JSON says of each method: every measure with n, mean, deviation and interval; and the pairs."""
+    """What a figure's JSON says of each method: every measure with n, mean, deviation and interval; and the pairs.
+
+    disagree: the pairs whose difference has one sign by the best accuracies, and the other by the last epoch's.
+    """
     keys = ("best_acc", "last_acc", "val_chosen_acc", "gap", "mean_stability")
     keys += tuple(k for k in LABELS if k not in keys and all(k in run for runs in groups.values() for run in runs))
+    best, last = (paired_differences(groups, key) for key in ("best_acc", "last_acc"))
     return {"methods": {method: {
         "label": method_label(runs[0]).replace("$", ""), "seeds": [run["seed"] for run in runs],
         "iterative_rate": runs[0]["config"]["iterative_rate"], "runs": [run["dir"] for run in runs],
         **{k: measured([run[k] for run in runs]) for k in keys}} for method, runs in groups.items()},
-        "paired_best_acc": paired_differences(groups)}
+        "paired_best_acc": best, "paired_last_acc": last,
+        "disagree": [pair for pair in best if best[pair]["mean"] * last[pair]["mean"] < 0]}
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -482,7 +496,9 @@ def with_flatness(runs, left_out, args):
         try:
             flat = json.loads(path.read_text()) if path.exists() else measure_flatness(
                 run["dir"], args.eigs, args.images, args.eig, args.memory_gb, data_dir=args.data_dir)
-            run["flatness"] = {**{k: flat[k] for k in LABELS if k in flat}, "flat": flat, "top": flat["eigenvalues"][0]}
+            found = measures_of(flat) | {"converged": sum(flat["converged"]) / len(flat["converged"])}
+            unfit = not found["converged"] and f"none of {path.name}'s eigenpairs converged: measure it again"
+            run["flatness"] = {**found, "flat": flat, **({"problem": unfit} if unfit else {})}
         except train.UserError as error:
             run["flatness"] = {"problem": str(error)}
         except (ValueError, KeyError, TypeError, IndexError) as error:
@@ -492,6 +508,34 @@ def with_flatness(runs, left_out, args):
     name_mixed(runs, lambda run: "", lambda run: {k: run["flat"].get(k) for k in ("images", "eig", "epoch", "eigs")})
     left_out += [run for run in runs if run["problem"]]
     return [run for run in runs if not run["problem"]]
+
+
+def measures_of(flat):
+    """The measures of a flatness.json by the names in LABELS, the adaptive ones' beginning with "adaptive_"."""
+    return {prefix + k: found["eigenvalues"][0] if k == "top" else found.get(k)
+            for prefix, found in (("", flat), ("adaptive_", flat.get("adaptive"))) if found for k in MEASURES}
+
+
+def converged(run, measure):
+    """The share of converged pairs among those that a flatness measure is made of; 1 for what is made of none."""
+    kind, flat = measure.removeprefix("adaptive_"), run.get("flat", {})
+    pairs = (flat if kind == measure else flat["adaptive"])["converged"] if kind in OF_EIGENPAIRS else [True]
+    return sum(pairs) / len(pairs)
+
+
+def moved_by_rescaling(run, measure):
+    """The largest relative change of a flatness measure when the same network is written in other scales, or None."""
+    found = {a: measures_of(flat).get(measure) for a, flat in run.get("flat", {}).get("control", {}).items()}
+    own = found.pop("1", run.get(measure))
+    return max((abs(other / own - 1) for other in found.values() if other is not None and own), default=None)
+
+
+def what_was_measured(runs, args):
+    """A line on flatness for a figure's title."""
+    flat, asked = runs[0]["flat"], args.eigs
+    pairs = [ok for run in runs for ok in run["flat"]["converged"]]
+    return (f"{len(flat['eigenvalues'])} eigenpairs" + f" ({asked} asked)" * (asked != len(flat["eigenvalues"])) +
+            f", {100 * sum(pairs) / len(pairs):.3g}% converged, on {flat['images']} {flat.get('split', 'test')} images")
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -519,11 +563,11 @@ def panels(count, columns=2, height=3.3, width=3.375, **more):
     """A canvas of `count` panels in so many columns: (canvas, [axis …])."""
     columns = min(count, columns)
     rows = -(-count // columns)
-    canvas, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False,
-                                layout="constrained", **more)
-    for axis in axes.flat[count:]:
+    canvas = matplotlib.figure.Figure((width * columns, height * rows), layout="constrained")
+    axes = canvas.subplots(rows, columns, squeeze=False, **more).flat
+    for axis in axes[count:]:
         axis.axis("off")
-    return canvas, list(axes.flat[:count])
+    return canvas, list(axes[:count])
 
 
 def legend_below(axis, columns=2, title=None):
@@ -531,41 +575,42 @@ def legend_below(axis, columns=2, title=None):
 
 
 def draw_means(axis, x, bounds, method, bars=False, **more):
-    """A method's means and 95% intervals, bounds (mean, low, high), as a band or bars; returns the numbers drawn."""
-    (mean, low, high), (colour, line, marker) = bounds, style(method)
+    """A method's means and 95% intervals, bounds (5, points) as BOUNDS, as a band or bars; the numbers for the JSON."""
+    (mean, low, high, *_), (colour, line, marker) = bounds, style(method)
     if bars:
         axis.vlines(x, low, high, color=colour, lw=0.9)
-        more = {"marker": marker, "ms": 3} | more
     else:
         axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
-    axis.plot(x, mean, **{"ls": line, "color": colour, "lw": 1} | more)
-    return {"mean": floats(mean), "low": floats(low), "high": floats(high)}
+    marked = {"marker": marker, "ms": 3} if bars or len(x) == 1 else {}  # one point is no line
+    axis.plot(x, mean, **{"ls": line, "color": colour, "lw": 1} | marked | more)
+    return {name: floats(values) for name, values in zip(BOUNDS, bounds)}
 
 
 def draw_dynamics(axis, groups, title, columns=2):
     """Mean test accuracy per epoch and its 95% band, a method each; returns the numbers drawn, by method."""
-    numbers, tops, floors = {}, [], []
+    numbers, drops = {}, []
     for method, runs in groups.items():
         length = min(len(run["curve"]) for run in runs)  # they differ while runs go on (--live)
         epochs = np.arange(1, length + 1)
-        stability = np.mean([run["mean_stability"] for run in runs])
+        stability = measured([run["mean_stability"] for run in runs])["mean"]
         bounds = interval([run["curve"][:length] for run in runs])
         numbers[method] = {"n": len(runs), "epoch": epochs.tolist(), **draw_means(
-            axis, epochs, bounds, method, label=f"{stability:.2f}% stable ({method_label(runs[0])})")}
-        tops.append(np.nanmax(bounds))
-        floors.append(np.percentile(bounds[0][length // 4:], 15))
+            axis, epochs, bounds, method, bars=length == 1, label=f"{stability:.2f}% stable ({method_label(runs[0])})")}
     # The axis shows what separates the methods; a drop below it is marked with its depth, as in the paper.
-    top, floor = max(tops), min(floors)
+    means = [np.array(curve["mean"]) for curve in numbers.values()]
+    top, floor = max(mean.max() for mean in means), min(np.percentile(mean[len(mean) // 4:], 15) for mean in means)
     floor -= 0.15 * (top - floor) or 1
-    axis.set_ylim(floor, top + 0.05 * (top - floor))
-    for method, curve in numbers.items():
-        mean = curve["mean"]
-        drops = [i for i in range(1, len(mean)) if mean[i] < floor <= mean[i - 1]]
-        if drops:
-            worst = min(drops, key=lambda i: mean[i])
-            axis.annotate(f"{mean[worst]:.0f}%", (curve["epoch"][worst], floor), (0, 2), ha="center",
-                          textcoords="offset points", fontsize=7, color=style(method)[0],
-                          bbox={"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.8})
+    axis.set_ylim(floor, top + (0.1 * (top - floor)))
+    for method, mean in zip(numbers, means):
+        under = [i for i in range(1, len(mean)) if mean[i] < floor <= mean[i - 1]]
+        drops += [(min(under, key=lambda i: mean[i]) + 1, method)] if under else []
+    places = []  # (epoch, how many marks lie below) of the marks so far, which those nearby go on top of
+    for epoch, method in sorted(drops):
+        near = [height for x, height in places if epoch - x < 0.12 * max(map(len, means))]
+        places.append((epoch, min(set(range(len(near) + 1)) - set(near))))
+        axis.annotate(f"{numbers[method]['mean'][epoch - 1]:.0f}%", (epoch, floor), (0, 2 + 10 * places[-1][1]),
+                      ha="center", textcoords="offset points", fontsize=7, color=style(method)[0],
+                      bbox={"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.8})
     counts = sorted({len(runs) for runs in groups.values()})
     axis.set(xlabel="Epoch", ylabel="Test accuracy (%)",
              title=f"{title}, {' to '.join(map(str, counts[::len(counts) - 1 or 1]))} runs a method")
@@ -573,34 +618,70 @@ def draw_dynamics(axis, groups, title, columns=2):
     return numbers
 
 
-def draw_scatter(axis, groups, x="mean_stability", y="best_acc", baseline=False, legend=2):
+def stated(numbers, kind, short=False):
+    """A correlation in words: "Kendall τ = -0.62 (-0.81 to -0.31), p = 0.0003", in short without p; "" for none."""
+    if not numbers[kind]:
+        return ""
+    (r, p), bounds, name = numbers[kind], numbers[f"{kind}_ci95"], KINDS[kind][1]
+    text = f"{name.split()[-1] if short else name} = {r:.2f}" + (
+        f" ({bounds[0]:.2f} to {bounds[1]:.2f})" if bounds else "")
+    return text if short else f"{text}, p = {p:.2g}"
+
+
+def draw_scatter(axis, groups, x="mean_stability", y="best_acc", baseline=False, short=False, given=None):
     """y against x, a point per run; with baseline, the runs without pruning are points too, else a line at their mean.
 
-    Returns {"x", "y", n and correlations}; where accuracy is drawn, also by last-epoch and validation-chosen accuracy.
+    Returns {"x", "y"} and accuracy_correlations, and as "given <measure>" a partial_correlation. The panel says so
+    where the last epoch's accuracy disagrees, where eigenpairs have not converged (a white dot in the point), and
+    where writing the same networks in other scales moves x by more than MOVED.
     """
-    points = []
-    for method, runs in groups.items():
+    points, colours, labels = [], [], [method_label(runs[0]) for runs in groups.values()]
+
+    def place(runs):
+        return ([float(run[k]) for run in runs] for k in (x, y))
+
+    for (method, runs), label in zip(groups.items(), labels):
         colour, _, marker = style(method)
-        if baseline or method != "none":
-            axis.plot([r[x] for r in runs], [r[y] for r in runs], marker, color=colour, ms=4, mec="white", mew=0.4,
-                      label=method_label(runs[0]), clip_on=False)
-            points += [r for r in runs if r[x] is not None and r[y] is not None]
-        else:
-            axis.axhline(np.mean([r[y] for r in runs]), color=colour, lw=0.8, ls=":", label="no pruning (mean)")
-    result = {"x": x, "y": y, **correlations([r[x] for r in points], [r[y] for r in points])}
-    for other in ("last_acc", "val_chosen_acc"):
-        if "best_acc" in (x, y) and all(run[other] is not None for run in points):
-            values = ([run[other if k == "best_acc" else k] for run in points] for k in (x, y))
-            result["by " + other] = correlations(*values)
-    text = [f"{symbol} = {result[name][0]:.2f} (p = {result[name][1]:.2g})"
-            for name, symbol in (("pearson", "Pearson r"), ("kendall", "Kendall τ")) if result[name]]
-    axis.set_title(", ".join(filter(None, [f"n = {result['n']}", "\n".join(text)])))
+        here = [run for run in runs if run.get(x) is not None and run.get(y) is not None]
+        if method == "none" and not baseline:
+            axis.axhline(np.mean([float(run[y]) for run in runs]), color=colour, lw=0.8, ls=":",
+                         label="no pruning (mean)")
+            continue
+        marker = MARKERS[(MARKERS.index(marker) + colours.count(colour)) % len(MARKERS)]
+        axis.plot(*place(here), marker, color=colour, ms=4, mec="white", mew=0.4, clip_on=False,
+                  label=label if labels.count(label) == 1 else method)
+        colours.append(colour)
+        points += here
+    result = {"x": x, "y": y, **accuracy_correlations(points, x, y)}
+    text = [f"n = {len(points)}" if points else "not in these logs", *(stated(result, kind, short) for kind in KINDS)]
+    if result.get("disagrees"):
+        text += [f"by last accuracy: {stated(result['by last_acc'], kind, True)}" for kind in KINDS]
+    if given:
+        partial = result[f"given {given}"] = partial_correlation(*([run[k] for run in points] for k in (x, y, given)))
+        text.append(f"given {given}: {stated(partial, 'pearson', True) if partial else 'undefined'}")
+    doubtful = [run for run in points if converged(run, x) < 1]
+    if doubtful:
+        axis.plot(*place(doubtful), "o", color="white", ms=1.5, mew=0)
+        text.append("white dot: not all eigenpairs converged")
+    moved = [moved_by_rescaling(run, x) for run in points]
+    if any(moved):
+        result["moved_by_rescaling"] = moved
+        largest = max(change for change in moved if change is not None)
+        text += [f"† moved by {100 * largest:.0f}% by rescaling"] if largest > MOVED else []
+    axis.set_title("\n".join(filter(None, text)))
     axis.set(xlabel=LABELS[x], ylabel=LABELS[y])
     axis.ticklabel_format(useOffset=False)
     axis.locator_params(axis="x", nbins=5)
-    if legend:
-        legend_below(axis, legend)
     return result
+
+
+def legend_outside(canvas, axes, columns, name=str):
+    """One legend for all axes, below them; name makes an entry of a label."""
+    entries = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels()):
+            entries.setdefault(name(label), handle)
+    canvas.legend(entries.values(), entries, loc="outside lower center", ncol=columns)
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -610,9 +691,12 @@ def draw_scatter(axis, groups, x="mean_stability", y="best_acc", baseline=False,
 def dynamics_and_scatter(name, models, args):
     """Figures 2 and B2. The unfinished runs that --live adds are in the curves only."""
     canvas, axes = panels(2 * len(models))
-    return canvas, {model: {"dynamics": draw_dynamics(left, groups, model),
-                            "scatters": [draw_scatter(right, finished(groups))]}
-                    for left, right, (model, groups) in zip(axes[::2], axes[1::2], models.items())}
+    numbers = {}
+    for left, right, (model, groups) in zip(axes[::2], axes[1::2], models.items()):
+        numbers[model] = {"dynamics": draw_dynamics(left, groups, model),
+                          "scatters": [draw_scatter(right, finished(groups))]}
+        legend_below(right)
+    return canvas, numbers
 
 
 def noise_dynamics(name, models, args):
@@ -638,17 +722,25 @@ def by_rate(groups):
 
 
 def draw_rate_correlation(axis, rates, kind):
-    """Correlation of accuracy and stability over the runs of each rate, with its bootstrapped 95% interval."""
-    numbers, drawn = {}, {}
+    """Correlation of accuracy and stability over the runs of each rate, with its 95% interval; and that of the last
+    epoch's accuracy where it has another sign."""
+    numbers, drawn, last = {}, {}, {}
     for rate, (r, groups) in rates.items():
-        x, y = ([run[k] for runs in groups.values() for run in runs] for k in ("mean_stability", "best_acc"))
-        found = numbers[f"{rate:.3g}"] = {"r": r, **correlations(x, y), "ci95": correlation_interval(x, y, kind)}
+        runs = list(itertools.chain(*groups.values()))
+        found = accuracy_correlations(runs, "mean_stability")
+        paper = bootstrap_correlation([run["mean_stability"] for run in runs], [run["best_acc"] for run in runs], kind)
+        numbers[f"{rate:.3g}"] = {"r": r, **found, f"{kind}_ci95_bootstrap": paper}
         if found[kind]:
-            drawn[rate] = (found[kind][0], *found["ci95"])
-    draw_means(axis, list(drawn), np.array(list(drawn.values())).reshape(-1, 3).T, "none", bars=True)
+            drawn[rate] = (found[kind][0], *(found[f"{kind}_ci95"] or [np.nan] * 2), *paper)
+        if found["disagrees"]:
+            last[rate] = found["by last_acc"][kind][0]
+    draw_means(axis, list(drawn), np.array(list(drawn.values())).reshape(-1, 5).T, "none", bars=True)
     axis.axhline(0, color="0.6", lw=0.6)
     axis.set(ylabel=f"{kind.title()} correlation of\naccuracy and stability", ylim=(-1.05, 1.05))
     rate_axis(axis, rates)
+    if last:
+        axis.plot(list(last), list(last.values()), "o", color=RED, mfc="white", ms=4, label="by last accuracy")
+        legend_below(axis)
     return numbers
 
 
@@ -669,13 +761,14 @@ def rates_figure(name, models, args):
             values = {rate: [run[key] for run in runs] for rate, (_, groups) in rates.items()
                       for method, runs in groups.items() if method[0] == target}
             if values:
-                bounds = np.array([interval(v) for v in values.values()]).T
+                bounds = np.stack([interval(v) for v in values.values()], 1)
                 draw_means(axis, list(values), bounds, target, bars=True, label=f"Prune$_{target}$")
         rate_axis(axis, rates)
         axis.set_ylabel(LABELS[key])
     for axis in axes[:2]:
         legend_below(axis, 3)
-    stable = [np.mean([run["mean_stability"] for run in g]) for _, groups in rates.values() for g in groups.values()]
+    stable = [np.mean([float(run["mean_stability"]) for run in runs])
+              for _, groups in rates.values() for runs in groups.values()]
     top, reach = max(stable), max(stable) - np.median(stable)
     inset.set(ylim=(top - 2.2 * reach - 1e-3, top + 0.3 * reach + 1e-3), xlabel="", ylabel="")
     inset.tick_params(labelsize=7, labelbottom=False)
@@ -688,13 +781,11 @@ def rate_scatters(name, models, args):
     rates, numbers = by_rate(models["vgg11"]), {}
     canvas, axes = panels(len(rates), 4, 2.2, 6.75 / min(4, len(rates)))
     for axis, (rate, (r, groups)) in zip(axes, rates.items()):
-        result = draw_scatter(axis, groups, legend=0)
-        axis.set_title(f"rate {rate:.3g}% (r = {r})\n" + axis.get_title().replace(", ", "\n"))
+        result = draw_scatter(axis, groups, short=True)
+        axis.set_title(f"rate {rate:.3g}% (r = {r})\n{axis.get_title()}")
         axis.set(ylabel=LABELS["best_acc"] if axis in axes[::4] else "")
         numbers[f"{rate:.3g}"] = {"r": r, **method_numbers(groups), "scatters": [result]}
-    looks = {target: style(target) for target in "SRL" if any(m[0] == target for m in models["vgg11"])}
-    marks = [plt.Line2D([], [], marker=m, color=c, ls="", ms=4, label=f"Prune$_{t}$") for t, (c, _, m) in looks.items()]
-    canvas.legend(handles=marks, loc="outside lower center", ncol=3)
+    legend_outside(canvas, axes, 3, lambda label: label.split()[0])
     return canvas, {"vgg11": {"by_rate": numbers}}
 
 
@@ -705,18 +796,21 @@ def rate_kendall(name, models, args):
 
 
 def scatters(name, models, args):
-    """Figures 4, C3, 6, E3, E5, E6 and flatness: the panels that SCATTERS lists, for each model.
+    """The panels that SCATTERS lists, for each model.
 
-    The flatness figures' points are all six methods; the others' only those that prune while they train (section 9).
+    The points are the runs that prune while they train (section 9); in the figures of flatness and cost, all runs.
     """
-    pairs, numbers = SCATTERS[name], {}
-    canvas, axes = panels(len(models) * len(pairs), 2, 2.9)
-    for axis, (model, i) in zip(axes, itertools.product(models, range(len(pairs)))):
-        result = draw_scatter(axis, models[model], *pairs[i], baseline=name not in ("4", "C3"),
-                              legend=2 * (i >= len(pairs) - 2))
-        numbers.setdefault(model, {"scatters": []})["scatters"].append(result)
+    columns, pairs = SCATTERS[name]
+    canvas, axes = panels(len(models) * len(pairs), columns, 2.9, 3.375 if columns == 2 else 2.5)
+    numbers = {model: {"scatters": []} for model in models}
+    for axis, (model, pair) in zip(axes, itertools.product(models, pairs)):
+        groups = {m: runs for m, runs in models[model].items() if name != "stability" or "scratch" not in m}
+        numbers[model]["scatters"].append(draw_scatter(
+            axis, groups, *pair, baseline=name not in ("4", "C3", "stability"), short=columns > 2,
+            given="events" if name == "stability" else None))
         if len(models) > 1:
             axis.set_title(f"{model}: {axis.get_title()}")
+    legend_outside(canvas, axes, 2 * columns)
     return canvas, numbers
 
 
@@ -733,7 +827,7 @@ def eigenvalues(name, models, args):
             **draw_means(axis, x, interval(values if first_ten else np.abs(values)), method, bars=first_ten,
                          label=method_label(runs[0]), **({"ls": ""} if first_ten else {})),
             "negative": (values < 0).sum(0).tolist(), "n": len(runs),  # negative in so many runs
-            "converged": [all(run["flat"]["converged"][:count]) for run in runs]}
+            "converged": np.mean([run["flat"]["converged"][:count] for run in runs], 0).tolist()}  # in such a share
     axis.set(xlabel="Eigenvalue, ordered by magnitude", ylabel="Eigenvalue" if first_ten else "|Eigenvalue|",
              yscale="linear" if first_ten else "log")
     legend_below(axis, 3)
@@ -742,19 +836,35 @@ def eigenvalues(name, models, args):
 
 def loss_along_eigenvectors(name, models, args):
     """Figure E4: a panel for each method, a line for each eigenvector, means over runs."""
-    groups, colours, numbers = models["vgg11"], plt.get_cmap("viridis"), {}
+    groups, colours, numbers = models["vgg11"], matplotlib.colormaps["viridis"], {}
     canvas, axes = panels(len(groups), 3, 2.3, 6.75 / min(3, len(groups)), sharex=True, sharey=True)
     for axis, (method, runs) in zip(axes, groups.items()):
         epsilon = runs[0]["flat"]["line"]["epsilon"]
-        mean = np.mean([run["flat"]["line"]["loss"] for run in runs], 0)
+        mean = np.array([run["flat"]["line"]["loss"] for run in runs], float).mean(0)  # NaN where one is not finite
         for i, loss in enumerate(mean):
             axis.plot(epsilon, loss, color=colours(i / 10), lw=0.9)
         axis.set(title=f"{method_label(runs[0])}, n = {len(runs)}", yscale="log", xlabel="ε", ylabel="Test loss")
         axis.label_outer()
-        numbers[method] = {"n": len(runs), "epsilon": epsilon, "loss": mean.tolist()}
+        numbers[method] = {"n": len(runs), "epsilon": epsilon, "loss": [floats(loss) for loss in mean]}
     scale = matplotlib.cm.ScalarMappable(matplotlib.colors.BoundaryNorm(np.arange(0.5, 11), 256), colours)
     canvas.colorbar(scale, ax=canvas.axes, label="Eigenvector, by magnitude", ticks=range(1, 11), shrink=0.8)
     return canvas, {"vgg11": {"lines": numbers}}
+
+
+def spectra(name, models, args):
+    """The density of the Hessian's eigenvalues by method, means over runs with their 95% band."""
+    canvas, (axis,) = panels(1, height=3.6, width=5.0)
+    found = {method: [run["flat"]["density"] for run in runs] for method, runs in models["vgg11"].items()}
+    ends = [grid[end] for runs in found.values() for run in runs for grid in [run["grid"]] for end in (0, -1)]
+    grid, numbers = np.linspace(min(ends), max(ends), 400), {}
+    for method, runs in found.items():
+        each = [np.interp(grid, run["grid"], run["density"], 0, 0) for run in runs]
+        numbers[method] = {"n": len(runs), "lambda": floats(grid), "width": floats([run["width"] for run in runs]),
+                           **draw_means(axis, grid, interval(each), method,
+                                        label=method_label(models["vgg11"][method][0]))}
+    axis.set(xlabel="Eigenvalue of the Hessian", ylabel="Density", yscale="log", ylim=(1e-8, None))
+    legend_below(axis, 3)
+    return canvas, {"vgg11": {"density": numbers}}
 
 
 @torch.no_grad()
@@ -893,16 +1003,19 @@ def table(name, models, args):
     for method, runs in groups.items():
         m, paper, tests = numbers["methods"][method], PAPER[name, "resnet18"].get(method), []
         m["total_pruned"] = measured([total_pruned(run) for run in runs])
-        for other in against.get(method, []):
-            if other in groups:
-                test = t_test(m["best_acc"]["values"], numbers["methods"][other]["best_acc"]["values"])
-                t_tests[f"{method} against {other}"] = test
-                tests += [f"{method_label(groups[other][0])}: {test['student'][1]:.2g}"] if test["student"] else []
+        for other in (other for other in against.get(method, []) if other in groups):
+            best, last = (t_test([run[k] for run in runs], [run[k] for run in groups[other]])
+                          for k in ("best_acc", "last_acc"))
+            disagrees = best["difference"] * last["difference"] < 0
+            t_tests[f"{method} against {other}"] = {**best, "by last_acc": last, "disagrees": disagrees}
+            if best["student"]:
+                tests.append(f"{method_label(groups[other][0])}: {best['student'][1]:.2g}" + disagrees * (
+                    f" ({best['difference']:+.2f}; last epoch {last['difference']:+.2f})"))
         label = method_label(groups.get(method.removesuffix(HIGH), runs)[0])  # C.2 names a method by its rate at 46%
         rows.append({
             "method": label, "pruned": f"{m['total_pruned']['mean']:.0f}%", "n": m["best_acc"]["n"],
             **{f"{title} (%)": plus_minus(m[key], digits) for title, key, digits in SUMMARY},
-            "p, two-tailed, against": "; ".join(tests) or "–",
+            "p, two-tailed, against": "\n".join(tests) or "–",
             **({"paper's": f"{paper[1]:.2f} ± {paper[2]}; {paper[3]:g}" if paper else "–"} if args.papers else {})})
     canvas, (axis,) = panels(1, height=0.35 + 0.22 * (len(rows) + 1), width=6.75)
     canvas.set_layout_engine("none")
@@ -926,7 +1039,8 @@ def plus_minus(m, digits):
 
 DRAW = {"2": dynamics_and_scatter, "B2": dynamics_and_scatter, "3": rates_figure, "C1": rate_scatters,
         "C2": rate_kendall, "5": noise_dynamics, "D2": noise_dynamics, "B1": activation_histograms, "D1": one_weight,
-        "E1": eigenvalues, "E2": eigenvalues, "E4": loss_along_eigenvectors, "table C1": table, "table F1": table,
+        "E1": eigenvalues, "E2": eigenvalues, "E4": loss_along_eigenvectors, "density": spectra, "table C1": table,
+        "table F1": table,
         **dict.fromkeys(SCATTERS, scatters)}
 
 
@@ -938,7 +1052,6 @@ def finished(groups):
 
 def draw(name, runs, args):
     """Draws a figure or "table <name>" for every data set and setting found; raises train.UserError without any."""
-    _, target, methods = EVERYTHING[name]
     settings, left_out = runs_of(name, runs)
     going_on = [run for run in left_out if args.live and run.get("unfinished")]
     for run in going_on:
@@ -954,30 +1067,31 @@ def draw(name, runs, args):
         settings = {("imagenet" if name == "B1" else "digits", ""): []}
     label = f"{'Figure ' * (name in FIGURES)}{name}"
     train.require(settings, f"no finished runs of {label} under {args.log_dir}/: train them with 'bash runs.sh "
-                  f"{target}', or name another --log-dir")
+                  f"{EVERYTHING[name][1]}', or name another --log-dir")
     for (dataset, setting), found in settings.items():
-        models = {model: {m: [r for r in found if r["model"] == model and r["method"] == m] for m in wanted}
-                  for model, wanted in methods.items()}
-        models = {model: {m: g for m, g in groups.items() if g} for model, groups in models.items()}
-        models = {model: g for model, g in models.items() if set(g) - {"none"} or g and methods[model] == ("none",)}
-        args.papers = is_papers(name, dataset, setting)
-        canvas, numbers = DRAW[name](name, models, args)
-        title = " ".join(filter(None, (dataset, setting)))
-        canvas.suptitle(textwrap.fill(title, int(13 * canvas.get_figwidth())), fontsize=8)
-        for model, panel in numbers.items():
-            numbers[model] = {**(method_numbers(finished(models[model])) if model in models else {}), **panel,
-                              "paper": PAPER.get((name, model)) if args.papers else None}
-            print_numbers(f"{label}, {model}, {title}", numbers[model])
-        file = "-".join([f"fig{name}" if name in FIGURES else name.replace("table ", "tab"),
-                         *([] if args.papers or name == "D1" else title.split())])
-        save(canvas, pathlib.Path(args.fig_dir, file), {
-            "figure": name, "dataset": dataset, "setting": setting, "models": numbers,
-            "left_out": {run["dir"]: run["problem"] for run in left_out}})
+        models, args.papers = grouped(name, found), is_papers(name, dataset, setting)
+        with matplotlib.rc_context(LOOK):
+            canvas, numbers = DRAW[name](name, models, args)
+            title = " ".join(filter(None, (dataset, setting)))
+            notes = [title, *([what_was_measured(found, args)] if name in NEEDS_FLATNESS else [])]
+            for model, panel in numbers.items():
+                numbers[model] = {**(method_numbers(finished(models[model])) if model in models else {}), **panel,
+                                  "paper": PAPER.get((name, model)) if args.papers else None}
+                print_numbers(f"{label}, {model}, {title}", numbers[model])
+                pairs = numbers[model].get("disagree")
+                notes += [f"{model}, best and last accuracy differ in sign: {', '.join(pairs[:3])}" +
+                          f" and {len(pairs) - 3} more" * (len(pairs) > 3)] if pairs else []
+            width = int(13 * canvas.get_figwidth())
+            canvas.suptitle("\n".join(textwrap.fill(note, width) for note in notes), fontsize=8, parse_math=False)
+            file = "-".join([f"fig{name}" if name in FIGURES else name.replace("table ", "tab"),
+                             *([] if args.papers or name == "D1" else title.split())])
+            save(canvas, pathlib.Path(args.fig_dir, file), {
+                "figure": name, "dataset": dataset, "setting": setting, "models": numbers,
+                "left_out": {run["dir"]: run["problem"] for run in left_out}})
         print(f"drawn: {args.fig_dir}/{file}.pdf, .png and .json" + f" from {len(found)} runs" * bool(found))
-        if found:
-            there, wanted, command = rest_command(name, dataset, setting, found)
-            if there < wanted:
-                print(f"{there} of {wanted} runs are there; the rest: {command}")
+        there, wanted, command = rest_command(name, dataset, setting, found) if found else (0, 0, "")
+        if there < wanted:
+            print(f"{there} of {wanted} runs are there; the rest: {command}")
 
 
 def print_numbers(title, panel):
@@ -987,12 +1101,25 @@ def print_numbers(title, panel):
     for method, m in panel.get("methods", {}).items():
         cells = "".join(f" {plus_minus(m[key], digits):>20}" for _, key, digits in SUMMARY)
         print(f"  {method:22} {m['best_acc']['n']:3}{cells}")
+    best, last, disagree = (panel.get(k, {}) for k in ("paired_best_acc", "paired_last_acc", "disagree"))
+    for pair in best if len(best) <= 15 else disagree:
+        print(f"  {pair}, under the same seed: best accuracy {gap_of(best[pair])}, last {gap_of(last[pair])}" +
+              ": they disagree" * (pair in disagree))
     for c in panel.get("scatters", []):
         print(f"  {c['y']} against {c['x']}: n = {c['n']}" + "".join(
-            f", {k} {c[k][0]:.2f} (p = {c[k][1]:.2g})" if c[k] else f", {k} undefined" for k in ("pearson", "kendall")))
+            f", {stated(c, kind) or KINDS[kind][1] + ' undefined'}" for kind in KINDS))
+        if c.get("disagrees"):
+            print("    by last accuracy: " + ", ".join(stated(c["by last_acc"], kind) for kind in KINDS))
     for pair, test in panel.get("t_tests", {}).items():
         p = f"p = {test['student'][1]:.2g}" if test["student"] else "no test: too few runs"
-        print(f"  best accuracy, {pair}: {test['difference']:+.2f} points, {p}")
+        print(f"  best accuracy, {pair}: {test['difference']:+.2f} points, {p}" + test["disagrees"] * (
+            f"; last {test['by last_acc']['difference']:+.2f}: they disagree"))
+
+
+def gap_of(m):
+    """A paired difference in words: +0.50 points (0.10 to 0.90), p = 0.02, n = 10."""
+    return f"{m['mean']:+.2f} points" + (f" ({m['ci95'][0]:.2f} to {m['ci95'][1]:.2f})" if m["ci95"] else "") + (
+        f", p = {m['p']:.2g}" if m["p"] is not None else ", p undefined") + f", n = {m['n']}"
 
 
 def save(canvas, name, numbers):
@@ -1008,7 +1135,6 @@ def save(canvas, name, numbers):
         except OSError as error:
             raise train.UserError(f"cannot write {name}.{kind} ({error.strerror}): make room or name another --fig-dir",
                                   1) from None
-    plt.close(canvas)
     train.write_json(name.with_name(f"{name.name}.json"), numbers)
 
 
@@ -1016,8 +1142,9 @@ def list_figures(log_dir):
     runs = find_runs(log_dir)
     for name, (what, target, models) in EVERYTHING.items():
         option = f"--figure {name}" if name in FIGURES else f"--{name}"
-        print(f"{option}: {what}; " + (f"from 'bash runs.sh {target}'" if models else "needs no runs"))
-        settings, left_out = runs_of(name, runs) if models else ({}, [])
+        print(f"{option}: {what}; " + ("from all runs that prune" if models is ANY else
+                                       f"from 'bash runs.sh {target}'" if models else "needs no runs"))
+        settings, left_out = runs_of(name, runs) if models != {} else ({}, [])
         for (dataset, setting), found in settings.items():
             there, wanted, _ = rest_command(name, dataset, setting, found)
             print(f"    {' '.join(filter(None, (dataset, setting)))}: {there} of {wanted} runs finished")

@@ -54,10 +54,7 @@ def canvases(monkeypatch):
     kept, save = {}, analyze.save
     monkeypatch.setattr(analyze, "save", lambda canvas, name, numbers: (kept.update({name.name: canvas}),
                                                                          save(canvas, name, numbers)))
-    monkeypatch.setattr(analyze.plt, "close", lambda canvas: None)
-    yield kept
-    monkeypatch.undo()
-    analyze.plt.close("all")
+    return kept
 
 
 def file_of(name):
@@ -176,13 +173,13 @@ def test_the_interval_of_a_correlation():
     x = random.normal(size=30)
     y = -x + random.normal(size=30)
     for kind in ("pearson", "kendall"):
-        low, high = analyze.correlation_interval(x, y, kind)
+        low, high = statistics.bootstrap_correlation(x, y, kind)
         assert -1 <= low < analyze.correlations(x, y)[kind][0] < high < 0
-        assert [low, high] == analyze.correlation_interval(x, y, kind)
+        assert [low, high] == statistics.bootstrap_correlation(x, y, kind)
     # Fisher's interval of Pearson's r is what the bootstrap should come near to
     fisher = scipy.stats.pearsonr(x, y).confidence_interval()
-    assert np.allclose(analyze.correlation_interval(x, y, "pearson"), [fisher.low, fisher.high], atol=0.12)
-    assert analyze.correlation_interval([1, 1, 1], [1, 2, 3], "pearson") is None
+    assert np.allclose(statistics.bootstrap_correlation(x, y, "pearson"), [fisher.low, fisher.high], atol=0.12)
+    assert statistics.bootstrap_correlation([1, 1, 1], [1, 2, 3], "pearson") is None
     # the same by scipy's own coefficients, with ties
     x, y = np.array([1.0, 2, 2, 3, 5, 4]), np.array([2.0, 1, 4, 4, 6, 5])
     for kind, function in (("pearson", scipy.stats.pearsonr), ("kendall", scipy.stats.kendalltau)):
@@ -190,7 +187,7 @@ def test_the_interval_of_a_correlation():
             slow = scipy.stats.bootstrap((x, y), lambda x, y: function(x, y)[0], n_resamples=analyze.RESAMPLES,
                                          batch=200, paired=True, vectorized=False, rng=np.random.default_rng(0))
         expected = np.nanpercentile(slow.bootstrap_distribution, [2.5, 97.5])
-        assert analyze.correlation_interval(x, y, kind) == pytest.approx(expected, abs=1e-12)
+        assert statistics.bootstrap_correlation(x, y, kind) == pytest.approx(expected, abs=1e-12)
 
 
 def test_rates_that_scaling_makes_equal_are_drawn_once(tmp_path):
