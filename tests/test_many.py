@@ -153,7 +153,7 @@ def test_wrong_seeds_are_one_line(run, capsys, seeds):
     assert len(lines) == 1 and "--seeds" in lines[0]
 
 
-@pytest.mark.parametrize("peak, free, runs", [
+@pytest.mark.parametrize("peak, free, fit", [
     (10, 0, 1), (10, 12, 1), (10, 12.5, 2), (10, 100, 9), (10, 1e6, runs.AT_ONCE), (0, 5, 5)])
-def test_as_many_runs_as_four_fifths_of_the_free_memory_hold(peak, free, runs):
-    assert runs.fit_at_once(peak, free) == runs
+def test_as_many_runs_as_four_fifths_of_the_free_memory_hold(peak, free, fit):
+    assert runs.fit_at_once(peak, free) == fit
