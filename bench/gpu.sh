@@ -65,9 +65,6 @@ export PYTHON device results machine
 
 if [ "$device" = cuda ]; then
     # What has a target first, and many runs at once with what time is left: what is late is lost.
-    TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$PYTHON" -c 'import torch
-print("%d.%d" % torch.cuda.get_device_capability())')}
-    export TORCH_CUDA_ARCH_LIST
     part build 150 env GST_CUDA=1 "$PYTHON" setup.py build_ext --inplace
     part tests 70 "$PYTHON" -m pytest -q tests -k cuda
     part epochs 330 bash -c 'epoch --out "$results/$machine-epoch.json" --precisions bf16 --rounds 2 --epochs 1 \
