@@ -74,9 +74,17 @@ ADAM_PRUNING = {  # B.1
     "resnet": dict(s=[7, 8, 9, 10], e=[150, 150, 170, 275], p=[0.25, 0.4, 0.25, 0.95], r=40, score="act", save_epoch=0),
 }
 DEFAULTS = dict(dataset="cifar10", width=1.0, scale_epochs=1.0, batch_size=128, test_batch_size=128, val_split=0,
-                precision="fp32", deterministic=False)  # of what else decides a result, for every model
+                train_images=0, test_images=0, label_noise=0.0, precision="fp32",
+                deterministic=False)  # of what else decides a result, for every model
+PRESETS = {  # --preset: by optimizer, what takes the place of the settings above
+    "quick": {"adam": dict(dataset="digits", width=0.25, val_split=300, batch_size=12, lr=0.002, epochs=350, lrs=[350],
+                           scale_epochs=0.0375),
+              "sgd": dict(dataset="digits", width=0.25, val_split=300, batch_size=12, scale_epochs=0.08)},
+    "small": dict.fromkeys(OPTIMIZERS, dict(train_images=2560, test_images=3000, width=0.25, batch_size=64,
+                                              scale_epochs=0.2)),
+}
 NOT_THE_RESULT = ("log_dir", "data_dir", "device", "backend", "save_epoch", "tensorboard", "seeds", "runs", "at_once",
-                  "plan", "retry_failed", "status")  # not what a run computes
+                  "plan", "retry_failed", "status", "preset")  # not what a run computes
 GRAPHED = ("cuda",)  # devices whose steps are captured in graphs
 WARM_UP = 3  # calls of a step before it becomes a graph: the libraries choose their algorithms in them
 SHAPE_STEPS = 20  # steps that are timed to choose the shapes of pruned layers
@@ -111,6 +119,12 @@ def paper_settings(model, optimizer=None):
     if optimizer == "adam":
         pruning = ADAM_PRUNING[model.rstrip("0123456789")]
     return dict(optimizer=optimizer, **OPTIMIZERS[optimizer], **pruning)
+
+
+def usual_settings(model, optimizer=None, preset=None):
+    """What a run of `model` (str) uses where no option is given: the paper's settings, or a preset's in their place."""
+    settings = paper_settings(model, optimizer) | DEFAULTS
+    return settings | (PRESETS[preset][settings["optimizer"]] if preset else {})
 
 
 def short(value):
@@ -156,11 +170,18 @@ def make_parser():
     flag = argparse.BooleanOptionalAction
     add = parser.add_argument_group("network and data").add_argument
     add("--model", choices=PRUNABLE_BLOCKS, default="vgg11", help="(default: vgg11)")
+    add("--preset", choices=PRESETS, help="a named set of options: quick is a few epochs of digits, small is CIFAR-10 "
+        "with few images; an option given beside it counts (default: none, the paper's settings)")
     add("--width", type=float, help="multiplies every channel count (default: 1)")
     add("--dataset", help="cifar10, cifar100, digits, a .npz file, or a folder with train/ and test/ class folders of "
         "images (default: cifar10)")
     add("--data-dir", default="data", help="where <dataset>.npz lies or is put (default: data)")
     add("--val-split", type=int, metavar="N", help="hold N training images out to validate (default: 0)")
+    add("--train-images", type=int, metavar="N", help="train on N of the training images, after those held out; 0: all "
+        "(default: 0)")
+    add("--test-images", type=int, metavar="N", help="test on N of the test images; 0: all (default: 0)")
+    add("--label-noise", type=float, metavar="F", help="give a fraction F of the training images a random class, the "
+        "same ones for every seed and method (default: 0)")
     add("--augment", action=flag, help="random crop and flip (default: the paper's)")
 
     add = parser.add_argument_group("pruning (defaults: the paper's for the model, listed below)").add_argument
@@ -215,7 +236,6 @@ def make_parser():
         "data, and print their lines")
     add("--retry-failed", action=flag, default=False, help="count failed runs as left in --plan (default: no)")
     add("--status", metavar="FILE", nargs="+", help="train nothing: say what became of the runs listed in each FILE")
-    parser.set_defaults(**DEFAULTS)
     return parser
 
 
@@ -226,18 +246,19 @@ def parse_options(argv):
         if getattr(args, name) is not None:
             setattr(args, name, [value for values in getattr(args, name) for value in values])
     given = {name for name, value in vars(args).items() if value is not None}
-    for name, value in paper_settings(args.model, args.optimizer).items():
+    for name, value in usual_settings(args.model, args.optimizer, args.preset).items():
         if name not in given:
             setattr(args, name, value)
 
-    for name in ("epochs", "batch_size", "test_batch_size", "r", "noise_batches", "at_once", "seed", "val_split",
-                 "save_epoch"):
-        value, least = getattr(args, name), 0 if name in ("seed", "val_split", "save_epoch") else 1
+    from_0 = ("seed", "val_split", "train_images", "test_images", "save_epoch")
+    for name in ("epochs", "batch_size", "test_batch_size", "r", "noise_batches", "at_once", *from_0):
+        value, least = getattr(args, name), 0 if name in from_0 else 1
         require(value is None or least <= value < 2**32, f"--{name.replace('_', '-')} {value}: give {least} or more")
     for name in ("width", "scale_epochs", "lr", "weight_decay"):
         value = getattr(args, name)
         require(0 < value < 1e6 or value == 0 and name == "weight_decay",
                 f"--{name.replace('_', '-')} {short(value)}: give a number above 0")
+    require(0 <= args.label_noise <= 1, f"--label-noise {short(args.label_noise)}: give a fraction from 0 to 1")
     require(all(epoch >= 0 for epoch in args.lrs), f"--lrs {short(args.lrs)}: epochs count from 0")
 
     pruning, noise = args.target != "none", args.noise != "none"
@@ -289,9 +310,10 @@ def schedule(args):
 
 
 def run_name(args):
-    """(method, setting): what is done to the filters, and all else that differs from the paper's, "" if nothing."""
-    optimizer = paper_settings(args.model)["optimizer"]
-    usual = paper_settings(args.model, args.optimizer) | DEFAULTS | {"optimizer": optimizer}
+    """(method, setting): what is done to the filters, and all else: the preset and what differs from that (without
+    one, from the paper's settings), "" if nothing."""
+    usual = usual_settings(args.model, args.optimizer, args.preset)
+    usual["optimizer"] = paper_settings(args.model)["optimizer"]
 
     def differing(**labels):
         return [label + short(getattr(args, name)) for name, label in labels.items()
@@ -306,8 +328,10 @@ def run_name(args):
     else:
         method = [args.target] + [f"r{args.r}"] * (args.target != "none")
     method += differing(score="") + ["bnkeep"] * (args.prune_bn == "keep") + differing(s="s", e="e", p="p")
-    setting = differing(optimizer="", width="w", scale_epochs="x", epochs="epochs", lrs="lrs", lr="lr",
-                        weight_decay="wd", batch_size="batch", val_split="val", precision="")
+    setting = [args.preset] * bool(args.preset)
+    setting += differing(optimizer="", width="w", scale_epochs="x", epochs="epochs", lrs="lrs", lr="lr",
+                         weight_decay="wd", batch_size="batch", val_split="val", train_images="n", test_images="t",
+                         label_noise="noise", precision="")
     setting += ["augment" if args.augment else "noaugment"] * (args.augment != usual["augment"])
     return "-".join(method), "-".join(setting + ["deterministic"] * args.deterministic)
 
@@ -416,20 +440,36 @@ def read_image_folder(folder):
     return data
 
 
-def put_on_device(data, device, val_split=0):
+def subset(n, *counts):
+    """Disjoint ascending indices into n images, so many as each of counts says: the same for every seed and method."""
+    order, bounds = np.random.RandomState(0).permutation(n), np.cumsum([0, *counts])
+    return [np.sort(order[start:end]) for start, end in zip(bounds, bounds[1:])]
+
+
+def put_on_device(data, device, val_split=0, train_images=0, test_images=0, label_noise=0.0):
     """The arrays as tensors on `device`: {"train": (x uint8 NHWC, y), "test": …, "val": … if asked, "mean", "std"}.
 
-    mean and std (3,) are the training images' per-channel ones, in units of a uint8 pixel, exact. The validation
-    images are the same for every seed, so that runs differ in what they learn and not in what judges them.
+    mean and std (3,) are the training images' per-channel ones, in units of a uint8 pixel, exact. The options draw the
+    same images and labels for every seed, so that runs differ in what they learn and not in what teaches and judges it.
     """
-    train_x, train_y = data["train_x"], data["train_y"]
-    require(val_split < len(train_x), f"--val-split {val_split} leaves none of {len(train_x)} images: give fewer")
-    splits = {"test": (data["test_x"], data["test_y"])}
-    if val_split:
-        order = np.random.RandomState(0).permutation(len(train_x))
-        held_out, kept = np.sort(order[:val_split]), np.sort(order[val_split:])
-        splits["val"] = (train_x[held_out], train_y[held_out])
+    train_x, train_y, test_x, test_y = (data[k] for k in ("train_x", "train_y", "test_x", "test_y"))
+    left = len(train_x) - val_split
+    require(left > 0, f"--val-split {val_split} leaves none of {len(train_x)} images: give fewer")
+    for name, wanted, there in (("train", train_images, left), ("test", test_images, len(test_x))):
+        require(wanted <= there, f"--{name}-images {wanted}, but there are {there}: give fewer")
+    splits = {"test": (test_x, test_y)}
+    if test_images:
+        kept, = subset(len(test_x), test_images)
+        splits["test"] = (test_x[kept], test_y[kept])
+    if val_split or train_images:
+        held_out, kept = subset(len(train_x), val_split, train_images or left)
+        if val_split:
+            splits["val"] = (train_x[held_out], train_y[held_out])
         train_x, train_y = train_x[kept], train_y[kept]
+    if label_noise:
+        random, train_y = np.random.RandomState(1), train_y.copy()
+        noised = random.permutation(len(train_y))[:math.floor(label_noise * len(train_y) + 0.5)]
+        train_y[noised] = random.randint(len(data["classes"]), size=len(noised))
     splits["train"] = (train_x, train_y)
     counts = np.stack([np.bincount(train_x[..., c].ravel(), minlength=256) for c in range(3)]) / train_x[..., 0].size
     mean = counts @ np.arange(256)
@@ -657,6 +697,32 @@ def live_shortcut(shortcut, x, block):
     return ops.masked_conv_bn_act(x, conv.weight, None, bn.weight, bn.bias, bn.running_mean, bn.running_var, None,
                                       block.live_in, conv.stride[0], 0, training=block.training, relu=False,
                                       momentum=bn.momentum, eps=bn.eps)
+
+
+def cost(model, image):
+    """(parameters left, multiply-adds of one image's forward pass): what live filters hold and what reads live maps.
+
+    image: (height, width, …). Convolutions and the last layer are what multiplies.
+    """
+    parameters, macs, came, size = 0, 0, 3, image[:2]
+
+    def add(conv, filters, maps):
+        nonlocal parameters, macs
+        weights = came * filters * conv.kernel_size[0] ** 2
+        after = [(s + 2 * conv.padding[0] - conv.kernel_size[0]) // conv.stride[0] + 1 for s in size]
+        parameters += weights + filters * (conv.bias is not None) + 2 * maps
+        macs += weights * math.prod(after)
+        return after
+
+    past = dict(zip((first for first, _ in getattr(model, "pairs", ())), getattr(model, "shortcuts", ())))
+    for block in (module for module in model.modules() if isinstance(module, Block)):
+        if isinstance(past.get(block), nn.Sequential):
+            add(past[block][0], len(block.mask), len(block.mask))  # a projection stays whole
+        maps = int(block.bn_mask.sum())
+        size = [s // 2 if block.pool else s for s in add(block.conv, int(block.mask.sum()), maps)]
+        came = maps
+    classes = len(model.linear.bias)
+    return parameters + classes * (came + 1), macs + classes * came
 
 
 def build_model(name, num_classes=10, width=1.0):
@@ -1020,10 +1086,11 @@ def describe_run(args, data, model, times, plan, device):
                            "kept": list(kept.values())} for layer, kept in plan],
         # in %, the largest of any layer (A.4)
         "iterative_rate": max((100 * p / len(kept) for p, (_, kept) in zip(args.p or (), plan)), default=0.0),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        **dict(zip(("parameters", "macs"), cost(model, data["train_x"].shape[1:]))),
         "constants": {"momentum": MOMENTUM, "adam_betas": [0.9, 0.999], "adam_eps": 1e-8, "bn_momentum": BN_MOMENTUM,
                       "bn_eps": BN_EPS, "act_keep": ACT_KEEP, "act_every": ACT_EVERY, "crop_padding": CROP_PADDING},
-        "data": {"train": len(data["train_x"]) - args.val_split, "val": args.val_split, "test": len(data["test_x"]),
+        "data": {"train": args.train_images or len(data["train_x"]) - args.val_split, "val": args.val_split,
+                 "test": args.test_images or len(data["test_x"]),
                  "classes": len(data["classes"]), "image": list(data["train_x"].shape[1:]),
                  "crc32": {k: zlib.crc32(np.ascontiguousarray(data[k])) for k in sorted(data) if k != "classes"}},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -1108,23 +1175,62 @@ def resume(path, model, optimizer, generators, noise, device):
                         "afresh", 1) from None
 
 
-def summarize_epochs(records):
-    """What a run's epoch records say (README, "A run's files"), as a dict; percentages throughout.
+def measured(where, data, trained, before, after=None, val=None, event=False):
+    """An epoch's losses (nats), accuracies, stability and churn (%) as its record holds them: one look at the device.
+
+    trained: what train_epoch gives; before, after, val: what evaluate gives, at the end of the epoch and, where filters
+    went (event) or noise was added, after that. Raises UserError, which begins with `where`, unless all is finite.
+    """
+    after = after or before
+    changed, *found = torch.cat([(before[1] != after[1]).sum()[None], trained, before[0], after[0],
+                                 *([val[0]] if val else ())]).tolist()
+    train_loss, train_right, right_before, loss_before, _, right, loss, *_ = found
+    n_train, n = len(data["train"][1]), len(data["test"][1])
+    finite = sum(found[4::3]) == 2 * n + (len(data["val"][1]) if val else 0)
+    require(math.isfinite(train_loss) and finite, f"{where}: the training loss is {train_loss / n_train:g}"
+            f"{'' if finite else ', and logits of the evaluation are not finite'}: lower --lr; the checkpoint of the "
+            "epoch before is kept", 1)
+    return {"train_loss": train_loss / n_train, "train_acc": 100 * (train_right / n_train),
+            "test_acc_before": 100 * right_before / n, "test_acc": 100 * right / n,
+            "test_loss_before": loss_before / n, "test_loss": loss / n,
+            "val_acc": 100 * found[8] / len(data["val"][1]) if val else None,
+            "stability": 100 * right / right_before if event and right_before else None,
+            "churn": 100 * changed / n if event else None}
+
+
+def summarize_epochs(records, config):
+    """What a run's epoch records say (docs/files.md), as a dict; percentages, nats, counts. config: its config.json.
 
     best_acc, best_epoch: the best test accuracy from the last pruning event on, that epoch included; gap: training
     minus test accuracy there; last_acc; val_chosen_acc: test accuracy at the best validation epoch (None without
-    one); mean_stability: over the events that removed (or noised) at least one filter, 100 without any.
+    one). Over the events that removed (or noised) at least one filter: mean_stability and min_stability (100 without
+    any), below, how many were below 99, 98, 95 and 90%, loss_rise and churn, means (0 without any). parameters, macs:
+    of the network in the end; macs_spent: all of the training's multiply-adds, a backward pass as two forward ones,
+    and macs_unpruned: without pruning. None for what an older log does not say.
     """
     events = [r for r in records if any(r["removed"])]
     stabilities = [r["stability"] for r in events if r["stability"] is not None]
     late = [r for r in records if r["epoch"] >= (events[-1]["epoch"] if events else 0)]
     best = max(late, key=lambda r: r["test_acc"])  # the first of equal ones
     chosen = max(late, key=lambda r: r["val_acc"]) if best["val_acc"] is not None else None
-    return {"epochs": len(records), "events": len(events), "best_acc": best["test_acc"], "best_epoch": best["epoch"],
-            "gap": best["train_acc"] - best["test_acc"], "last_acc": records[-1]["test_acc"],
-            "val_chosen_acc": chosen["test_acc"] if chosen else None,
-            "mean_stability": sum(stabilities) / len(stabilities) if stabilities else 100.0,
-            "seconds": sum(r["seconds"] for r in records)}
+    summary = {
+        "epochs": len(records), "events": len(events), "best_acc": best["test_acc"], "best_epoch": best["epoch"],
+        "gap": best["train_acc"] - best["test_acc"], "last_acc": records[-1]["test_acc"],
+        "val_chosen_acc": chosen["test_acc"] if chosen else None,
+        "mean_stability": math.fsum(stabilities) / len(stabilities) if stabilities else 100.0,
+        "min_stability": min(stabilities, default=100.0),
+        "below": {str(limit): sum(s < limit for s in stabilities) for limit in (99, 98, 95, 90)},
+        **dict.fromkeys(("loss_rise", "churn", "parameters", "macs", "macs_spent", "macs_unpruned")),
+        "seconds": sum(r["seconds"] for r in records)}
+    if "macs" in config:
+        first = config["macs"] if any(records[0]["removed"]) else records[0]["macs"]
+        trained = [first] + [r["macs"] for r in records[:-1]]  # an epoch trains what the one before left
+        passes, n = 3 * config["data"]["train"], max(1, len(events))
+        summary |= {"loss_rise": math.fsum(r["test_loss"] - r["test_loss_before"] for r in events) / n,
+                    "churn": math.fsum(r["churn"] for r in events) / n,
+                    "parameters": records[-1]["parameters"], "macs": records[-1]["macs"],
+                    "macs_spent": passes * sum(trained), "macs_unpruned": passes * len(records) * config["macs"]}
+    return summary
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -1139,14 +1245,20 @@ def predict(model, images, data, args):
 
 @torch.no_grad()
 def evaluate(model, data, split, args, before_batch=None, after_batch=None, graphs=None):
-    """Accuracy in % on a split, in eval mode: () float64, on the device."""
+    """What the network says of a split, in eval mode, as tensors on the device: (totals (3,) float64, right answers,
+    summed loss in nats and images whose logits are finite; predicted classes (images,) int64)."""
     model.eval()
     x, y = data[split]
-    correct, at = fed(graphs, split, torch.zeros(2, dtype=torch.int64, device=x.device))[0]
+    totals, at, predicted = fed(graphs, split, torch.zeros(3, dtype=torch.float64, device=x.device),
+                                torch.zeros((), dtype=torch.int64, device=x.device), torch.zeros_like(y))
 
     def count(size):
         index = at + torch.arange(size, device=x.device)
-        correct.add_((predict(model, x[index], data, args).argmax(1) == y[index]).sum())
+        logits, labels = predict(model, x[index], data, args), y[index]
+        classes = logits.argmax(1)
+        predicted.index_copy_(0, index, classes)
+        totals.add_(torch.stack([(classes == labels).sum(), F.cross_entropy(logits, labels, reduction="sum").double(),
+                                 logits.isfinite().all(1).sum()]))
         at.add_(size)
 
     for start in range(0, len(x), args.test_batch_size):
@@ -1155,11 +1267,11 @@ def evaluate(model, data, split, args, before_batch=None, after_batch=None, grap
         replayed(graphs, split, count, min(args.test_batch_size, len(x) - start))
         if after_batch:
             after_batch()
-    return 100 * correct.double() / len(x)
+    return totals.clone(), predicted.clone()  # the next evaluation's go into the same memory
 
 
 def train_epoch(model, data, optimizer, args, generators, step, before_batch=None, after_batch=None, graphs=None):
-    """One pass over the training data; returns (mean loss and share of right answers, (2,) on the device; next step).
+    """One pass over the training data; returns (summed loss and right answers, (2,) float64 on the device; next step).
 
     graphs: a dict for CUDA graphs of the step (replayed); None: no graphs.
     """
@@ -1196,7 +1308,7 @@ def train_epoch(model, data, optimizer, args, generators, step, before_batch=Non
             after_batch()
     for block in model.prunable:
         block.measure = False
-    return totals / n, step
+    return totals.clone(), step
 
 
 def fed(graphs, name, *tensors):
@@ -1332,10 +1444,11 @@ def training(args, shared):
         print(f"{directory}: finished already", flush=True)
         return None
     device = choose_device(args)
-    source = args.dataset, args.data_dir, args.val_split, args.augment, device
+    kept = args.val_split, args.train_images, args.test_images, args.label_noise
+    source = args.dataset, args.data_dir, *kept, args.augment, device
     if source not in shared:
         arrays = load_data(args.dataset, args.data_dir)
-        data = put_on_device(arrays, device, args.val_split)
+        data = put_on_device(arrays, device, *kept)
         if args.augment:
             data["padded"] = F.pad(data["train"][0], (0, 0, *[CROP_PADDING] * 4))
         if device.type == "cuda":
@@ -1380,7 +1493,8 @@ def epochs_of(args, directory, device, arrays, data, shared, still_ours):
         prune_now(model, optimizer, args, plan, scratch, noise, generators["target"])
     write_atomically(directory / "epochs.jsonl", "".join(line + "\n" for line in lines).encode())
     records = [json.loads(line) for line in lines]
-    live = [int(block.mask.sum()) for block in model.prunable]
+    image = config["data"]["image"]
+    live, size = [int(block.mask.sum()) for block in model.prunable], cost(model, image)
 
     with (progress_bar(label, times["epochs"], first_epoch) as bar,
           tensorboard(args, directory, first_epoch) as scalars,
@@ -1390,35 +1504,31 @@ def epochs_of(args, directory, device, arrays, data, shared, still_ours):
             lr = args.lr * 0.1 ** sum(epoch >= x for x in times["lrs"])
             if graphs and lr != optimizer.param_groups[0]["lr"]:
                 graphs.clear()
-            optimizer.param_groups[0]["lr"] = lr
+            optimizer.param_groups[0]["lr"], where = lr, f"{directory}: epoch {epoch}, lr {lr:g}"
             totals, step = train_epoch(model, data, optimizer, args, generators, step, **hooks)
-            test_acc = before = evaluate(model, data, "test", args, **hooks)
+            before = after = evaluate(model, data, "test", args, **hooks)
             yield
             choose_device(args)  # whoever had its turn may have set another precision
 
             gone, due = {}, filters_due(model, args, plan, epoch, noise)
             if due:
+                measured(where, data, totals, before)  # a network that has diverged must not choose
                 captured = shapes_of(model)
                 if shapes:
                     upcoming = min((e for _, kept in plan for e in kept if e > epoch), default=times["epochs"])
                     choose_shapes(model, shapes, plan, due, (upcoming - epoch) * step // (epoch + 1))
                 gone = prune_now(model, optimizer, args, plan, due, noise, generators["target"])
-                live = [int(block.mask.sum()) for block in model.prunable]
+                live, size = [int(block.mask.sum()) for block in model.prunable], cost(model, image)
                 if graphs and shapes_of(model) != captured:
                     graphs.clear()
             if due or noise:
-                test_acc = evaluate(model, data, "test", args, **hooks)
-            val_acc = evaluate(model, data, "val", args, graphs=graphs) if args.val_split else before
-            loss, train_acc, before, test_acc, val_acc = torch.stack([*totals, before, test_acc, val_acc]).tolist()
-            require(math.isfinite(loss), f"{directory}: the loss is {loss} in epoch {epoch}: lower --lr (now {lr:g}); "
-                    "the checkpoint of the epoch before is kept", 1)
-
+                after = evaluate(model, data, "test", args, **hooks)
+            val = evaluate(model, data, "val", args, graphs=graphs) if args.val_split else None
             records.append({
-                "epoch": epoch, "lr": lr, "train_loss": loss, "train_acc": 100 * train_acc, "test_acc_before": before,
-                "test_acc": test_acc, "val_acc": val_acc if args.val_split else None,
-                "stability": 100 * test_acc / before if gone and before else None,
+                "epoch": epoch, "lr": lr, **measured(where, data, totals, before, after, val, event=bool(gone)),
                 "removed": [len(gone.get(layer, ())) for layer, _ in plan], "live": live, "filters": gone,
                 "computed": [block.computed() for block in model.prunable],
+                "parameters": size[0], "macs": size[1],
                 "noised": [{k: state[k] for k in ("test", "train")} for state in noise],
                 "seconds": round(max(0, time.monotonic() - clock), 3)})
             lines.append(json.dumps(records[-1]))
@@ -1433,7 +1543,7 @@ def epochs_of(args, directory, device, arrays, data, shared, still_ours):
             scalars(records[-1])
             report(label, records, bar)
 
-    summary = summarize_epochs(records)
+    summary = summarize_epochs(records, config)
     write_json(directory / "done.json", summary)
     print(f"{label}: best accuracy {summary['best_acc']:.2f}% (epoch {summary['best_epoch']}), last "
           f"{summary['last_acc']:.2f}%, mean stability {summary['mean_stability']:.2f}% over {summary['events']} "
@@ -1468,7 +1578,7 @@ def progress_bar(label, epochs, first_epoch):
 
 def report(label, records, bar):
     """The epoch just done, for whoever watches: the bar on a terminal, a plain line in a file."""
-    record, stability = records[-1], summarize_epochs(records)["mean_stability"]
+    record, stability = records[-1], summarize_epochs(records, {})["mean_stability"]
     bar.update()
     if not bar.disable:
         bar.set_postfix_str(f"test {record['test_acc']:.2f}% stability {stability:.2f}%")
