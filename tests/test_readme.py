@@ -36,10 +36,10 @@ def test_the_experiment_in_ten_lines_is_one(tmp_path):
     script.write_text(block_with("prune_now"))
     done = call(script)
     assert done.returncode == 0, done.stderr
-    found = re.findall(r"epoch (\d): stability ([\d.]+)%, accuracy ([\d.]+)%", done.stdout)
+    found = re.findall(r"epoch (\d): (\d+) test images right, stability ([\d.]+)%", done.stdout)
     assert [int(epoch) for epoch, _, _ in found] == [0, 1, 2, 3]
-    assert found[3][1] == "100.00" and all(stability != "100.00" for _, stability, _ in found[:3])
-    assert float(found[3][2]) > 20  # of ten digits
+    assert found[3][2] == "100.00" and all(stability != "100.00" for _, _, stability in found[:3])
+    assert int(found[3][1]) > 797 * 0.2  # of ten digits
 
 
 def test_the_functions_of_the_experiment_are_under_their_headings():
