@@ -328,8 +328,8 @@ def run_name(args):
     else:
         method = [args.target] + [f"r{args.r}"] * (args.target != "none")
     method += differing(score="") + ["bnkeep"] * (args.prune_bn == "keep") + differing(s="s", e="e", p="p")
-    setting = [args.preset] * bool(args.preset)
-    setting += differing(optimizer="", width="w", scale_epochs="x", epochs="epochs", lrs="lrs", lr="lr",
+    setting = differing(optimizer="") + [args.preset] * bool(args.preset)
+    setting += differing(width="w", scale_epochs="x", epochs="epochs", lrs="lrs", lr="lr",
                          weight_decay="wd", batch_size="batch", val_split="val", train_images="n", test_images="t",
                          label_noise="noise", precision="")
     setting += ["augment" if args.augment else "noaugment"] * (args.augment != usual["augment"])
