@@ -61,7 +61,13 @@ from gst_ext.graphs import fed, hold_for, new_graphs, replayed, stream_of
 # +--------------------------------------------------------------------------------------------------------------------+
 
 PRUNABLE_BLOCKS = {"vgg11": 8, "vgg19": 16, "resnet18": 16, "resnet20": 18, "resnet56": 54}
-SCORES = ("l1", "l2", "act", "ebn", "ebn-signed")
+SCORES = {  # name: the score of each filter of a block, (c_out,); of its weights (A.4), its map, its batch norm (B.2)
+    "l1": lambda block: block.conv.weight.detach().flatten(1).abs().sum(1),
+    "l2": lambda block: block.conv.weight.detach().flatten(1).square().sum(1).sqrt(),
+    "act": lambda block: block.act.clone(),
+    "ebn": lambda block: ops.ebn_score(block.bn.weight.double(), block.bn.bias.double()),
+    "ebn-signed": lambda block: ops.ebn_score(block.bn.weight.double(), block.bn.bias.double(), signed=True),
+}
 MOMENTUM, BN_MOMENTUM, BN_EPS = 0.9, 0.1, 1e-5
 ACT_KEEP, ACT_EVERY = 0.9, 10  # act score: 0.9 * old + 0.1 * new on every tenth training batch (A.4, footnote 4)
 CROP_PADDING = 4
@@ -302,8 +308,8 @@ def run_name(args):
     else:
         method = [args.target] + [f"r{args.r}"] * (args.target != "none")
     method += differing(score="") + ["bnkeep"] * (args.prune_bn == "keep") + differing(s="s", e="e", p="p")
-    setting = [args.preset] * bool(args.preset)
-    setting += differing(optimizer="", width="w", scale_epochs="x", epochs="epochs", lrs="lrs", lr="lr",
+    setting = differing(optimizer="") + [args.preset] * bool(args.preset)
+    setting += differing(width="w", scale_epochs="x", epochs="epochs", lrs="lrs", lr="lr",
                          weight_decay="wd", batch_size="batch", val_split="val", train_images="n", test_images="t",
                          label_noise="noise", precision="")
     setting += ["augment" if args.augment else "noaugment"] * (args.augment != usual["augment"])
@@ -755,16 +761,9 @@ def pruning_plan(model, args, times):
 
 
 def filter_scores(block, method):
-    """The score of each filter of `block`, (c_out,); method l1 or l2 (of the weights, A.4), act, ebn or ebn-signed."""
+    """The score of each filter of `block`, (c_out,), by the method of that name in SCORES."""
     require(method in SCORES, f"no score {method}: choose from {', '.join(SCORES)}")
-    weight = block.conv.weight.detach().flatten(1)
-    if method == "l1":
-        return weight.abs().sum(1)
-    if method == "l2":
-        return weight.square().sum(1).sqrt()
-    if method == "act":
-        return block.act.clone()
-    return ops.ebn_score(block.bn.weight.double(), block.bn.bias.double(), signed=method == "ebn-signed")
+    return SCORES[method](block)
 
 
 def select_filters(scores, mask, k, target, generator=None):
