@@ -9,6 +9,7 @@ import torchvision
 from conftest import make_arrays
 from PIL import Image
 
+from gst_ext import files
 import train
 
 CPU = torch.device("cpu")
@@ -90,7 +91,7 @@ def bad(**changes):
 def test_bad_arrays_are_refused_by_name(tmp_path, changes, named):
     path = tmp_path / "broken.npz"
     np.savez(path, **bad(**changes))
-    with pytest.raises(train.UserError) as error:
+    with pytest.raises(files.UserError) as error:
         train.load_data(str(path))
     assert str(path) in str(error.value) and named in str(error.value) and "\n" not in str(error.value)
 
@@ -110,13 +111,13 @@ def test_damaged_files_are_refused_by_name(tmp_path, damage):
         content[len(content) // 2] ^= 255
         path.write_bytes({"truncated": content[:len(content) // 2], "flipped": content, "text": b"hello\n",
                           "empty": b""}[damage])
-    with pytest.raises(train.UserError) as error:
+    with pytest.raises(files.UserError) as error:
         train.load_data(str(path))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_an_unknown_data_set_is_refused_by_name():
-    with pytest.raises(train.UserError, match="cifra10"):
+    with pytest.raises(files.UserError, match="cifra10"):
         train.load_data("cifra10")
 
 
@@ -166,7 +167,7 @@ def test_bad_image_folders_are_refused_by_name(tmp_path, damage, named):
         write_image(folder / "test" / "gnu" / "a.png", np.zeros((32, 32, 3), np.uint8))
     elif damage == "no test":
         (folder / "test").rename(tmp_path / "elsewhere")
-    with pytest.raises(train.UserError) as error:
+    with pytest.raises(files.UserError) as error:
         train.load_data(str(folder))
     assert named in str(error.value) and str(folder) in str(error.value) and "\n" not in str(error.value)
 
@@ -199,7 +200,7 @@ def test_a_failed_download_names_the_three_ways_in_one_line(tmp_path, monkeypatc
         raise RuntimeError("no route to host\nand more")
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", fail)
-    with pytest.raises(train.UserError) as error:
+    with pytest.raises(files.UserError) as error:
         train.load_data("cifar10", str(tmp_path))
     message = str(error.value)
     assert all(way in message for way in ("cifar10.npz", "cifar-10-python.tar.gz", "--dataset digits"))
@@ -225,7 +226,7 @@ def test_a_constant_channel_is_refused():
     arrays = make_arrays(20, 12)
     for value in (0, 77, 255):
         arrays["train_x"][..., 1] = value
-        with pytest.raises(train.UserError, match="constant"):
+        with pytest.raises(files.UserError, match="constant"):
             train.put_on_device(arrays, CPU)
 
 
@@ -255,7 +256,7 @@ def test_validation_split_is_the_same_whatever_the_seed():
 
 @pytest.mark.parametrize("n", (60, 61))
 def test_a_validation_split_that_leaves_nothing_is_refused(n):
-    with pytest.raises(train.UserError, match="val-split"):
+    with pytest.raises(files.UserError, match="val-split"):
         train.put_on_device(make_arrays(60, 12), CPU, n)
 
 
@@ -283,3 +284,33 @@ def test_crop_and_flip_equals_a_crop_by_hand(height, width):
         by_hand = by_hand[offsets[0, j]:offsets[0, j] + height, offsets[1, j]:offsets[1, j] + width]
         assert np.array_equal(out[j].numpy(), by_hand[:, ::-1] if flips[j] else by_hand)
     assert torch.equal(out[2], x[3]), "offset 4 without flip is the image itself"
+
+
+def test_fewer_images_and_noised_labels_are_the_same_for_every_run():
+    arrays = make_arrays(60, 40)
+    arrays["train_x"][:, 0, 0, 0] = np.arange(60)  # so that each image can be told
+    whole = train.put_on_device(arrays, CPU)
+    few = train.put_on_device(arrays, CPU, 10, 20, 15, 0.5)
+    names = {split: set(few[split][0][:, 0, 0, 0].tolist()) for split in ("train", "val")}
+    assert [len(few[split][1]) for split in ("train", "val", "test")] == [20, 10, 15]
+    assert not names["train"] & names["val"]
+    assert names["val"] == set(train.put_on_device(arrays, CPU, 10)["val"][0][:, 0, 0, 0].tolist())
+    true = whole["train"][1][few["train"][0][:, 0, 0, 0].long()]
+    changed = (few["train"][1] != true).sum()
+    assert 0 < changed <= 10, "half of the labels are drawn anew, and some stay as they were by chance"
+    again = train.put_on_device(arrays, CPU, 10, 20, 15, 0.5)
+    assert torch.equal(few["train"][1], again["train"][1]) and torch.equal(few["test"][0], again["test"][0])
+    clean = train.put_on_device(arrays, CPU, 10, 20, 15)
+    assert torch.equal(clean["train"][1], true) and torch.equal(clean["val"][1], few["val"][1])
+
+
+def test_all_labels_noised_are_uniform():
+    arrays = make_arrays(6000, 4, classes=3)
+    counts = torch.bincount(train.put_on_device(arrays, CPU, label_noise=1.0)["train"][1], minlength=3)
+    assert counts.sum() == 6000 and (counts - 2000).abs().max() < 5 * (6000 * 2 / 9) ** 0.5
+
+
+@pytest.mark.parametrize("options", ({"train_images": 61}, {"val_split": 30, "train_images": 31}, {"test_images": 41}))
+def test_more_images_than_there_are_is_an_error(options):
+    with pytest.raises(train.UserError, match="give fewer"):
+        train.put_on_device(make_arrays(60, 40), CPU, **options)
