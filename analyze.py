@@ -27,9 +27,7 @@ import textwrap
 import time
 import warnings
 import zlib
-from fractions import Fraction
 
-import matplotlib.figure
 import numpy as np
 import scipy.stats
 import torch
@@ -38,9 +36,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import train
-from gst_ext import files, flatness
-from gst_ext.statistics import (BOUNDS, KINDS, bootstrap_correlation, correlations, floats, interval, measured,
-                                paired_test, partial_correlation, t_test)
+from gst_ext import drawing, files, flatness
+from gst_ext.drawing import matplotlib
+from gst_ext.statistics import (KINDS, bootstrap_correlation, correlations, floats, gap_of, interval, measured,
+                                paired_differences, partial_correlation, plus_minus, share, stated, t_test)
 
 # +--------------------------------------------------------------------------------------------------------------------+
 # | Configuration: which runs make which figure, how each method looks, what the paper reports                         |
@@ -102,7 +101,7 @@ EVENTS = {
     "below_99": "Events below 99% stability"}
 LABELS = {
     **EVENTS, "best_acc": "Best test accuracy (%)", "last_acc": "Last test accuracy (%)",
-    "gap": "Train − test accuracy (points)", "compute": "Multiply-adds of the training (% of no pruning's)",
+    "gap": "Train − test accuracy (points)", "compute": "Multiply-adds spent (% of no pruning's)",
     "events": "Pruning events", "converged": "Share of converged eigenpairs", **MEASURES,
     **{f"adaptive_{k}": f"Adaptive {label}" for k, label in MEASURES.items()}}
 SCATTERS = {  # figure: (columns, the (x, y) of its panels)
@@ -150,8 +149,6 @@ PAPER = {  # what the appendix reports; accuracies and stabilities in %
         F1[1]: (15, 73.22, 0.09, 91.94, 4.10), F1[2]: (15, 73.41, 0.08, 86.98, 6.87)},
 }
 SUMMARY = (("best accuracy", "best_acc", 2), ("last accuracy", "last_acc", 2), ("mean stability", "mean_stability", 3))
-LOOK = {"font.size": 8, "axes.titlesize": 7, "legend.fontsize": 7, "xtick.labelsize": 7, "ytick.labelsize": 7,
-        "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42, "legend.frameon": False}
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -159,15 +156,10 @@ LOOK = {"font.size": 8, "axes.titlesize": 7, "legend.fontsize": 7, "xtick.labels
 # +--------------------------------------------------------------------------------------------------------------------+
 
 def exact(record, images):
-    """The record with its accuracies, and the stability they give, as exact fractions, so that equal ones are equal.
-
-    images: {"train", "test", "val"}, the number of each. A logged percentage is a count of them over their number.
-    """
+    """The record with accuracies, and the stability they give, as exact fractions; images: {split: their number}."""
     for key, split in (("train_acc", "train"), ("test_acc_before", "test"), ("test_acc", "test"), ("val_acc", "val")):
         if record[key] is not None:
-            count = record[key] * images.get(split, 0) / 100
-            is_count = images.get(split) and abs(count - round(count)) < 0.01
-            record[key] = Fraction(100 * round(count), images[split]) if is_count else Fraction(record[key])
+            record[key] = share(record[key], images.get(split))
     if record["stability"] is not None:
         record["stability"] = 100 * record["test_acc"] / record["test_acc_before"]
     return record
@@ -305,7 +297,8 @@ def rest_command(name, dataset, setting, found):
         more = ["--preset", preset] * bool(preset) + ["--"] * bool(different)
         for k, value in different.items():
             values = value if isinstance(value, list) else [] if isinstance(value, bool) else [value]
-            more += [f"--{'no-' if value is False else ''}{k.replace('_', '-')}", *(shlex.quote(train.short(v)) for v in values)]
+            words = [shlex.quote(train.short(value)) for value in values]
+            more += [f"--{'no-' if value is False else ''}{k.replace('_', '-')}", *words]
     wanted = {(model, method, seed) for model, methods in models.items() for method in methods for seed in seeds}
     there = wanted & {(run["model"], run["method"], run["seed"]) for run in found}
     span = f"{seeds[0]}-{seeds[-1]}" if seeds[-1] - seeds[0] == len(seeds) - 1 else ",".join(map(str, seeds))
@@ -347,18 +340,6 @@ def accuracy_correlations(runs, x, y="best_acc"):
     return result
 
 
-def paired_differences(groups, key):
-    """Accuracy `key` of each method minus the baseline's and each other's under the same seed (paired_test)."""
-    result = {}
-    values = {method: {run["seed"]: run[key] for run in runs} for method, runs in groups.items()}
-    for (first, a), (second, b) in itertools.combinations(values.items(), 2):
-        seeds = sorted(a.keys() & b.keys())
-        if seeds:
-            result[f"{second} minus {first}"] = {**paired_test([b[s] for s in seeds], [a[s] for s in seeds]),
-                                                 "seeds": seeds}
-    return result
-
-
 def method_numbers(groups):
     """What a figure's JSON says of each method: every measure with n, mean, deviation and interval; and the pairs.
 
@@ -366,7 +347,8 @@ def method_numbers(groups):
     """
     keys = ("best_acc", "last_acc", "val_chosen_acc", "gap", "mean_stability")
     keys += tuple(k for k in LABELS if k not in keys and all(k in run for runs in groups.values() for run in runs))
-    best, last = (paired_differences(groups, key) for key in ("best_acc", "last_acc"))
+    best, last = (paired_differences({m: {run["seed"]: run[key] for run in runs} for m, runs in groups.items()})
+                  for key in ("best_acc", "last_acc"))
     return {"methods": {method: {
         "label": method_label(runs[0]).replace("$", ""), "seeds": [run["seed"] for run in runs],
         "iterative_rate": runs[0]["config"]["iterative_rate"], "runs": [run["dir"] for run in runs],
@@ -561,73 +543,23 @@ def method_label(run):
     return f"Prune$_{kind}$ " + (f"{rate:.0f}%" if rate >= 0.95 else f"{rate:.1g}%")
 
 
-def panels(count, columns=2, height=3.3, width=3.375, **more):
-    """A canvas of `count` panels in so many columns: (canvas, [axis …])."""
-    columns = min(count, columns)
-    rows = -(-count // columns)
-    canvas = matplotlib.figure.Figure((width * columns, height * rows), layout="constrained")
-    axes = canvas.subplots(rows, columns, squeeze=False, **more).flat
-    for axis in axes[count:]:
-        axis.axis("off")
-    return canvas, list(axes[:count])
-
-
-def legend_below(axis, columns=2, title=None):
-    axis.legend(title=title, title_fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncol=columns)
-
-
-def draw_means(axis, x, bounds, method, bars=False, **more):
-    """A method's means and 95% intervals, bounds (5, points) as BOUNDS, as a band or bars; the numbers for the JSON."""
-    (mean, low, high, *_), (colour, line, marker) = bounds, style(method)
-    if bars:
-        axis.vlines(x, low, high, color=colour, lw=0.9)
-    else:
-        axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
-    marked = {"marker": marker, "ms": 3} if bars or len(x) == 1 else {}  # one point is no line
-    axis.plot(x, mean, **{"ls": line, "color": colour, "lw": 1} | marked | more)
-    return {name: floats(values) for name, values in zip(BOUNDS, bounds)}
-
-
 def draw_dynamics(axis, groups, title, columns=2):
     """Mean test accuracy per epoch and its 95% band, a method each; returns the numbers drawn, by method."""
-    numbers, drops = {}, []
+    numbers = {}
     for method, runs in groups.items():
         length = min(len(run["curve"]) for run in runs)  # they differ while runs go on (--live)
         epochs = np.arange(1, length + 1)
         stability = measured([run["mean_stability"] for run in runs])["mean"]
-        bounds = interval([run["curve"][:length] for run in runs])
-        numbers[method] = {"n": len(runs), "epoch": epochs.tolist(), **draw_means(
-            axis, epochs, bounds, method, bars=length == 1, label=f"{stability:.2f}% stable ({method_label(runs[0])})")}
-    # The axis shows what separates the methods; a drop below it is marked with its depth, as in the paper.
-    means = [np.array(curve["mean"]) for curve in numbers.values()]
-    top, floor = max(mean.max() for mean in means), min(np.percentile(mean[len(mean) // 4:], 15) for mean in means)
-    floor -= 0.15 * (top - floor) or 1
-    axis.set_ylim(floor, top + (0.1 * (top - floor)))
-    for method, mean in zip(numbers, means):
-        under = [i for i in range(1, len(mean)) if mean[i] < floor <= mean[i - 1]]
-        drops += [(min(under, key=lambda i: mean[i]) + 1, method)] if under else []
-    places = []  # (epoch, how many marks lie below) of the marks so far, which those nearby go on top of
-    for epoch, method in sorted(drops):
-        near = [height for x, height in places if epoch - x < 0.12 * max(map(len, means))]
-        places.append((epoch, min(set(range(len(near) + 1)) - set(near))))
-        axis.annotate(f"{numbers[method]['mean'][epoch - 1]:.0f}%", (epoch, floor), (0, 2 + 10 * places[-1][1]),
-                      ha="center", textcoords="offset points", fontsize=7, color=style(method)[0],
-                      bbox={"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.8})
+        numbers[method] = {"n": len(runs), "epoch": epochs.tolist(), **drawing.means(
+            axis, epochs, interval([run["curve"][:length] for run in runs]), style(method), len(runs),
+            bars=length == 1, label=f"{stability:.2f}% stable ({method_label(runs[0])})")}
+    drawing.mark_drops(axis, [(curve["mean"], style(method)[0]) for method, curve in numbers.items()])
     counts = sorted({len(runs) for runs in groups.values()})
     axis.set(xlabel="Epoch", ylabel="Test accuracy (%)",
-             title=f"{title}, {' to '.join(map(str, counts[::len(counts) - 1 or 1]))} runs a method")
-    legend_below(axis, columns, "Stability (method)")
+             title=f"{title}, {' to '.join(map(str, counts[::len(counts) - 1 or 1]))} runs a method" +
+                   (", too few for a band" if counts[-1] < 3 else ""))
+    drawing.legend_below(axis, columns, "Stability (method)")
     return numbers
-
-
-def stated(numbers, kind, short=False):
-    """A correlation in words: "Kendall τ = -0.62 (-0.81 to -0.31), p = 0.0003", in short without p; "" for none."""
-    if not numbers[kind]:
-        return ""
-    (r, p), bounds, name = numbers[kind], numbers[f"{kind}_ci95"], KINDS[kind][1]
-    text = f"{name.split()[-1] if short else name} = {r:.2f}" + (
-        f" ({bounds[0]:.2f} to {bounds[1]:.2f})" if bounds else "")
-    return text if short else f"{text}, p = {p:.2g}"
 
 
 def draw_scatter(axis, groups, x="mean_stability", y="best_acc", baseline=False, short=False, given=None):
@@ -657,7 +589,7 @@ def draw_scatter(axis, groups, x="mean_stability", y="best_acc", baseline=False,
     result = {"x": x, "y": y, **accuracy_correlations(points, x, y)}
     text = [f"n = {len(points)}" if points else "not in these logs", *(stated(result, kind, short) for kind in KINDS)]
     if result.get("disagrees"):
-        text += [f"by last accuracy: {stated(result['by last_acc'], kind, True)}" for kind in KINDS]
+        text += [f"by last: {stated(result['by last_acc'], kind, True)}" for kind in KINDS]
     if given:
         partial = result[f"given {given}"] = partial_correlation(*([run[k] for run in points] for k in (x, y, given)))
         text.append(f"given {given}: {stated(partial, 'pearson', True) if partial else 'undefined'}")
@@ -674,30 +606,23 @@ def draw_scatter(axis, groups, x="mean_stability", y="best_acc", baseline=False,
     axis.set(xlabel=LABELS[x], ylabel=LABELS[y])
     axis.ticklabel_format(useOffset=False)
     axis.locator_params(axis="x", nbins=5)
+    if not points:
+        axis.set(xticks=[], yticks=[])
     return result
 
 
-def legend_outside(canvas, axes, columns, name=str):
-    """One legend for all axes, below them; name makes an entry of a label."""
-    entries = {}
-    for axis in axes:
-        for handle, label in zip(*axis.get_legend_handles_labels()):
-            entries.setdefault(name(label), handle)
-    canvas.legend(entries.values(), entries, loc="outside lower center", ncol=columns)
-
-
 # +--------------------------------------------------------------------------------------------------------------------+
-# | Figures: each takes {model: {method: runs}} and returns the canvas and, by model, the numbers drawn                |
+# | Figures and tables: each takes {model: {method: runs}} and returns the canvas and, by model, the numbers drawn     |
 # +--------------------------------------------------------------------------------------------------------------------+
 
 def dynamics_and_scatter(name, models, args):
     """Figures 2 and B2. The unfinished runs that --live adds are in the curves only."""
-    canvas, axes = panels(2 * len(models))
+    canvas, axes = drawing.panels(2 * len(models))
     numbers = {}
     for left, right, (model, groups) in zip(axes[::2], axes[1::2], models.items()):
         numbers[model] = {"dynamics": draw_dynamics(left, groups, model),
                           "scatters": [draw_scatter(right, finished(groups))]}
-        legend_below(right)
+        drawing.legend_below(right)
     return canvas, numbers
 
 
@@ -706,7 +631,7 @@ def noise_dynamics(name, models, args):
     groups, dynamics = models["vgg11"], {}
     titles = {"zero": "Zeroing noise", "gauss": "Gaussian noise"}
     kinds = [kind for kind in titles if any(m.startswith(kind) for m in groups)] or ["none"]
-    canvas, axes = panels(len(kinds), 2, 4.0, 6.75 / len(kinds))
+    canvas, axes = drawing.panels(len(kinds), 2, 4.0, 6.75 / len(kinds))
     for axis, kind in zip(axes, kinds):
         shown = {m: runs for m, runs in groups.items() if m.startswith((kind, "none", "L"))}
         dynamics |= draw_dynamics(axis, shown, titles.get(kind, "no noise"), 1)
@@ -736,13 +661,13 @@ def draw_rate_correlation(axis, rates, kind):
             drawn[rate] = (found[kind][0], *(found[f"{kind}_ci95"] or [np.nan] * 2), *paper)
         if found["disagrees"]:
             last[rate] = found["by last_acc"][kind][0]
-    draw_means(axis, list(drawn), np.array(list(drawn.values())).reshape(-1, 5).T, "none", bars=True)
+    drawing.means(axis, list(drawn), np.array(list(drawn.values())).reshape(-1, 5).T, style("none"), bars=True)
     axis.axhline(0, color="0.6", lw=0.6)
     axis.set(ylabel=f"{kind.title()} correlation of\naccuracy and stability", ylim=(-1.05, 1.05))
     rate_axis(axis, rates)
     if last:
         axis.plot(list(last), list(last.values()), "o", color=RED, mfc="white", ms=4, label="by last accuracy")
-        legend_below(axis)
+        drawing.legend_below(axis)
     return numbers
 
 
@@ -756,7 +681,7 @@ def rate_axis(axis, rates):
 def rates_figure(name, models, args):
     """Figure 3."""
     rates = by_rate(models["vgg11"])
-    canvas, axes = panels(3, 3, 3.0, 2.25)
+    canvas, axes = drawing.panels(3, 3, 3.0, 2.25)
     inset = axes[1].inset_axes([0.24, 0.08, 0.42, 0.36])
     for axis, key in ((axes[0], "best_acc"), (axes[1], "mean_stability"), (inset, "mean_stability")):
         for target in "SRL":
@@ -764,11 +689,12 @@ def rates_figure(name, models, args):
                       for method, runs in groups.items() if method[0] == target}
             if values:
                 bounds = np.stack([interval(v) for v in values.values()], 1)
-                draw_means(axis, list(values), bounds, target, bars=True, label=f"Prune$_{target}$")
+                drawing.means(axis, list(values), bounds, style(target), [len(v) for v in values.values()],
+                              bars=True, label=f"Prune$_{target}$")
         rate_axis(axis, rates)
         axis.set_ylabel(LABELS[key])
     for axis in axes[:2]:
-        legend_below(axis, 3)
+        drawing.legend_below(axis, 3)
     stable = [np.mean([float(run["mean_stability"]) for run in runs])
               for _, groups in rates.values() for runs in groups.values()]
     top, reach = max(stable), max(stable) - np.median(stable)
@@ -781,19 +707,19 @@ def rates_figure(name, models, args):
 def rate_scatters(name, models, args):
     """Figure C1: a panel for each rate."""
     rates, numbers = by_rate(models["vgg11"]), {}
-    canvas, axes = panels(len(rates), 4, 2.2, 6.75 / min(4, len(rates)))
+    canvas, axes = drawing.panels(len(rates), 4, 2.2, 6.75 / min(4, len(rates)))
     for axis, (rate, (r, groups)) in zip(axes, rates.items()):
         result = draw_scatter(axis, groups, short=True)
         axis.set_title(f"rate {rate:.3g}% (r = {r})\n{axis.get_title()}")
         axis.set(ylabel=LABELS["best_acc"] if axis in axes[::4] else "")
         numbers[f"{rate:.3g}"] = {"r": r, **method_numbers(groups), "scatters": [result]}
-    legend_outside(canvas, axes, 3, lambda label: label.split()[0])
+    drawing.legend_outside(canvas, axes, lambda label: label.split()[0])
     return canvas, {"vgg11": {"by_rate": numbers}}
 
 
 def rate_kendall(name, models, args):
     """Figure C2."""
-    canvas, (axis,) = panels(1, height=3.0)
+    canvas, (axis,) = drawing.panels(1, height=3.0)
     return canvas, {"vgg11": {"by_rate": draw_rate_correlation(axis, by_rate(models["vgg11"]), "kendall")}}
 
 
@@ -803,7 +729,7 @@ def scatters(name, models, args):
     The points are the runs that prune while they train (section 9); in the figures of flatness and cost, all runs.
     """
     columns, pairs = SCATTERS[name]
-    canvas, axes = panels(len(models) * len(pairs), columns, 2.9, 3.375 if columns == 2 else 2.5)
+    canvas, axes = drawing.panels(len(models) * len(pairs), columns, 2.9, 3.375 if columns == 2 else 2.5)
     numbers = {model: {"scatters": []} for model in models}
     for axis, (model, pair) in zip(axes, itertools.product(models, pairs)):
         groups = {m: runs for m, runs in models[model].items() if name != "stability" or "scratch" not in m}
@@ -812,34 +738,34 @@ def scatters(name, models, args):
             given="events" if name == "stability" else None))
         if len(models) > 1:
             axis.set_title(f"{model}: {axis.get_title()}")
-    legend_outside(canvas, axes, 2 * columns)
+    drawing.legend_outside(canvas, axes)
     return canvas, numbers
 
 
 def eigenvalues(name, models, args):
     """Figures E1, the first ten eigenvalues of the Hessian of the test loss, and E2, the sizes of all computed."""
     groups, first_ten, numbers = models["vgg11"], name == "E1", {}
-    canvas, (axis,) = panels(1, height=3.6, width=5.0)
+    canvas, (axis,) = drawing.panels(1, height=3.6, width=5.0)
     for i, (method, runs) in enumerate(groups.items()):
         count = min(len(run["flat"]["eigenvalues"]) for run in runs)
         count = min(count, 10) if first_ten else count
         values = np.array([run["flat"]["eigenvalues"][:count] for run in runs])
         x = np.arange(1, count + 1) + (0.12 * (i - (len(groups) - 1) / 2) if first_ten else 0)
         numbers[method] = {
-            **draw_means(axis, x, interval(values if first_ten else np.abs(values)), method, bars=first_ten,
-                         label=method_label(runs[0]), **({"ls": ""} if first_ten else {})),
+            **drawing.means(axis, x, interval(values if first_ten else np.abs(values)), style(method), len(runs),
+                            first_ten, label=method_label(runs[0]), **({"ls": ""} if first_ten else {})),
             "negative": (values < 0).sum(0).tolist(), "n": len(runs),  # negative in so many runs
             "converged": np.mean([run["flat"]["converged"][:count] for run in runs], 0).tolist()}  # in such a share
     axis.set(xlabel="Eigenvalue, ordered by magnitude", ylabel="Eigenvalue" if first_ten else "|Eigenvalue|",
              yscale="linear" if first_ten else "log")
-    legend_below(axis, 3)
+    drawing.legend_below(axis, 3)
     return canvas, {"vgg11": {"eigenvalues": numbers}}
 
 
 def loss_along_eigenvectors(name, models, args):
     """Figure E4: a panel for each method, a line for each eigenvector, means over runs."""
     groups, colours, numbers = models["vgg11"], matplotlib.colormaps["viridis"], {}
-    canvas, axes = panels(len(groups), 3, 2.3, 6.75 / min(3, len(groups)), sharex=True, sharey=True)
+    canvas, axes = drawing.panels(len(groups), 3, 2.3, 6.75 / min(3, len(groups)), sharex=True, sharey=True)
     for axis, (method, runs) in zip(axes, groups.items()):
         epsilon = runs[0]["flat"]["line"]["epsilon"]
         mean = np.array([run["flat"]["line"]["loss"] for run in runs], float).mean(0)  # NaN where one is not finite
@@ -855,17 +781,17 @@ def loss_along_eigenvectors(name, models, args):
 
 def spectra(name, models, args):
     """The density of the Hessian's eigenvalues by method, means over runs with their 95% band."""
-    canvas, (axis,) = panels(1, height=3.6, width=5.0)
+    canvas, (axis,) = drawing.panels(1, height=3.6, width=5.0)
     found = {method: [run["flat"]["density"] for run in runs] for method, runs in models["vgg11"].items()}
     ends = [grid[end] for runs in found.values() for run in runs for grid in [run["grid"]] for end in (0, -1)]
     grid, numbers = np.linspace(min(ends), max(ends), 400), {}
     for method, runs in found.items():
         each = [np.interp(grid, run["grid"], run["density"], 0, 0) for run in runs]
         numbers[method] = {"n": len(runs), "lambda": floats(grid), "width": floats([run["width"] for run in runs]),
-                           **draw_means(axis, grid, interval(each), method,
-                                        label=method_label(models["vgg11"][method][0]))}
+                           **drawing.means(axis, grid, interval(each), style(method), len(runs),
+                                           label=method_label(models["vgg11"][method][0]))}
     axis.set(xlabel="Eigenvalue of the Hessian", ylabel="Density", yscale="log", ylim=(1e-8, None))
-    legend_below(axis, 3)
+    drawing.legend_below(axis, 3)
     return canvas, {"vgg11": {"density": numbers}}
 
 
@@ -916,7 +842,7 @@ def activation_histograms(name, models, args):
     """Figure B1: from a finished VGG19 run, its initial weights and its last ones, or from torchvision's weights."""
     run = models["vgg19"]["none"][0] if models else None
     make, images = own_vgg19(run, args) if run else vgg19_from_torchvision(args)
-    canvas, axes = panels(16, 2, 1.0, sharex=True)
+    canvas, axes = drawing.panels(16, 2, 1.0, sharex=True)
     grid = np.linspace(-4, 4, 81)
     source = run["dir"] if run else "torchvision's vgg19_bn, ImageNet weights"
     numbers = {"run": source, "images": len(images), "layers": []}
@@ -943,7 +869,7 @@ def activation_histograms(name, models, args):
 
 
 def weight_path(kind):
-    """A targeted weight in every forward pass of a short VGG11 run on digits: (training batches, values, event).
+    """A targeted weight in every training pass of a short VGG11 run on digits: (training batches, values, event).
 
     kind: "prune", "zero" or "gauss", of a quarter of the last layer's filters, the largest, after the first epoch.
     """
@@ -951,34 +877,25 @@ def weight_path(kind):
         "--dataset digits --width 0.0625 --target L --s 0 --e 0 --r 1 --p 0.25 --epochs 2 --lrs 2 --batch-size 25 "
         "--device cpu" + (f" --noise {kind} --noise-batches 15" if kind != "prune" else "")).split())
     data = train.put_on_device(train.load_data("digits"), torch.device("cpu"))
-    generators = train.make_generators(options, torch.device("cpu"))
-    model = train.build_model("vgg11", 10, options.width)
-    optimizer = train.make_optimizer(model, options)
-    plan = train.pruning_plan(model, options, train.schedule(options))
-    noise = [train.new_noise(model.prunable[layer]) for layer, _ in plan] if kind != "prune" else []
-    block, seen = model.prunable[plan[0][0]], []
+    run, seen, records = train.new_run(options, 10, torch.device("cpu")), [], []
+    block, noise_first = run.model.prunable[run.plan[0][0]], run.hooks.get("before_batch")
 
     def before_batch(training):
-        for state in noise:
-            train.noise_pass(block, state, options, generators.get("noise"), training)
-        seen.append(block.conv.weight.detach()[:, 0, 1, 1].clone())
+        if noise_first:
+            noise_first(training)
+        if training:
+            seen.append(block.conv.weight.detach()[:, 0, 1, 1].clone())
 
-    def after_batch():
-        for state in noise:
-            train.end_noise_if_due(block, state, options)
-
-    step, gone = 0, {}
-    for epoch in range(2):
-        *_, step = train.train_epoch(model, data, optimizer, options, generators, step, before_batch, after_batch)
-        due = train.filters_due(model, options, plan, epoch, noise)
-        gone |= train.prune_now(model, optimizer, options, plan, due, noise, generators["target"])
-    filter_index = next(iter(gone.values()))[0]
-    return list(range(1, len(seen) + 1)), [float(values[filter_index]) for values in seen], len(seen) // 2
+    run.hooks["before_batch"] = before_batch
+    for _ in train.experiment(run, data, records.append):
+        pass
+    index = next(filters[0] for record in records for filters in record["filters"].values())
+    return list(range(1, len(seen) + 1)), [float(values[index]) for values in seen], len(seen) // 2
 
 
 def one_weight(name, models, args):
     """Figure D1: a short real run of each kind, the same seed and thus the same path up to the event."""
-    canvas, axes = panels(3, 3, 2.4, 2.25, sharey=True)
+    canvas, axes = drawing.panels(3, 3, 2.4, 2.25, sharey=True)
     numbers = {"run": "vgg11, width 0.0625, digits, seed 1, 2 epochs of 40 batches, noise for 15 batches"}
     for axis, (kind, title, look) in zip(axes, (("prune", "Pruning", "L"), ("zero", "Zeroing", "zero-50"),
                                                 ("gauss", "Gaussian", "gauss-1"))):
@@ -992,10 +909,6 @@ def one_weight(name, models, args):
     axes[0].set_ylabel("One weight, as the network uses it")
     return canvas, {"vgg11": numbers}
 
-
-# +--------------------------------------------------------------------------------------------------------------------+
-# | Tables                                                                                                             |
-# +--------------------------------------------------------------------------------------------------------------------+
 
 def table(name, models, args):
     """Tables C1 and F1: mean and deviation of accuracy and stability, and two-tailed t-tests of the accuracies."""
@@ -1019,20 +932,7 @@ def table(name, models, args):
             **{f"{title} (%)": plus_minus(m[key], digits) for title, key, digits in SUMMARY},
             "p, two-tailed, against": "\n".join(tests) or "–",
             **({"paper's": f"{paper[1]:.2f} ± {paper[2]}; {paper[3]:g}" if paper else "–"} if args.papers else {})})
-    canvas, (axis,) = panels(1, height=0.35 + 0.22 * (len(rows) + 1), width=6.75)
-    canvas.set_layout_engine("none")
-    axis.axis("off")
-    drawn = axis.table([list(row.values()) for row in rows], colLabels=list(rows[0]), loc="center", cellLoc="center")
-    drawn.auto_set_font_size(False)
-    drawn.set_fontsize(7)
-    drawn.auto_set_column_width(list(range(len(rows[0]))))
-    for (row, _), cell in drawn.get_celld().items():
-        cell.visible_edges = "B" if row == 0 else ""
-    return canvas, {"resnet18": {**numbers, "t_tests": t_tests}}
-
-
-def plus_minus(m, digits):
-    return f"{m['mean']:.{digits}f}" + (f" ± {m['sd']:.{digits}f}" if m["sd"] is not None else "")
+    return drawing.table(rows), {"resnet18": {**numbers, "t_tests": t_tests}}
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -1072,7 +972,7 @@ def draw(name, runs, args):
                   f"{EVERYTHING[name][1]}', or name another --log-dir")
     for (dataset, setting), found in settings.items():
         models, args.papers = grouped(name, found), is_papers(name, dataset, setting)
-        with matplotlib.rc_context(LOOK):
+        with matplotlib.rc_context(drawing.LOOK):
             canvas, numbers = DRAW[name](name, models, args)
             title = " ".join(filter(None, (dataset, setting)))
             notes = [title, *([what_was_measured(found, args)] if name in NEEDS_FLATNESS else [])]
@@ -1087,8 +987,8 @@ def draw(name, runs, args):
             canvas.suptitle("\n".join(textwrap.fill(note, width) for note in notes), fontsize=8, parse_math=False)
             file = "-".join([f"fig{name}" if name in FIGURES else name.replace("table ", "tab"),
                              *([] if args.papers or name == "D1" else title.split())])
-            save(canvas, pathlib.Path(args.fig_dir, file), {
-                "figure": name, "dataset": dataset, "setting": setting, "models": numbers,
+            drawing.save(canvas, pathlib.Path(args.fig_dir, file), {
+                "figure": name, "dataset": dataset, "setting": setting, "notes": notes[1:], "models": numbers,
                 "left_out": {run["dir"]: run["problem"] for run in left_out}})
         print(f"drawn: {args.fig_dir}/{file}.pdf, .png and .json" + f" from {len(found)} runs" * bool(found))
         there, wanted, command = rest_command(name, dataset, setting, found) if found else (0, 0, "")
@@ -1116,28 +1016,6 @@ def print_numbers(title, panel):
         p = f"p = {test['student'][1]:.2g}" if test["student"] else "no test: too few runs"
         print(f"  best accuracy, {pair}: {test['difference']:+.2f} points, {p}" + test["disagrees"] * (
             f"; last {test['by last_acc']['difference']:+.2f}: they disagree"))
-
-
-def gap_of(m):
-    """A paired difference in words: +0.50 points (0.10 to 0.90), p = 0.02, n = 10."""
-    return f"{m['mean']:+.2f} points" + (f" ({m['ci95'][0]:.2f} to {m['ci95'][1]:.2f})" if m["ci95"] else "") + (
-        f", p = {m['p']:.2g}" if m["p"] is not None else ", p undefined") + f", n = {m['n']}"
-
-
-def save(canvas, name, numbers):
-    """Writes name.pdf, name.png and name.json, each atomically."""
-    canvas.draw_without_rendering()
-    canvas.set_layout_engine("none")  # it is laid out now, and would be again for every file
-    for kind in ("pdf", "png"):
-        partial = name.with_name(f"{name.name}.partial.{kind}")
-        try:
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            canvas.savefig(partial, dpi=200, metadata={"CreationDate": None} if kind == "pdf" else None)
-            partial.replace(name.with_name(f"{name.name}.{kind}"))
-        except OSError as error:
-            raise files.UserError(f"cannot write {name}.{kind} ({error.strerror}): make room or name another --fig-dir",
-                                  1) from None
-    files.write_json(name.with_name(f"{name.name}.json"), numbers)
 
 
 def list_figures(log_dir):

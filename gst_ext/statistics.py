@@ -2,14 +2,22 @@
 
 Numbers may be exact fractions: what is equal must be equal here, too, or differences and ranks come of rounding.
 """
+import itertools
 import math
 import warnings
+from fractions import Fraction
 
 import numpy as np
 import scipy.stats
 
 RESAMPLES = 2000  # of a bootstrap
 BOUNDS = ("mean", "low", "high", "bootstrap_low", "bootstrap_high")
+
+
+def share(percent, n):
+    """A logged percentage of n (or None) as an exact fraction: 100 c / n where it is that of a count c."""
+    count = round(percent * n / 100) if n else 0
+    return Fraction(100 * count, n) if n and abs(percent * n / 100 - count) < 0.01 else Fraction(percent)
 
 
 def interval(values):
@@ -126,3 +134,34 @@ def paired_test(a, b):
     gaps = [x - y for x, y in zip(a, b)]
     p = float(scipy.stats.ttest_1samp(np.array(gaps, float), 0).pvalue) if len(set(gaps)) > 1 else None
     return {**measured(gaps), "p": p}
+
+
+def paired_differences(values):
+    """paired_test, and "seeds", of every two samples {name: {seed: number}} with common seeds: {"b minus a": …}."""
+    result = {}
+    for (first, a), (second, b) in itertools.combinations(values.items(), 2):
+        seeds = sorted(a.keys() & b.keys())
+        if seeds:
+            test = paired_test([b[seed] for seed in seeds], [a[seed] for seed in seeds])
+            result[f"{second} minus {first}"] = {**test, "seeds": seeds}
+    return result
+
+
+def stated(numbers, kind, short=False):
+    """A correlation in words: "Kendall τ = -0.62 (-0.81 to -0.31), p = 0.0003", in short without p; "" for none."""
+    if not numbers[kind]:
+        return ""
+    (r, p), bounds, name = numbers[kind], numbers[f"{kind}_ci95"], KINDS[kind][1]
+    text = f"{name.split()[-1] if short else name} = {r:.2f}" + (
+        f" ({bounds[0]:.2f} to {bounds[1]:.2f})" if bounds else "")
+    return text if short else f"{text}, p = {p:.2g}"
+
+
+def gap_of(m):
+    """A paired difference in words: +0.50 points (0.10 to 0.90), p = 0.02, n = 10."""
+    return f"{m['mean']:+.2f} points" + (f" ({m['ci95'][0]:.2f} to {m['ci95'][1]:.2f})" if m["ci95"] else "") + (
+        f", p = {m['p']:.2g}" if m["p"] is not None else ", p undefined") + f", n = {m['n']}"
+
+
+def plus_minus(m, digits):
+    return f"{m['mean']:.{digits}f}" + (f" ± {m['sd']:.{digits}f}" if m["sd"] is not None else "")
