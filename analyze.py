@@ -1239,7 +1239,7 @@ def weight_path(kind):
     for epoch in range(2):
         *_, step = train.train_epoch(model, data, optimizer, options, generators, step, before_batch, after_batch)
         due = train.filters_due(model, options, plan, epoch, noise)
-        gone |= train.prune_now(model, optimizer, options, plan, due, noise, generators["target"])
+        gone |= train.prune_now(model, optimizer, options, plan, due, noise, generators["target"])[0]
     filter_index = next(iter(gone.values()))[0]
     return list(range(1, len(seen) + 1)), [float(values[filter_index]) for values in seen], len(seen) // 2
 

@@ -16,6 +16,7 @@ A run leaves logs/<dataset>/<model>/<method>/seed<k>/ with config.json, epochs.j
 done.json. The same command again continues a half-done run and leaves a finished one alone.
 """
 import argparse
+import collections
 import contextlib
 import ctypes
 import fcntl
@@ -58,6 +59,7 @@ SCORES = ("l1", "l2", "act", "ebn", "ebn-signed")
 MOMENTUM, BN_MOMENTUM, BN_EPS = 0.9, 0.1, 1e-5
 ACT_KEEP, ACT_EVERY = 0.9, 10  # act score: 0.9 * old + 0.1 * new on every tenth training batch (A.4, footnote 4)
 CROP_PADDING = 4
+EXIF_ORIENTATION = 0x0112
 
 OPTIMIZERS = {
     "adam": dict(lr=0.001, weight_decay=0.0, epochs=325, lrs=[150, 300], augment=False),  # A.3, B.1
@@ -71,6 +73,7 @@ DEFAULTS = dict(dataset="cifar10", width=1.0, scale_epochs=1.0, batch_size=128, 
                 precision="fp32", deterministic=False)  # of what else decides a result, for every model
 NOT_THE_RESULT = ("log_dir", "data_dir", "device", "backend", "save_epoch", "tensorboard", "seeds", "runs", "at_once",
                   "plan", "retry_failed", "status")  # not what a run computes
+BUILT_IN = ("cifar10", "cifar100", "digits")
 GRAPHED = ("cuda",)  # devices whose steps are captured in graphs
 WARM_UP = 3  # calls of a step before it becomes a graph: the libraries choose their algorithms in them
 SHAPE_STEPS = 20  # steps that are timed to choose the shapes of pruned layers
@@ -95,6 +98,16 @@ def require(ok, message, code=2):
 def reason(error):
     """The first line of an exception's message, or its name."""
     return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def say_once(line):
+    """One line on stderr, once in a process, however many runs it concerns."""
+    if line not in say_once.said:
+        say_once.said.add(line)
+        print(f"train.py: {line}", file=sys.stderr)
+
+
+say_once.said = set()
 
 
 def paper_settings(model, optimizer=None):
@@ -129,9 +142,12 @@ def seed_list(text):
     """An argparse type: 1-3,7 is [1, 2, 3, 7]."""
     parts = [[int(end) for end in part.split("-")] for part in text.split(",")]
     spans = [range(part[0], part[-1] + 1) for part in parts]
-    if not 1 <= sum(map(len, spans)) <= 10_000 or max(map(len, parts)) > 2 or max(map(max, parts)) >= 2**32:
-        raise ValueError
+    if not all(spans) or sum(map(len, spans)) > 10_000 or max(map(len, parts)) > 2 or max(map(max, parts)) >= 2**32:
+        raise ValueError  # a span that holds no seed, such as 3-1, too
     return [seed for span in spans for seed in span]
+
+
+seed_list.__name__ = "range or list of seeds"  # as argparse names it
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -274,12 +290,28 @@ def schedule(args):
         return math.floor(Fraction(str(args.scale_epochs)) * x + Fraction(1, 2))
 
     times = {name: getattr(args, name) and [scaled(x) for x in getattr(args, name)] for name in ("lrs", "s", "e")}
-    times["epochs"], times["save_epoch"] = max(1, scaled(args.epochs)), scaled(args.save_epoch)
+    times["epochs"] = max(1, scaled(args.epochs))
+    times["save_epoch"] = args.save_epoch and max(1, scaled(args.save_epoch))
     times["r"] = args.r and max(1, scaled(args.r))
     if times["e"]:  # rounding up must not carry the last pruning iteration past the end
         times["e"] = [min(e, times["epochs"] - 1) for e in times["e"]]
         times["s"] = [min(s, e) for s, e in zip(times["s"], times["e"])]
     return times
+
+
+def doubts_about_rate(args):
+    """What the user may not have meant of the learning rate's epochs, a list of lines. A fall at the very end that was
+    asked for is a way to say never."""
+    times = schedule(args)
+    usual = args.lrs == paper_settings(args.model, args.optimizer)["lrs"]
+    late = [x for x in args.lrs if x > args.epochs - usual]
+    lines = [f"the learning rate never falls at --lrs {short(late)}, since epochs count from 0 to {args.epochs - 1}: "
+             "give --lrs that fit --epochs, or --lrs alone for none"] * bool(late)
+    kept, scaled = ([x for x in lrs if x < n] for lrs, n in ((args.lrs, args.epochs), (times["lrs"], times["epochs"])))
+    if len(set(scaled)) < len(set(kept)) or 0 in scaled and 0 not in kept:
+        lines.append(f"--scale-epochs {short(args.scale_epochs)} rounds the learning rate's falls at {short(kept)} of "
+                     f"{args.epochs} epochs to {short(times['lrs'])} of {times['epochs']}: give --epochs and --lrs")
+    return lines
 
 
 def run_name(args):
@@ -306,14 +338,27 @@ def run_name(args):
     return "-".join(method), "-".join(setting + ["deterministic"] * args.deterministic)
 
 
+def dataset_name(name):
+    """The data set's part of a path: the whole name of a file or folder, or a built-in name, which is nobody else's."""
+    if name in BUILT_IN:
+        return name
+    whole = os.path.basename(os.path.abspath(name))  # of "..", too
+    return f"own-{whole}" if whole.lower() in ("", *BUILT_IN) else whole
+
+
 def run_directory(args):
-    dataset = pathlib.Path(args.dataset).stem if "/" in args.dataset or "." in args.dataset else args.dataset
-    return pathlib.Path(args.log_dir, dataset, args.model, "-".join(filter(None, run_name(args))), f"seed{args.seed}")
+    return pathlib.Path(args.log_dir, dataset_name(args.dataset), args.model, "-".join(filter(None, run_name(args))),
+                        f"seed{args.seed}")
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
 # | Data: every source gives the same dict of arrays; the whole set lives on the device as uint8                       |
 # +--------------------------------------------------------------------------------------------------------------------+
+
+def data_path(name, data_dir):
+    """The file or folder of a data set; digits have none."""
+    return pathlib.Path(data_dir, f"{name}.npz") if name in ("cifar10", "cifar100") else pathlib.Path(name)
+
 
 def load_data(name, data_dir="data"):
     """Loads a data set by name or path, checked.
@@ -323,9 +368,8 @@ def load_data(name, data_dir="data"):
     with one folder of images per class (resized to 32x32). Returns a dict: train_x, test_x (n, height, width, 3)
     uint8; train_y, test_y (n,) int64, 0 … k-1; classes (k,) str. Raises UserError if that cannot be had.
     """
-    path = pathlib.Path(name)
+    path = data_path(name, data_dir)
     if name in ("cifar10", "cifar100"):
-        path = pathlib.Path(data_dir, f"{name}.npz")
         if not path.exists():
             with lock_directory(path.parent, wait=True):
                 if not path.exists():
@@ -390,24 +434,59 @@ def load_digits():
 
 
 def read_image_folder(folder):
-    from PIL import Image
-    classes = sorted(p.name for p in (folder / "train").glob("*") if p.is_dir())
-    unknown = {p.name for p in (folder / "test").glob("*") if p.is_dir()} - set(classes)
+    """The images of folder/train/<class>/ and folder/test/<class>/; what was made of them is said in one line."""
+    def seen(path):
+        return sorted(p for p in path.glob("*") if not p.name.startswith("."))  # .ipynb_checkpoints is no class
+
+    classes, notes = [p.name for p in seen(folder / "train") if p.is_dir()], collections.Counter()
+    unknown = {p.name for p in seen(folder / "test") if p.is_dir()} - set(classes)
     require(classes, f"{folder}/train has no class folders: lay the images out as train/<class>/<image>")
     require(not unknown, f"{folder}/test/{min(unknown, default='')} is no class of {folder}/train: rename or remove it")
     data = {"classes": np.array(classes)}
     for split in ("train", "test"):
-        x, y = [], []
-        for label, name in enumerate(classes):
-            for path in sorted(p for p in (folder / split / name).glob("*") if not p.name.startswith(".")):
-                try:
-                    x.append(np.asarray(Image.open(path).convert("RGB").resize((32, 32), Image.BILINEAR)))
-                except Exception:
-                    raise UserError(f"{path} is not a readable image: repair or remove it") from None
-                y.append(label)
-        data[f"{split}_x"] = np.stack(x) if x else np.empty((0, 32, 32, 3), np.uint8)
-        data[f"{split}_y"] = np.array(y, np.int64)
+        files = [(path, label) for label, name in enumerate(classes) for path in seen(folder / split / name)]
+        for label in set(range(len(classes))) - {label for _, label in files}:
+            raise UserError(f"{folder}/{split}/{classes[label]} has no images: put some there, or remove the class")
+        notes["beside the class folders left out"] += sum(not p.is_dir() for p in seen(folder / split))
+        data[f"{split}_x"] = np.stack([read_image(path, notes) for path, _ in files])
+        data[f"{split}_y"] = np.array([label for _, label in files], np.int64)
+    if +notes:
+        say_once(f"images of {folder}: " + ", ".join(f"{n} {what}" for what, n in (+notes).items()))
     return data
+
+
+def read_image(path, notes):
+    """An image as it is to be seen, (32, 32, 3) uint8; UserError where it cannot be read or its pixels have no range.
+
+    It is turned as its EXIF orientation says; 16 bits are scaled to 8; what is transparent lies on white. notes (a
+    Counter) counts such images.
+    """
+    from PIL import Image, ImageOps
+    try:
+        with Image.open(path) as file:
+            several, turned = getattr(file, "n_frames", 1) > 1, file.getexif().get(EXIF_ORIENTATION, 1) != 1
+            file.load()
+            tags = getattr(file, "tag_v2", {})  # of a TIFF: bits of a pixel, and whether 0 is black
+            wide = (file.format, file.mode) in (("PNG", "I"), ("PPM", "I")) or file.mode.startswith("I;16") and (
+                file.format != "TIFF" or (tags.get(258), tags.get(262)) == ((16,), 1))
+            image = ImageOps.exif_transpose(file)
+    except Exception:  # Pillow has many for a damaged file
+        raise UserError(f"{path} is not a readable image: repair or remove it") from None
+    clear = "transparency" in image.info or image.mode in ("LA", "PA", "RGBA")
+    require(image.mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr") or wide and not clear,
+            f"{path} has pixels whose range, colours or transparency are not defined here (mode {image.mode}): save it "
+            "as an 8-bit PNG")
+    if wide:
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    if clear:
+        image = image.convert("RGBA")
+        clear = image.getextrema()[3][0] < 255
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    for happened, what in ((several, "read to their first frame"), (turned, "turned as their EXIF data say"),
+                           (wide, "scaled from 16 bits to 8"), (clear, "with transparency laid on white"),
+                           (image.mode == "CMYK", "converted from CMYK")):
+        notes[what] += happened
+    return np.asarray(image.convert("RGB").resize((32, 32), Image.BILINEAR))
 
 
 def put_on_device(data, device, val_split=0):
@@ -743,6 +822,18 @@ def select_filters(scores, mask, k, target, generator=None):
     return live[order[:k]].sort().values
 
 
+def count_tied(scores, mask, indices):
+    """How many live filters share the score between those that go (indices) and those that stay; 0 if none does.
+
+    Where it is not 0, the order of the filters decided between them, and not their scores.
+    """
+    gone = torch.zeros_like(mask, device="cpu")
+    gone[indices] = True
+    stay = mask.cpu() & ~gone
+    shared = set(scores[gone].tolist()) & set(scores[stay].tolist())
+    return sum(s in shared for s in scores[gone | stay].tolist())
+
+
 @torch.no_grad()
 def prune_block(block, indices, keep_bn=False, optimizer=None):
     """Removes filters `indices` of `block` for good: weights, bias, batch norm's scale and shift and shortcut become 0.
@@ -772,22 +863,33 @@ def filters_due(model, args, plan, epoch, noise):
 
 
 def prune_now(model, optimizer, args, plan, due, noise, generator):
-    """Removes (or starts to noise) the filters that are due; returns {layer: their indices}."""
-    gone = {}
+    """Removes (or starts to noise) the filters that are due.
+
+    Returns {layer: their indices} and {layer: how many filters a tie of scores left to their order} (count_tied).
+    UserError if all filters of a layer are alike by their score, which then says nothing, but before the first step
+    (--scratch): there the paper's rule takes scores of a fresh network.
+    """
+    gone, tied = {}, {}
     for i, k in due.items():
         layer = plan[i][0]
         block = model.prunable[layer]
         if noise:
             end_noise(block, noise[i], args)  # scores are taken of the network itself
         live = ~noise[i]["targeted"] if noise else block.mask
-        indices = select_filters(filter_scores(block, args.score), live, k, args.target, generator)
+        scores = filter_scores(block, args.score).cpu()
+        indices = select_filters(scores, live, k, args.target, generator)
+        if args.target != "R" and (n := count_tied(scores, live, indices)):
+            require(n < int(live.sum()) or args.scratch, f"all {n} filters of layer {layer} have the same "
+                    f"{args.score} score, which says nothing of which should go: prune later (--s; act is measured on "
+                    "every tenth training batch), or choose another --score", 1)
+            tied[layer] = n
         if noise:
             start_noise(block, noise[i], indices, args)
         else:
             prune_block(block, indices, args.prune_bn == "keep", optimizer)
         gone[layer] = indices.tolist()
     use_backend(model, model.backend)
-    return gone
+    return gone, tied
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -1007,7 +1109,14 @@ def why_failed(directory):
     return ((directory / "failed.txt").read_text(errors="replace").splitlines() or ["no reason was noted"])[0]
 
 
-def describe_run(args, data, model, times, plan, device):
+def describe_data(arrays):
+    """What config.json says of a data set."""
+    return {"train": len(arrays["train_x"]), "test": len(arrays["test_x"]), "classes": len(arrays["classes"]),
+            "image": list(arrays["train_x"].shape[1:]),
+            "crc32": {k: zlib.crc32(np.ascontiguousarray(arrays[k])) for k in sorted(arrays) if k != "classes"}}
+
+
+def describe_run(args, facts, model, times, plan, device):
     """config.json: every option, the schedule it gives, the constants behind it, the data, machine and versions."""
     method, setting = run_name(args)
     git = None
@@ -1024,26 +1133,44 @@ def describe_run(args, data, model, times, plan, device):
         "parameters": sum(p.numel() for p in model.parameters()),
         "constants": {"momentum": MOMENTUM, "adam_betas": [0.9, 0.999], "adam_eps": 1e-8, "bn_momentum": BN_MOMENTUM,
                       "bn_eps": BN_EPS, "act_keep": ACT_KEEP, "act_every": ACT_EVERY, "crop_padding": CROP_PADDING},
-        "data": {"train": len(data["train_x"]) - args.val_split, "val": args.val_split, "test": len(data["test_x"]),
-                 "classes": len(data["classes"]), "image": list(data["train_x"].shape[1:]),
-                 "crc32": {k: zlib.crc32(np.ascontiguousarray(data[k])) for k in sorted(data) if k != "classes"}},
+        "data": facts | {"train": facts["train"] - args.val_split, "val": args.val_split},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(), "machine": platform.machine(), "git": git,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
 
 
-def check_same_run(directory, config):
-    """Refuses to continue a directory whose config.json says another experiment or other data."""
+def check_same_run(directory, args, facts):
+    """Refuses a directory, half-done or finished, whose config.json says another experiment or other data.
+
+    facts: describe_data's. An option that an older version did not have is not compared: directories' names hold every
+    option that differs from its default.
+    """
     try:
         old = json.loads((directory / "config.json").read_text())
-        different = [k for k, v in config["options"].items() if old["options"].get(k) != v and k != "dataset"]
-        different += ["data"] * (old["data"] != config["data"])  # by checksum, wherever they lie
+        different = [k for k, v in vars(args).items() if k not in (*NOT_THE_RESULT, "dataset")
+                     and old["options"].get(k, v) != v]
+        different += ["data set"] * any(old["data"][k] != facts[k] for k in ("classes", "image", "crc32"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{directory}/config.json is missing or damaged: move the directory away to train this run "
                         "afresh") from None
     require(not different, f"{directory} holds a run with another {', '.join(different)}: move it away, or choose "
             "another --log-dir")
+
+
+def check_finished(args, directory, shared):
+    """check_same_run of a finished run; a built-in data set that is not here is not fetched for it."""
+    if args.dataset not in ("cifar10", "cifar100") or data_path(args.dataset, args.data_dir).exists():
+        check_same_run(directory, args, loaded(args, shared)[1])
+
+
+def what_it_lacks(args, directory, epoch):
+    """Says, for the end of a line, what args ask for that a run which has come to `epoch` did not leave."""
+    times = schedule(args)
+    names = [f"epoch{times['save_epoch']}.pt"] * (0 < times["save_epoch"] <= epoch)
+    names += ["tensorboard"] * (args.tensorboard and epoch == times["epochs"])
+    names = [name for name in names if not (directory / name).exists()]
+    return f", without {' and '.join(names)}: move it away to train it with that" * bool(names)
 
 
 def save_checkpoint(path, state, check=None):
@@ -1330,32 +1457,44 @@ def training(args, shared):
     """
     directory = run_directory(args)
     if (directory / "done.json").exists():
-        print(f"{directory}: finished already", flush=True)
+        check_finished(args, directory, shared)
+        print(f"{directory}: finished already{what_it_lacks(args, directory, schedule(args)['epochs'])}", flush=True)
         return None
+    for line in doubts_about_rate(args):
+        say_once(line)
     device = choose_device(args)
     source = args.dataset, args.data_dir, args.val_split, args.augment, device
     if source not in shared:
-        arrays = load_data(args.dataset, args.data_dir)
+        arrays, facts = loaded(args, shared)
         data = put_on_device(arrays, device, args.val_split)
         if args.augment:
             data["padded"] = F.pad(data["train"][0], (0, 0, *[CROP_PADDING] * 4))
         if device.type == "cuda":
             torch.cuda.synchronize()  # the other runs' streams do not wait for this one
-        shared[source] = arrays, data
+        shared[source] = facts, data
     with claimed(directory) as still_ours, failure_noted(directory, still_ours):
         return (yield from epochs_of(args, directory, device, *shared[source], shared, still_ours))
 
 
-def epochs_of(args, directory, device, arrays, data, shared, still_ours):
+def loaded(args, shared):
+    """(arrays, describe_data's) of a run's data set, read once for all runs that share `shared`."""
+    source = args.dataset, args.data_dir
+    if source not in shared:
+        arrays = load_data(*source)
+        shared[source] = arrays, describe_data(arrays)
+    return shared[source]
+
+
+def epochs_of(args, directory, device, facts, data, shared, still_ours):
     """The epochs of `training`, from the first or from where a checkpoint stands."""
     label, backend, shapes = "/".join(directory.parts[-3:]), choose_backend(args), None
     if device.type in GRAPHED and backend == "ext" and args.p and args.noise == "none" and args.prune_bn == "drop":
         what = args.model, args.width, len(args.p), args.batch_size, args.precision, args.dataset, device
         if what not in shared:
-            shared[what] = measure_shapes(args, len(arrays["classes"]), data, device)
+            shared[what] = measure_shapes(args, facts["classes"], data, device)
         shapes = shared[what]
     generators = make_generators(args, device)
-    model = use_backend(build_model(args.model, len(arrays["classes"]), args.width).to(device), backend)
+    model = use_backend(build_model(args.model, facts["classes"], args.width).to(device), backend)
     optimizer = make_optimizer(model, args)
     times = schedule(args)
     plan = pruning_plan(model, args, times)
@@ -1368,17 +1507,19 @@ def epochs_of(args, directory, device, arrays, data, shared, still_ours):
                                                     for block, state in noised],
                   "after_batch": lambda: [end_noise_if_due(block, state, args) for block, state in noised]}
 
-    config = describe_run(args, arrays, model, times, plan, device) | {"backend": backend, "shapes": shapes}
+    config = describe_run(args, facts, model, times, plan, device) | {"backend": backend, "shapes": shapes}
     model.multiple = shapes["multiple"] if shapes else 1
     first_epoch, step, lines = 0, 0, []
     if (directory / "checkpoint.pt").exists():
-        check_same_run(directory, config)
+        check_same_run(directory, args, facts)
         first_epoch, step, lines = resume(directory / "checkpoint.pt", model, optimizer, generators, noise, device)
-        print(f"{label}: continues after epoch {first_epoch} of {times['epochs']}", flush=True)
+        print(f"{label}: continues after epoch {first_epoch} of {times['epochs']}"
+              f"{what_it_lacks(args, directory, first_epoch)}", flush=True)
     else:
-        write_json(directory / "config.json", config)
         scratch = filters_due(model, args, plan, -1, noise)
-        prune_now(model, optimizer, args, plan, scratch, noise, generators["target"])
+        _, tied = prune_now(model, optimizer, args, plan, scratch, noise, generators["target"])
+        say_ties(label, args, tied)
+        write_json(directory / "config.json", config | {"tied": tied})
     write_atomically(directory / "epochs.jsonl", "".join(line + "\n" for line in lines).encode())
     records = [json.loads(line) for line in lines]
     live = [int(block.mask.sum()) for block in model.prunable]
@@ -1397,13 +1538,14 @@ def epochs_of(args, directory, device, arrays, data, shared, still_ours):
             yield
             choose_device(args)  # whoever had its turn may have set another precision
 
-            gone, due = {}, filters_due(model, args, plan, epoch, noise)
+            gone, tied, due = {}, {}, filters_due(model, args, plan, epoch, noise)
             if due:
                 captured = shapes_of(model)
                 if shapes:
                     upcoming = min((e for _, kept in plan for e in kept if e > epoch), default=times["epochs"])
                     choose_shapes(model, shapes, plan, due, (upcoming - epoch) * step // (epoch + 1))
-                gone = prune_now(model, optimizer, args, plan, due, noise, generators["target"])
+                gone, tied = prune_now(model, optimizer, args, plan, due, noise, generators["target"])
+                say_ties(label, args, tied)
                 live = [int(block.mask.sum()) for block in model.prunable]
                 if graphs and shapes_of(model) != captured:
                     graphs.clear()
@@ -1419,6 +1561,7 @@ def epochs_of(args, directory, device, arrays, data, shared, still_ours):
                 "test_acc": test_acc, "val_acc": val_acc if args.val_split else None,
                 "stability": 100 * test_acc / before if gone and before else None,
                 "removed": [len(gone.get(layer, ())) for layer, _ in plan], "live": live, "filters": gone,
+                "tied": tied,
                 "computed": [block.computed() for block in model.prunable],
                 "noised": [{k: state[k] for k in ("test", "train")} for state in noise],
                 "seconds": round(max(0, time.monotonic() - clock), 3)})
@@ -1440,6 +1583,13 @@ def epochs_of(args, directory, device, arrays, data, shared, still_ours):
           f"{summary['last_acc']:.2f}%, mean stability {summary['mean_stability']:.2f}% over {summary['events']} "
           "pruning events", flush=True)
     return summary
+
+
+def say_ties(label, args, tied):
+    """One line where filters were chosen by their order (prune_now)."""
+    if tied:
+        print(f"{label}: equal {args.score} scores, so that the first of them went: " +
+              ", ".join(f"{n} filters of layer {layer}" for layer, n in tied.items()), flush=True)
 
 
 @contextlib.contextmanager
@@ -1540,8 +1690,16 @@ def runs_of(commands):
         for seed in args.seeds or [args.seed]:
             one = argparse.Namespace(**vars(args) | {"seed": seed, "seeds": None})
             line = shlex.join(command) + (f" --seeds {seed}" if args.seeds else "")  # the last one counts
-            runs.setdefault(run_directory(one), (one, line))
+            directory = run_directory(one)
+            first, _ = runs.setdefault(directory, (one, line))
+            require(sources(first) == sources(one), f"two of the runs would share {directory}, but differ in --dataset, "
+                    "--data-dir, --save-epoch or --tensorboard: give one of them another --log-dir")
     return runs
+
+
+def sources(args):
+    """What a run's directory does not say of it: where its data lie, and what it is to leave beside its logs."""
+    return os.path.realpath(data_path(args.dataset, args.data_dir)), args.save_epoch, args.tensorboard
 
 
 def log_of(directory):
@@ -1576,6 +1734,9 @@ def by_state(runs):
 def print_plan(runs, retry_failed):
     """--plan: what is left of the runs, in numbers on stderr, as lines on stdout."""
     finished, running, failed, waiting = by_state(runs).values()
+    shared = {}
+    for directory in finished:
+        check_finished(runs[directory][0], directory, shared)
     left = {*waiting, *failed} if retry_failed else {*waiting}
     todo = {directory: run for directory, run in runs.items() if directory in left}
     done = [len(log_of(directory)) for directory in todo]
@@ -1587,8 +1748,8 @@ def print_plan(runs, retry_failed):
     if failed and not retry_failed:
         print(f"{len(failed)} runs that failed before are left alone, such as {failed[0]}: "
               f"{why_failed(failed[0])} (--retry-failed trains them again)", file=sys.stderr)
-    for dataset, data_dir in {(args.dataset, args.data_dir) for args, _ in todo.values()}:
-        load_data(dataset, data_dir)  # a download that fails should fail here, once
+    for args, _ in todo.values():
+        loaded(args, shared)  # a download that fails should fail here, once
     for _, line in todo.values():
         print(line)
 
