@@ -302,15 +302,19 @@ def schedule(args):
 def doubts_about_rate(args):
     """What the user may not have meant of the learning rate's epochs, a list of lines. A fall at the very end that was
     asked for is a way to say never."""
+    def spelled(epochs):
+        return " ".join(map(str, epochs))
+
     times = schedule(args)
     usual = args.lrs == paper_settings(args.model, args.optimizer)["lrs"]
     late = [x for x in args.lrs if x > args.epochs - usual]
-    lines = [f"the learning rate never falls at --lrs {short(late)}, since epochs count from 0 to {args.epochs - 1}: "
+    lines = [f"the learning rate never falls at --lrs {spelled(late)}, since epochs count from 0 to {args.epochs - 1}: "
              "give --lrs that fit --epochs, or --lrs alone for none"] * bool(late)
     kept, scaled = ([x for x in lrs if x < n] for lrs, n in ((args.lrs, args.epochs), (times["lrs"], times["epochs"])))
     if len(set(scaled)) < len(set(kept)) or 0 in scaled and 0 not in kept:
-        lines.append(f"--scale-epochs {short(args.scale_epochs)} rounds the learning rate's falls at {short(kept)} of "
-                     f"{args.epochs} epochs to {short(times['lrs'])} of {times['epochs']}: give --epochs and --lrs")
+        lines.append(f"--scale-epochs {short(args.scale_epochs)} rounds --lrs {spelled(kept)} of {args.epochs} epochs to "
+                     f"{spelled(times['lrs'])} of {times['epochs']}, so that not every fall is left: give --epochs and "
+                     "--lrs")
     return lines
 
 
@@ -1472,8 +1476,11 @@ def training(args, shared):
         if device.type == "cuda":
             torch.cuda.synchronize()  # the other runs' streams do not wait for this one
         shared[source] = facts, data
-    with claimed(directory) as still_ours, failure_noted(directory, still_ours):
-        return (yield from epochs_of(args, directory, device, *shared[source], shared, still_ours))
+    with claimed(directory) as still_ours:
+        if (directory / "checkpoint.pt").exists():
+            check_same_run(directory, args, shared[source][0])  # another's run must not be noted as failed
+        with failure_noted(directory, still_ours):
+            return (yield from epochs_of(args, directory, device, *shared[source], shared, still_ours))
 
 
 def loaded(args, shared):
@@ -1511,7 +1518,6 @@ def epochs_of(args, directory, device, facts, data, shared, still_ours):
     model.multiple = shapes["multiple"] if shapes else 1
     first_epoch, step, lines = 0, 0, []
     if (directory / "checkpoint.pt").exists():
-        check_same_run(directory, args, facts)
         first_epoch, step, lines = resume(directory / "checkpoint.pt", model, optimizer, generators, noise, device)
         print(f"{label}: continues after epoch {first_epoch} of {times['epochs']}"
               f"{what_it_lacks(args, directory, first_epoch)}", flush=True)
@@ -1831,7 +1837,8 @@ def train_all(runs, at_once):
                               "them has ended", file=sys.stderr)
                         continue
                     tell(error)
-                    if state_of(directory) not in ("running", "done"):  # by another process
+                    refused = isinstance(error, UserError) and error.code == 2
+                    if refused or state_of(directory) not in ("running", "done"):  # by another process
                         print(f"failed: train.py {line}", file=sys.stderr)
                         failed += 1
             if at_once is None and torch.cuda.is_available() and torch.cuda.max_memory_reserved():

@@ -220,12 +220,13 @@ def test_images_are_turned_as_their_exif_data_say(tmp_path, ending):
         assert np.array_equal(read_last(path), expected), orientation
 
 
-def test_what_was_converted_is_said_in_one_line_once(tmp_path, capsys):
+def test_what_was_converted_is_said_in_one_line_once(tmp_path, capsys, monkeypatch):
     path = folder_with(tmp_path, "zz.png", Image.fromarray(RAMP))
     folder = path.parent.parent.parent
     square("RGBA").save(folder / "test" / "cat" / "a.png")
     square("P").save(folder / "test" / "cat" / "b.png")
     (folder / "train" / "labels.csv").write_text("")
+    monkeypatch.setattr(train.say_once, "said", set())
     for _ in range(2):
         read_last(path)
     line, = capsys.readouterr().err.splitlines()
