@@ -14,12 +14,23 @@ file are those of its appendix. Every default is the paper's setting for the mod
 
 A run leaves logs/<dataset>/<model>/<method>/seed<k>/ with config.json, epochs.jsonl, checkpoint.pt and, at its end,
 done.json. The same command again continues a half-done run and leaves a finished one alone.
+
+The experiment in ten lines, which `experiment` below is made of too (beside noise, learning rates and CUDA graphs):
+
+    args = parse_options(["--dataset", "digits", "--target", "L", "--r", "40", "--device", "cpu"])
+    device, arrays = choose_device(args), load_data(args.dataset)
+    run, data = new_run(args, len(arrays["classes"]), device), put_on_device(arrays, device)
+    for epoch in range(run.times["epochs"]):
+        totals, run.step = train_epoch(run.model, data, run.optimizer, args, run.generators, run.step)       # train
+        before = evaluate(run.model, data, "test", args)                                                     # evaluate
+        due = filters_due(run.model, args, run.plan, epoch, run.noise)                                       # choose
+        gone = prune_now(run.model, run.optimizer, args, run.plan, due, run.noise, run.generators["target"])  # prune
+        after = evaluate(run.model, data, "test", args)                                                      # evaluate
+        print(epoch, float(totals[0]), float(before), gone, float(after))                                    # record
 """
 import argparse
 import collections
 import contextlib
-import ctypes
-import fcntl
 import io
 import json
 import math
@@ -32,10 +43,8 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
-import uuid
+import types
 import warnings
-import zipfile
 import zlib
 from fractions import Fraction
 
@@ -43,12 +52,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils._pytree import tree_map
-from tqdm import tqdm
 
-from gst_ext import ops
-
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # before CUDA starts: as many streams at once as runs
+from gst_ext import files, ops, runs
+from gst_ext.files import UserError, reason, require
+from gst_ext.graphs import fed, hold_for, new_graphs, replayed, stream_of
 
 # +--------------------------------------------------------------------------------------------------------------------+
 # | Configuration: the paper's settings, the command line, the run's name                                              |
@@ -74,40 +81,8 @@ DEFAULTS = dict(dataset="cifar10", width=1.0, scale_epochs=1.0, batch_size=128, 
 NOT_THE_RESULT = ("log_dir", "data_dir", "device", "backend", "save_epoch", "tensorboard", "seeds", "runs", "at_once",
                   "plan", "retry_failed", "status")  # not what a run computes
 BUILT_IN = ("cifar10", "cifar100", "digits")
-GRAPHED = ("cuda",)  # devices whose steps are captured in graphs
-WARM_UP = 3  # calls of a step before it becomes a graph: the libraries choose their algorithms in them
-SHAPE_STEPS = 20  # steps that are timed to choose the shapes of pruned layers
+MULTIPLE = {"cpu": 1, "cuda": 32}  # a layer's live filters are computed as so many, rounded up: shapes a device likes
 CHECKPOINT_EVERY = {"cpu": 0, "cuda": 30}  # seconds at least; on a GPU, writing may take longer than an epoch
-AT_ONCE = 16  # runs in one process at most, unless --at-once says more
-BEAT, SILENCE = 30, 120  # seconds: how often a run's claim is refreshed, and when one that is not belongs to the dead
-
-
-class UserError(Exception):
-    """Something the user can mend: printed as one line. `code` is the exit code, 2 before the run and 1 during it."""
-
-    def __init__(self, message, code=2):
-        super().__init__(" ".join(message.splitlines()))  # a file's name may hold anything
-        self.code = code
-
-
-def require(ok, message, code=2):
-    if not ok:
-        raise UserError(message, code)
-
-
-def reason(error):
-    """The first line of an exception's message, or its name."""
-    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def say_once(line):
-    """One line on stderr, once in a process, however many runs it concerns."""
-    if line not in say_once.said:
-        say_once.said.add(line)
-        print(f"train.py: {line}", file=sys.stderr)
-
-
-say_once.said = set()
 
 
 def paper_settings(model, optimizer=None):
@@ -150,18 +125,13 @@ def seed_list(text):
 seed_list.__name__ = "range or list of seeds"  # as argparse names it
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} ({self.prog} --help lists every option)")
-
-
 def make_parser():
     table = ["the paper's settings, used for whatever is not given:"]
     for model, optimizer in [("vgg11", "adam"), ("resnet18", "adam"), ("resnet20", "sgd")]:
         options = paper_settings(model, optimizer)
         table.append(f"  {model}: " + " ".join(f"{name}={short(value)}" for name, value in options.items()))
     table.append("  vgg19 is as vgg11, resnet56 as resnet20; --optimizer brings the other settings of its kind along.")
-    parser = OneLineParser(prog="train.py", description=__doc__, epilog="\n".join(table), allow_abbrev=False,
+    parser = files.OneLineParser(prog="train.py", description=__doc__, epilog="\n".join(table), allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = argparse.BooleanOptionalAction
     add = parser.add_argument_group("network and data").add_argument
@@ -312,9 +282,8 @@ def doubts_about_rate(args):
              "give --lrs that fit --epochs, or --lrs alone for none"] * bool(late)
     kept, scaled = ([x for x in lrs if x < n] for lrs, n in ((args.lrs, args.epochs), (times["lrs"], times["epochs"])))
     if len(set(scaled)) < len(set(kept)) or 0 in scaled and 0 not in kept:
-        lines.append(f"--scale-epochs {short(args.scale_epochs)} rounds --lrs {spelled(kept)} of {args.epochs} epochs to "
-                     f"{spelled(times['lrs'])} of {times['epochs']}, so that not every fall is left: give --epochs and "
-                     "--lrs")
+        lines.append(f"--scale-epochs {short(args.scale_epochs)} rounds --lrs {spelled(kept)} of {args.epochs} epochs "
+                     f"to {spelled(times['lrs'])} of {times['epochs']}, which loses a fall: give --epochs and --lrs")
     return lines
 
 
@@ -375,11 +344,11 @@ def load_data(name, data_dir="data"):
     path = data_path(name, data_dir)
     if name in ("cifar10", "cifar100"):
         if not path.exists():
-            with lock_directory(path.parent, wait=True):
+            with files.lock_directory(path.parent, wait=True):
                 if not path.exists():
                     buffer = io.BytesIO()
                     np.savez(buffer, **download_cifar(name, data_dir))
-                    write_atomically(path, buffer.getbuffer())
+                    files.write_atomically(path, buffer.getbuffer())
     elif name != "digits":
         require(name.endswith(".npz") or path.is_dir(), f"--dataset {name}: no such thing; give cifar10, cifar100, "
                 "digits, a .npz file, or a folder with train/ and test/ class folders of images")
@@ -455,7 +424,7 @@ def read_image_folder(folder):
         data[f"{split}_x"] = np.stack([read_image(path, notes) for path, _ in files])
         data[f"{split}_y"] = np.array([label for _, label in files], np.int64)
     if +notes:
-        say_once(f"images of {folder}: " + ", ".join(f"{n} {what}" for what, n in (+notes).items()))
+        files.say_once(f"train.py: images of {folder}: " + ", ".join(f"{n} {what}" for what, n in (+notes).items()))
     return data
 
 
@@ -590,7 +559,7 @@ class Block(nn.Module):
     def connect(self, live_in, multiple):
         """Takes the channels of its input and returns those of its output (indices, None for all)."""
         self.keeps_bn = not torch.equal(self.mask, self.bn_mask)
-        n = self.computed() if multiple is None else rounded_up(int(self.bn_mask.sum()), multiple, len(self.mask))
+        n = min(len(self.mask), -(-int(self.bn_mask.sum()) // multiple) * multiple)
         chosen = torch.argsort(~self.bn_mask, stable=True)[:n].sort().values if n < len(self.mask) else None
         self.live_in, self.live_out = live_in, in_place_of(self.live_out, chosen)
         return self.live_out
@@ -598,10 +567,6 @@ class Block(nn.Module):
     def computed(self):
         """How many filters it computes: under "ext" the live ones, and those that fill up the shape."""
         return len(self.mask) if self.backend == "eager" or self.live_out is None else len(self.live_out)
-
-
-def rounded_up(n, multiple, most):
-    return min(most, -(-n // multiple) * multiple)
 
 
 def in_place_of(old, new):
@@ -612,7 +577,7 @@ def in_place_of(old, new):
 def use_backend(model, backend):
     """Makes every block of `model` compute by "ext" or "eager", by its masks as they are now; returns the model.
 
-    Under "ext" a pruned block computes its live filters, rounded up to model.multiple; None: as many as it does now.
+    Under "ext" a pruned block computes its live filters, their number rounded up to a multiple of model.multiple.
     """
     for block in model.modules():
         if isinstance(block, Block):
@@ -866,14 +831,14 @@ def filters_due(model, args, plan, epoch, noise):
     return due
 
 
-def prune_now(model, optimizer, args, plan, due, noise, generator):
-    """Removes (or starts to noise) the filters that are due.
+def prune_now(model, optimizer, args, plan, due, noise, generator, tied=None):
+    """Removes (or starts to noise) the filters that are due; returns {layer: their indices}.
 
-    Returns {layer: their indices} and {layer: how many filters a tie of scores left to their order} (count_tied).
-    UserError if all filters of a layer are alike by their score, which then says nothing, but before the first step
-    (--scratch): there the paper's rule takes scores of a fresh network.
+    tied: a dict that takes {layer: how many filters equal scores left to their order} (count_tied). UserError if all
+    filters of a layer have one score, which then says nothing, but under --scratch: there the paper's rule takes the
+    scores of a fresh network.
     """
-    gone, tied = {}, {}
+    gone = {}
     for i, k in due.items():
         layer = plan[i][0]
         block = model.prunable[layer]
@@ -886,14 +851,15 @@ def prune_now(model, optimizer, args, plan, due, noise, generator):
             require(n < int(live.sum()) or args.scratch, f"all {n} filters of layer {layer} have the same "
                     f"{args.score} score, which says nothing of which should go: prune later (--s; act is measured on "
                     "every tenth training batch), or choose another --score", 1)
-            tied[layer] = n
+            if tied is not None:
+                tied[layer] = n
         if noise:
             start_noise(block, noise[i], indices, args)
         else:
             prune_block(block, indices, args.prune_bn == "keep", optimizer)
         gone[layer] = indices.tolist()
     use_backend(model, model.backend)
-    return gone, tied
+    return gone
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -953,165 +919,8 @@ def end_noise(block, state, args):
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
-# | Files: all writes are atomic, one process per run directory, on whatever host                                      |
+# | What a run records: its settings, its checkpoint, a line for each epoch, a summary                                 |
 # +--------------------------------------------------------------------------------------------------------------------+
-
-@contextlib.contextmanager
-def writing(path):
-    """Turns a full disk, a read-only folder and their kind into one line."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({reason(error)}): make room or choose another folder, then start the "
-                        "same command again", 1) from None
-
-
-def write_atomically(path, content, check=None):
-    """Writes bytes to `path` so that a reader, or a crash, sees the old file or the new one and nothing between.
-
-    check: called last of all before the new file counts, since a write may hang for minutes on a network.
-    """
-    path = pathlib.Path(path)
-    partial = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.partial")  # nobody else's
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(partial, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            if check:
-                check()
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-def write_json(path, value):
-    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def append_line(path, line):
-    with writing(path), open(path, "a") as file:
-        file.write(line + "\n")
-
-
-def lock_directory(directory, wait=False):
-    """Takes a directory for this process, and returns the lock, which goes with the process, however it ends."""
-    with writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = open(directory / ".lock", "w")
-    for _ in range(10):
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            return lock
-        time.sleep(0.05)  # state_of holds it for a moment
-    lock.close()
-    raise UserError(f"{directory} is in use by another process: wait for it, or choose another --seed", 1)
-
-
-def this_host():
-    """What tells this host, since it was started, from every other."""
-    with contextlib.suppress(OSError):
-        return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{uuid.getnode():x}"
-
-
-def read_claim(path):
-    """(a claim's text, when it was last refreshed), (None, 0) without one; opened, since network file systems may
-    answer from memory otherwise."""
-    try:
-        with open(path, errors="replace") as file:
-            return file.read(), os.fstat(file.fileno()).st_mtime_ns
-    except FileNotFoundError:
-        return None, 0
-
-
-def is_foreign(claim):
-    """Whether a claim's text is of another host, or cut."""
-    return claim is not None and claim.split(" ")[0] != this_host()
-
-
-PROCESS = uuid.uuid4().hex  # tells this process from an earlier one of the same number
-DEAD = set()  # claims of other hosts' processes that were seen not to be refreshed any more
-
-
-@contextlib.contextmanager
-def claimed(directory):
-    """Holds a run for this process; gives a function that raises UserError once another process has taken it over.
-
-    A lock keeps processes of one host apart, and goes with its process. Hosts that share only a file system, which may
-    not share locks, are kept apart by a claim that its holder refreshes. The claim of another host is taken over when
-    it was watched for SILENCE seconds without being refreshed, so that no two clocks need agree.
-    """
-    lock, path, pause = lock_directory(directory), directory / ".claim", min(1, SILENCE / 10)
-    mine = f"{this_host()} {platform.node() or 'unnamed'} {os.getpid()} {PROCESS}"
-    over = threading.Event()
-
-    def still_ours():
-        require(read_claim(path)[0] == mine, f"{directory} was taken over by another process, or deleted: nothing was "
-                "written since", 1)
-
-    def refresh(file):  # the file and not its name, which may be another's by now
-        while not over.wait(BEAT):
-            with contextlib.suppress(OSError):
-                os.utime(file.fileno())
-
-    with lock:
-        seen, until, silent = read_claim(path), time.monotonic() + SILENCE, False
-        while is_foreign(seen[0]) and seen[0] not in DEAD and not silent:
-            silent = time.monotonic() > until  # before it is read for the last time
-            time.sleep(pause)
-            _, name, number, *_ = f"{seen[0]} ? ? ?".split(" ")
-            require(read_claim(path) == seen, f"{directory} is in use by process {number} on {name}: leave it to that, "
-                    "or choose another --seed", 1)
-        with writing(path):
-            if seen[0] is not None:
-                DEAD.add(seen[0])
-                path.unlink(missing_ok=True)
-            for partial in directory.glob("*.partial"):
-                partial.unlink(missing_ok=True)  # of a process that was killed, or must not finish it any more
-            try:
-                with contextlib.suppress(FileExistsError), open(path, "x") as file:  # else another host was quicker
-                    file.write(mine)
-            except OSError:
-                path.unlink(missing_ok=True)
-                raise
-        if is_foreign(seen[0]):
-            time.sleep(pause)  # another host that saw the same silence has replaced our claim by now, or will not
-        still_ours()
-        with open(path) as file:
-            beat = threading.Thread(target=refresh, args=(file,), daemon=True)
-            beat.start()
-            try:
-                yield still_ours
-            finally:
-                over.set()
-                beat.join()
-                with contextlib.suppress(OSError):
-                    if read_claim(path)[0] == mine:
-                        path.unlink()
-
-
-@contextlib.contextmanager
-def failure_noted(directory, still_ours):
-    """Leaves the reason of a failure in failed.txt, for --status; an earlier one is forgotten."""
-    path = directory / "failed.txt"
-    with writing(path):
-        path.unlink(missing_ok=True)
-    try:
-        yield
-    except Exception as error:
-        with contextlib.suppress(UserError, OSError):  # a full disk, or a run that is another's now
-            kind = "" if isinstance(error, (UserError, OSError)) else f"{type(error).__name__}: "
-            write_atomically(path, f"{kind}{str(error).strip()}\n".encode(errors="replace"), still_ours)
-        raise
-
-
-def why_failed(directory):
-    """The first line of a run's failed.txt."""
-    return ((directory / "failed.txt").read_text(errors="replace").splitlines() or ["no reason was noted"])[0]
-
 
 def describe_data(arrays):
     """What config.json says of a data set."""
@@ -1177,47 +986,10 @@ def what_it_lacks(args, directory, epoch):
     return f", without {' and '.join(names)}: move it away to train it with that" * bool(names)
 
 
-def save_checkpoint(path, state, check=None):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomically(path, buffer.getbuffer(), check)
-
-
-@contextlib.contextmanager
-def checkpoints(path, every, still_ours):
-    """Gives keep(state, last), which writes a run's state at most every so many seconds, and the last one always.
-
-    What is not written stays in memory, and is written when the run ends in whatever way but a kill -9.
-    """
-    pending, written = None, -math.inf
-
-    def keep(state, last):
-        nonlocal pending, written
-        if last or time.monotonic() - written >= every:
-            save_checkpoint(path, state, still_ours)
-            pending, written = None, time.monotonic()
-        else:
-            pending = tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, state)
-
-    try:
-        yield keep
-    finally:
-        if pending:
-            save_checkpoint(path, pending, still_ours)
-
-
-def read_checkpoint(path, mmap=False):
-    """What save_checkpoint wrote; damage raises one of many exceptions, and a flipped bit, which torch loads, too."""
-    with zipfile.ZipFile(path) as file:
-        damaged = file.testzip()
-    require(not damaged, f"{damaged} in it fails its checksum")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-
-
 def resume(path, model, optimizer, generators, noise, device):
     """Puts a run back to where its checkpoint was written; returns (next epoch, step, log lines)."""
     try:
-        state = read_checkpoint(path)
+        state = files.read_checkpoint(path)
         require(isinstance(state, dict), "not a checkpoint")
         epochs = [json.loads(line)["epoch"] for line in state["log"]]
         require(epochs == list(range(state["epoch"])), "its log is of other epochs")
@@ -1238,6 +1010,58 @@ def resume(path, model, optimizer, generators, noise, device):
     except Exception as error:  # zip, pickle and torch each have their own for a damaged file
         raise UserError(f"{path} is damaged or of another version ({reason(error)}): move it away to train this run "
                         "afresh", 1) from None
+
+
+def start(run, config):
+    """Begins a run's files, or puts it back to where its checkpoint stands."""
+    path = run.directory / "checkpoint.pt"
+    if path.exists():
+        run.epoch, run.step, run.lines = resume(path, run.model, run.optimizer, run.generators, run.noise, run.device)
+        print(f"{run.label}: continues after epoch {run.epoch} of {run.times['epochs']}"
+              f"{what_it_lacks(run.args, run.directory, run.epoch)}", flush=True)
+    else:
+        scratch, tied = filters_due(run.model, run.args, run.plan, -1, run.noise), {}
+        prune_now(run.model, run.optimizer, run.args, run.plan, scratch, run.noise, run.generators["target"], tied)
+        say_ties(run, tied)
+        files.write_json(run.directory / "config.json", config | {"tied": tied})
+    files.write_atomically(run.directory / "epochs.jsonl", "".join(line + "\n" for line in run.lines).encode())
+    run.records = [json.loads(line) for line in run.lines]
+
+
+def say_ties(run, tied):
+    """One line where filters went because of their order (prune_now)."""
+    if tied:
+        print(f"{run.label}: equal {run.args.score} scores, so that the first of them went: " +
+              ", ".join(f"{n} filters of layer {layer}" for layer, n in tied.items()), flush=True)
+
+
+@contextlib.contextmanager
+def recorder(run, still_ours):
+    """Gives what takes an epoch's record into the run's files, and to whoever watches.
+
+    still_ours: what files.claimed gives; nothing is written once the run is another's.
+    """
+    epochs, directory = run.times["epochs"], run.directory
+
+    def record(found):
+        run.records.append(found)
+        run.lines.append(json.dumps(found))
+        still_ours()
+        if run.epoch == run.times["save_epoch"]:
+            files.save_checkpoint(directory / f"epoch{run.epoch}.pt",
+                                  {"epoch": run.epoch, "model": run.model.state_dict()}, still_ours)
+        keep({"epoch": run.epoch, "step": run.step, "model": run.model.state_dict(),
+              "optimizer": run.optimizer.state_dict(), "noise": run.noise,
+              "generators": {name: g.get_state() for name, g in run.generators.items()}, "log": run.lines},
+             last=run.epoch == epochs)
+        files.append_line(directory / "epochs.jsonl", run.lines[-1])  # after the checkpoint, which can rebuild it
+        scalars(found)
+        runs.report(run.label, run.records, summarize_epochs(run.records)["mean_stability"], bar)
+
+    with (runs.progress_bar(run.label, epochs, run.epoch) as bar,
+          runs.tensorboard(run.args.tensorboard, directory, run.epoch) as scalars,
+          files.checkpoints(directory / "checkpoint.pt", CHECKPOINT_EVERY[run.device.type], still_ours) as keep):
+        yield record
 
 
 def summarize_epochs(records):
@@ -1331,95 +1155,6 @@ def train_epoch(model, data, optimizer, args, generators, step, before_batch=Non
     return totals / n, step
 
 
-def fed(graphs, name, *tensors):
-    """The tensors, at the addresses that captured graphs of that name read and write."""
-    if graphs is None:
-        return tensors
-    held = graphs.setdefault(("fed", name), [t.clone() for t in tensors])
-    for mine, new in zip(held, tensors):
-        mine.copy_(new)
-    return held
-
-
-def replayed(graphs, name, function, size):
-    """function(size); on a GPU from a CUDA graph, after WARM_UP calls of that name and size.
-
-    A replay is all that a step asks of the host: the driver queues about a thousand launches, and a run that fills the
-    queue keeps the other runs' waiting. So function itself finds its batch and adds up what it finds, in tensors that
-    are `fed`. graphs (dict) keeps the graphs; whatever changes the network's shapes or the learning rate, which a graph
-    holds fast, has to clear it. Without graphs (None) it is called as it is.
-    """
-    if graphs is None:
-        return function(size)
-    calls = graphs[name, size, "calls"] = graphs.get((name, size, "calls"), 0) + 1
-    if calls <= WARM_UP:
-        return function(size)
-    if (name, size) not in graphs:
-        graphs[name, size] = record(lambda: function(size), graphs)
-    graphs[name, size]()
-
-
-def record(function, graphs):
-    """Captures function() in a CUDA graph, computing nothing; returns what replays it.
-
-    The graphs of a run share memory: they are replayed one after the other, and nothing that one leaves there is read
-    once another has begun.
-    """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, graphs.get("pool"), torch.cuda.current_stream(), capture_error_mode="thread_local"):
-        function()
-    graphs["pool"] = graph.pool()  # goes with the graphs when they are cleared: a pool without graphs is no pool
-    return graph.replay
-
-
-def measure_shapes(args, num_classes, data, device):
-    """Measures what decides whether an event is worth new shapes or only masks; a dict, as config.json holds it.
-
-    multiple: what numbers of filters are rounded up to: that of 1, 8, 16 and 32 whose step is fastest when an odd
-    half of each pruned layer is left. ms: the steps' times, "unpruned" and by multiple. ms_per_filter: what a filter
-    less saves of a step. capture_ms: what new shapes cost, warm-up included.
-    """
-    args = argparse.Namespace(**vars(args) | {"score": "l2"})  # no step that measures activations is among these
-    model = use_backend(build_model(args.model, num_classes, args.width).to(device), "ext")
-    optimizer, generators = make_optimizer(model, args), make_generators(args, device)
-    few = data | {"train": tuple(t[:SHAPE_STEPS * args.batch_size] for t in data["train"])}
-    steps = -(-len(few["train"][0]) // args.batch_size)
-
-    def epochs_ms():
-        graphs, ms = {}, []
-        for _ in range(WARM_UP + 2):
-            clock = time.perf_counter()
-            train_epoch(model, few, optimizer, args, generators, 0, graphs=graphs)[0].tolist()
-            ms.append(1000 * (time.perf_counter() - clock))
-        return min(ms[WARM_UP:]) / steps, ms[0]
-
-    found = {"unpruned": epochs_ms()}
-    blocks = [model.prunable[layer] for layer, _ in pruning_plan(model, args, schedule(args))]
-    for block in blocks:
-        prune_block(block, torch.arange(len(block.mask) // 2 | 1, len(block.mask)))
-    gone = sum(int((~block.mask).sum()) for block in blocks)
-    for model.multiple in (1, 8, 16, 32):
-        model.connect()
-        found[model.multiple] = epochs_ms()
-    ms = {name: round(step, 4) for name, (step, _) in found.items()}
-    best = min((1, 8, 16, 32), key=ms.get)
-    return {"multiple": best, "ms": ms, "ms_per_filter": max(0.0, ms["unpruned"] - ms[best]) / max(1, gone),
-            "capture_ms": max(0.0, found[best][1] - steps * ms[best])}
-
-
-def choose_shapes(model, shapes, plan, due, steps):
-    """Just before filters go: lets them change the model's shapes only if `steps` then save more than a capture costs.
-
-    due: as filters_due gives them; steps: until the next event. The choice is model.multiple.
-    """
-    fewer = 0
-    for i, k in due.items():
-        block = model.prunable[plan[i][0]]
-        fewer += block.computed() - rounded_up(int(block.mask.sum()) - k, shapes["multiple"], len(block.mask))
-    worth = fewer * shapes["ms_per_filter"] * steps > shapes["capture_ms"]
-    model.multiple = shapes["multiple"] if worth else None
-
-
 def make_optimizer(model, args):
     params, settings = list(model.parameters()), dict(lr=args.lr, weight_decay=args.weight_decay, fused=True)
     if args.optimizer == "sgd":
@@ -1438,20 +1173,83 @@ def make_generators(args, device):
     return generators
 
 
+def new_run(args, num_classes, device):
+    """A run before its first step: a namespace of what `experiment` works with.
+
+    args; directory, where its files go, and label, the end of that; device; model and optimizer; generators, one for
+    each source of randomness; times (schedule) and plan (pruning_plan); noise, the state of each pruned layer, []
+    without --noise; graphs, those of captured steps; hooks, what train_epoch and evaluate take for noise and graphs;
+    epoch and step, how many are done; lines, their log, and records, what it says.
+    """
+    directory, times = run_directory(args), schedule(args)
+    generators = make_generators(args, device)
+    model = build_model(args.model, num_classes, args.width).to(device)
+    model.multiple = MULTIPLE[device.type]
+    use_backend(model, choose_backend(args))
+    plan = pruning_plan(model, args, times)
+    noise, graphs = [], new_graphs(device)
+    hooks = {"graphs": graphs}
+    if args.noise != "none":
+        noise = [new_noise(model.prunable[layer]) for layer, _ in plan]
+        noised = [(model.prunable[layer], state) for (layer, _), state in zip(plan, noise)]
+        hooks |= {"before_batch": lambda training: [noise_pass(block, state, args, generators.get("noise"), training)
+                                                    for block, state in noised],
+                  "after_batch": lambda: [end_noise_if_due(block, state, args) for block, state in noised]}
+    return types.SimpleNamespace(
+        args=args, directory=directory, label="/".join(directory.parts[-3:]), device=device, model=model,
+        optimizer=make_optimizer(model, args), generators=generators, times=times, plan=plan, noise=noise,
+        graphs=graphs, hooks=hooks, epoch=0, step=0, lines=[], records=[])
+
+
+def experiment(run, data, record):
+    """The epochs that are left of a run. Each trains, evaluates, chooses, prunes, evaluates and records.
+
+    data: as put_on_device gives it; record(dict) takes what an epoch found. A generator, which yields once an epoch,
+    when the device has work and the host would wait for it.
+    """
+    args, model, optimizer, times, plan, noise = run.args, run.model, run.optimizer, run.times, run.plan, run.noise
+    live = [int(block.mask.sum()) for block in model.prunable]
+    for epoch in range(run.epoch, times["epochs"]):
+        clock = time.monotonic()
+        lr = optimizer.param_groups[0]["lr"] = args.lr * 0.1 ** sum(epoch >= x for x in times["lrs"])
+        hold_for(run.graphs, lr, shapes_of(model))
+        totals, run.step = train_epoch(model, data, optimizer, args, run.generators, run.step, **run.hooks)
+        test_acc = before = evaluate(model, data, "test", args, **run.hooks)
+        yield
+
+        gone, tied, due = {}, {}, filters_due(model, args, plan, epoch, noise)
+        if due:
+            gone = prune_now(model, optimizer, args, plan, due, noise, run.generators["target"], tied)
+            say_ties(run, tied)
+            live = [int(block.mask.sum()) for block in model.prunable]
+            hold_for(run.graphs, lr, shapes_of(model))
+        if due or noise:
+            test_acc = evaluate(model, data, "test", args, **run.hooks)
+        val_acc = evaluate(model, data, "val", args, graphs=run.graphs) if args.val_split else before
+        loss, train_acc, before, test_acc, val_acc = torch.stack([*totals, before, test_acc, val_acc]).tolist()
+        require(math.isfinite(loss), f"{run.directory}: the loss is {loss} in epoch {epoch}: lower --lr (now {lr:g}); "
+                "the checkpoint of the epoch before is kept", 1)
+
+        run.epoch = epoch + 1
+        record({
+            "epoch": epoch, "lr": lr, "train_loss": loss, "train_acc": 100 * train_acc, "test_acc_before": before,
+            "test_acc": test_acc, "val_acc": val_acc if args.val_split else None,
+            "stability": 100 * test_acc / before if gone and before else None,
+            "removed": [len(gone.get(layer, ())) for layer, _ in plan], "live": live, "filters": gone, "tied": tied,
+            "computed": [block.computed() for block in model.prunable],
+            "noised": [{k: state[k] for k in ("test", "train")} for state in noise],
+            "seconds": round(max(0, time.monotonic() - clock), 3)})
+
+
 def train(args):
     """Trains, prunes and logs one run as `args` (from parse_options) say; returns its summary (summarize_epochs)."""
     run = training(args, {})
-    with stream_of(args):
+    with stream_of(choose_device(args)):
         while True:
             try:
                 next(run)
             except StopIteration as end:
                 return end.value
-
-
-def stream_of(args):
-    """A CUDA stream of its own to work on; on a CPU, nothing."""
-    return torch.cuda.stream(torch.cuda.Stream() if choose_device(args).type == "cuda" else None)
 
 
 def training(args, shared):
@@ -1465,7 +1263,7 @@ def training(args, shared):
         print(f"{directory}: finished already{what_it_lacks(args, directory, schedule(args)['epochs'])}", flush=True)
         return None
     for line in doubts_about_rate(args):
-        say_once(line)
+        files.say_once(f"train.py: {line}")
     device = choose_device(args)
     source = args.dataset, args.data_dir, args.val_split, args.augment, device
     if source not in shared:
@@ -1476,11 +1274,24 @@ def training(args, shared):
         if device.type == "cuda":
             torch.cuda.synchronize()  # the other runs' streams do not wait for this one
         shared[source] = facts, data
-    with claimed(directory) as still_ours:
+    facts, data = shared[source]
+    with contextlib.ExitStack() as stack:
+        still_ours = stack.enter_context(files.claimed(directory))
         if (directory / "checkpoint.pt").exists():
-            check_same_run(directory, args, shared[source][0])  # another's run must not be noted as failed
-        with failure_noted(directory, still_ours):
-            return (yield from epochs_of(args, directory, device, *shared[source], shared, still_ours))
+            check_same_run(directory, args, facts)  # not noted as a failure of the run that is there
+        stack.enter_context(files.failure_noted(directory, still_ours))
+        run = new_run(args, facts["classes"], device)
+        start(run, describe_run(args, facts, run.model, run.times, run.plan, device) | {"backend": run.model.backend})
+        with recorder(run, still_ours) as record:
+            for _ in experiment(run, data, record):
+                yield
+                choose_device(args)  # whoever had its turn may have set another precision
+        summary = summarize_epochs(run.records)
+        files.write_json(directory / "done.json", summary)
+        print(f"{run.label}: best accuracy {summary['best_acc']:.2f}% (epoch {summary['best_epoch']}), last "
+              f"{summary['last_acc']:.2f}%, mean stability {summary['mean_stability']:.2f}% over {summary['events']} "
+              "pruning events", flush=True)
+        return summary
 
 
 def loaded(args, shared):
@@ -1490,151 +1301,6 @@ def loaded(args, shared):
         arrays = load_data(*source)
         shared[source] = arrays, describe_data(arrays)
     return shared[source]
-
-
-def epochs_of(args, directory, device, facts, data, shared, still_ours):
-    """The epochs of `training`, from the first or from where a checkpoint stands."""
-    label, backend, shapes = "/".join(directory.parts[-3:]), choose_backend(args), None
-    if device.type in GRAPHED and backend == "ext" and args.p and args.noise == "none" and args.prune_bn == "drop":
-        what = args.model, args.width, len(args.p), args.batch_size, args.precision, args.dataset, device
-        if what not in shared:
-            shared[what] = measure_shapes(args, facts["classes"], data, device)
-        shapes = shared[what]
-    generators = make_generators(args, device)
-    model = use_backend(build_model(args.model, facts["classes"], args.width).to(device), backend)
-    optimizer = make_optimizer(model, args)
-    times = schedule(args)
-    plan = pruning_plan(model, args, times)
-    noise, graphs = [], {} if device.type in GRAPHED else None
-    hooks = {"graphs": graphs}
-    if args.noise != "none":
-        noise = [new_noise(model.prunable[layer]) for layer, _ in plan]
-        noised = [(model.prunable[layer], state) for (layer, _), state in zip(plan, noise)]
-        hooks |= {"before_batch": lambda training: [noise_pass(block, state, args, generators.get("noise"), training)
-                                                    for block, state in noised],
-                  "after_batch": lambda: [end_noise_if_due(block, state, args) for block, state in noised]}
-
-    config = describe_run(args, facts, model, times, plan, device) | {"backend": backend, "shapes": shapes}
-    model.multiple = shapes["multiple"] if shapes else 1
-    first_epoch, step, lines = 0, 0, []
-    if (directory / "checkpoint.pt").exists():
-        first_epoch, step, lines = resume(directory / "checkpoint.pt", model, optimizer, generators, noise, device)
-        print(f"{label}: continues after epoch {first_epoch} of {times['epochs']}"
-              f"{what_it_lacks(args, directory, first_epoch)}", flush=True)
-    else:
-        scratch = filters_due(model, args, plan, -1, noise)
-        _, tied = prune_now(model, optimizer, args, plan, scratch, noise, generators["target"])
-        say_ties(label, args, tied)
-        write_json(directory / "config.json", config | {"tied": tied})
-    write_atomically(directory / "epochs.jsonl", "".join(line + "\n" for line in lines).encode())
-    records = [json.loads(line) for line in lines]
-    live = [int(block.mask.sum()) for block in model.prunable]
-
-    with (progress_bar(label, times["epochs"], first_epoch) as bar,
-          tensorboard(args, directory, first_epoch) as scalars,
-          checkpoints(directory / "checkpoint.pt", CHECKPOINT_EVERY[device.type], still_ours) as keep):
-        for epoch in range(first_epoch, times["epochs"]):
-            clock = time.monotonic()
-            lr = args.lr * 0.1 ** sum(epoch >= x for x in times["lrs"])
-            if graphs and lr != optimizer.param_groups[0]["lr"]:
-                graphs.clear()
-            optimizer.param_groups[0]["lr"] = lr
-            totals, step = train_epoch(model, data, optimizer, args, generators, step, **hooks)
-            test_acc = before = evaluate(model, data, "test", args, **hooks)
-            yield
-            choose_device(args)  # whoever had its turn may have set another precision
-
-            gone, tied, due = {}, {}, filters_due(model, args, plan, epoch, noise)
-            if due:
-                captured = shapes_of(model)
-                if shapes:
-                    upcoming = min((e for _, kept in plan for e in kept if e > epoch), default=times["epochs"])
-                    choose_shapes(model, shapes, plan, due, (upcoming - epoch) * step // (epoch + 1))
-                gone, tied = prune_now(model, optimizer, args, plan, due, noise, generators["target"])
-                say_ties(label, args, tied)
-                live = [int(block.mask.sum()) for block in model.prunable]
-                if graphs and shapes_of(model) != captured:
-                    graphs.clear()
-            if due or noise:
-                test_acc = evaluate(model, data, "test", args, **hooks)
-            val_acc = evaluate(model, data, "val", args, graphs=graphs) if args.val_split else before
-            loss, train_acc, before, test_acc, val_acc = torch.stack([*totals, before, test_acc, val_acc]).tolist()
-            require(math.isfinite(loss), f"{directory}: the loss is {loss} in epoch {epoch}: lower --lr (now {lr:g}); "
-                    "the checkpoint of the epoch before is kept", 1)
-
-            records.append({
-                "epoch": epoch, "lr": lr, "train_loss": loss, "train_acc": 100 * train_acc, "test_acc_before": before,
-                "test_acc": test_acc, "val_acc": val_acc if args.val_split else None,
-                "stability": 100 * test_acc / before if gone and before else None,
-                "removed": [len(gone.get(layer, ())) for layer, _ in plan], "live": live, "filters": gone,
-                "tied": tied,
-                "computed": [block.computed() for block in model.prunable],
-                "noised": [{k: state[k] for k in ("test", "train")} for state in noise],
-                "seconds": round(max(0, time.monotonic() - clock), 3)})
-            lines.append(json.dumps(records[-1]))
-            still_ours()
-            if epoch + 1 == times["save_epoch"]:
-                save_checkpoint(directory / f"epoch{epoch + 1}.pt", {"epoch": epoch + 1, "model": model.state_dict()},
-                                still_ours)
-            keep({"epoch": epoch + 1, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                  "noise": noise, "generators": {name: g.get_state() for name, g in generators.items()}, "log": lines},
-                 last=epoch + 1 == times["epochs"])
-            append_line(directory / "epochs.jsonl", lines[-1])  # after the checkpoint, which can rebuild it
-            scalars(records[-1])
-            report(label, records, bar)
-
-    summary = summarize_epochs(records)
-    write_json(directory / "done.json", summary)
-    print(f"{label}: best accuracy {summary['best_acc']:.2f}% (epoch {summary['best_epoch']}), last "
-          f"{summary['last_acc']:.2f}%, mean stability {summary['mean_stability']:.2f}% over {summary['events']} "
-          "pruning events", flush=True)
-    return summary
-
-
-def say_ties(label, args, tied):
-    """One line where filters were chosen by their order (prune_now)."""
-    if tied:
-        print(f"{label}: equal {args.score} scores, so that the first of them went: " +
-              ", ".join(f"{n} filters of layer {layer}" for layer, n in tied.items()), flush=True)
-
-
-@contextlib.contextmanager
-def tensorboard(args, directory, first_epoch):
-    """Gives what writes an epoch's numbers for TensorBoard, under --tensorboard; else what does nothing."""
-    if not args.tensorboard:
-        yield lambda record: None
-        return
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs its package: pip install tensorboard, or leave the option out") from None
-    with writing(directory), SummaryWriter(directory / "tensorboard", purge_step=first_epoch) as writer:
-        def write(record):
-            for name in ("lr", "train_loss", "train_acc", "test_acc_before", "test_acc", "val_acc", "stability"):
-                if record[name] is not None:
-                    writer.add_scalar(name, record[name], record["epoch"])
-            writer.add_scalar("live_filters", sum(record["live"]), record["epoch"])
-        yield write
-
-
-def progress_bar(label, epochs, first_epoch):
-    on_a_terminal = sys.stderr.isatty() and sys.stdout.isatty()
-    return tqdm(total=epochs, initial=first_epoch, desc=label, disable=not on_a_terminal,
-                bar_format="{desc} |{bar:20}| epoch {n_fmt}/{total_fmt}{postfix} {remaining} left")
-
-
-def report(label, records, bar):
-    """The epoch just done, for whoever watches: the bar on a terminal, a plain line in a file."""
-    record, stability = records[-1], summarize_epochs(records)["mean_stability"]
-    bar.update()
-    if not bar.disable:
-        bar.set_postfix_str(f"test {record['test_acc']:.2f}% stability {stability:.2f}%")
-        return
-    event = f" -> {record['test_acc']:.2f}% ({sum(record['removed'])} filters)" if any(record["removed"]) else ""
-    left = sum(r["seconds"] for r in records[-5:]) / len(records[-5:]) * (bar.total - len(records)) / 60
-    print(f"{label} epoch {len(records)}/{bar.total} lr {record['lr']:g} loss {record['train_loss']:.4f} train "
-          f"{record['train_acc']:.2f}% test {record['test_acc_before']:.2f}%{event} stability {stability:.2f}% "
-          f"{record['seconds']:.1f} s, {left:.0f} min left", flush=True)
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -1661,216 +1327,42 @@ def choose_backend(args):
     """"ext" or "eager", as --backend says; one line where "auto" has to do without the extension."""
     require(ops.available or args.backend != "ext", f"--backend ext, but the extension is not built here "
             f"({ops.why_not}): run bash runs.sh setup, or use --backend eager")
-    if not ops.available and args.backend == "auto" and not choose_backend.told:
-        print(f"train.py: the extension is not built ({ops.why_not}); plain PyTorch takes its place. bash runs.sh "
-              "setup builds it", file=sys.stderr)
-        choose_backend.told = True
+    if not ops.available and args.backend == "auto":
+        files.say_once(f"train.py: the extension is not built ({ops.why_not}); plain PyTorch takes its place. bash "
+                       "runs.sh setup builds it")
     return "ext" if ops.available and args.backend != "eager" else "eager"
 
 
-choose_backend.told = False  # once, not for every run of a list
-
-
-def keep_freed_memory():
-    """Tells glibc to keep freed activations: it would give them back each step, and page faults cost a fifth of it."""
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: no shrinking of the heap
-
-
-def read_runs(path):
-    """The runs listed in a file, a line of options each, as runs_of gives them."""
-    try:
-        commands = [shlex.split(line) for line in open(path) if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as lines of options: {reason(error)}") from None
-    return runs_of(commands)
-
-
-def runs_of(commands):
-    """The runs of option lists, one for each seed: {directory: (args, line)}, each directory once."""
-    runs = {}
-    for command in commands:
-        args = parse_options(command)
-        for seed in args.seeds or [args.seed]:
-            one = argparse.Namespace(**vars(args) | {"seed": seed, "seeds": None})
-            line = shlex.join(command) + (f" --seeds {seed}" if args.seeds else "")  # the last one counts
-            directory = run_directory(one)
-            first, _ = runs.setdefault(directory, (one, line))
-            require(sources(first) == sources(one), f"two of the runs would share {directory}, but differ in --dataset, "
-                    "--data-dir, --save-epoch or --tensorboard: give one of them another --log-dir")
-    return runs
-
-
-def sources(args):
-    """What a run's directory does not say of it: where its data lie, and what it is to leave beside its logs."""
-    return os.path.realpath(data_path(args.dataset, args.data_dir)), args.save_epoch, args.tensorboard
-
-
-def log_of(directory):
-    """The lines of the epochs that a run has logged."""
-    log = directory / "epochs.jsonl"
-    return log.read_bytes().split(b"\n")[:-1] if log.exists() else []
-
-
-def state_of(directory):
-    """"done", "running", "failed" or "waiting" (half-done runs too)."""
-    if (directory / "done.json").exists():
-        return "done"
-    claim, refreshed = read_claim(directory / ".claim")
-    if is_foreign(claim) and abs(time.time() - refreshed / 1e9) < SILENCE:
-        return "running"
-    with contextlib.suppress(FileNotFoundError), open(directory / ".lock") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return "running"
-    return "failed" if (directory / "failed.txt").exists() else "waiting"
-
-
-def by_state(runs):
-    """The directories of runs under each of the states."""
-    found = {state: [] for state in ("done", "running", "failed", "waiting")}
-    for directory in runs:
-        found[state_of(directory)].append(directory)
-    return found
-
-
-def print_plan(runs, retry_failed):
-    """--plan: what is left of the runs, in numbers on stderr, as lines on stdout."""
-    finished, running, failed, waiting = by_state(runs).values()
-    shared = {}
-    for directory in finished:
-        check_finished(runs[directory][0], directory, shared)
-    left = {*waiting, *failed} if retry_failed else {*waiting}
-    todo = {directory: run for directory, run in runs.items() if directory in left}
-    done = [len(log_of(directory)) for directory in todo]
-    epochs = sum(schedule(args)["epochs"] for args, _ in todo.values()) - sum(done)
-    print(f"{len(runs)} runs: {len(finished)} finished, {sum(map(bool, done))} half-done; to do now: "
-          f"{len(todo)} runs, {epochs:,} epochs", file=sys.stderr)
-    if running:
-        print(f"{len(running)} runs are being trained by another process, such as {running[0]}", file=sys.stderr)
-    if failed and not retry_failed:
-        print(f"{len(failed)} runs that failed before are left alone, such as {failed[0]}: "
-              f"{why_failed(failed[0])} (--retry-failed trains them again)", file=sys.stderr)
-    for args, _ in todo.values():
-        loaded(args, shared)  # a download that fails should fail here, once
-    for _, line in todo.values():
-        print(line)
-
-
-def print_status(files):
-    """--status: a line for each file of runs, named after it, and a line for each run that failed."""
-    print(f"{'':12} {'runs':>6} {'done':>6} {'running':>8} {'failed':>7} {'waiting':>8}  time left")
-    for file in files:
-        runs, pace = read_runs(file), []
-        done, running, failed, waiting = by_state(runs).values()
-        for directory in runs:
-            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # no epoch, or a damaged one
-                pace.append(float(json.loads(log_of(directory)[-1])["seconds"]))
-        left = [max(0, schedule(runs[d][0])["epochs"] - len(log_of(d))) for d in running + waiting]
-        at_once = max(1, len(running))
-        hours = sum(left) * sum(pace) / max(1, len(pace)) / at_once / 3600
-        time_left = f"{hours:.1f} h, {at_once} at once" if pace else "not known"
-        print(f"{pathlib.Path(file).name:12} {len(runs):6} {len(done):6} {len(running):8} {len(failed):7} "
-              f"{len(waiting):8}  {time_left if left else 'nothing to do'}")
-        for directory in failed:
-            print(f"  failed: {directory}: {why_failed(directory)}")
-
-
-def tell(error):
-    """One line on stderr for whatever the user can mend, a traceback for what is a bug; returns the exit code."""
-    line, code = str(error), 1
-    if isinstance(error, UserError):
-        code = error.code
-    elif isinstance(error, torch.OutOfMemoryError):
-        line = ("the GPU's memory is full: lower --batch-size or wait for other programs; the same command continues "
-                "this run")
-    elif isinstance(error, OSError):  # a folder that may not even be looked into, and its kind
-        line += ": mend that, or choose other folders with --log-dir and --data-dir"
-    elif isinstance(error, KeyboardInterrupt):
-        code = 143 if line else 130
-        line = f"{line or 'interrupted'}; the same command goes on from the last finished epoch"
-    else:
-        line = "".join(traceback.format_exception(error)).rstrip()
-    print(f"train.py: {line}", file=sys.stderr)
-    return code
-
-
-def terminate(*_):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not disturb what ends the run
-    raise KeyboardInterrupt("terminated")
-
-
-def fit_at_once(peak, free):
-    """How many runs a GPU holds when the first takes `peak` bytes at most and `free` are left beside it."""
-    return max(1, min(AT_ONCE, 1 + int(0.8 * free / max(1, peak))))
-
-
-def train_all(runs, at_once):
-    """--runs, --seeds: so many at once take turns; a run that fails is reported, and the others go on.
-
-    at_once: None for one, and on a GPU, once the first run has shown what memory it takes, for as many as fit.
-    """
-    waiting, going, streams, shared, failed, limit = list(runs), {}, {}, {}, 0, at_once or 1
-    try:
-        while waiting or going:
-            while waiting and len(going) < limit:
-                directory = waiting.pop(0)
-                going[directory] = training(runs[directory][0], shared)
-            for directory, run in list(going.items()):
-                args, line = runs[directory]
-                try:
-                    if directory not in streams:
-                        streams[directory] = stream_of(args)
-                    with streams[directory]:
-                        next(run)
-                except StopIteration:
-                    del going[directory]
-                except Exception as error:
-                    del going[directory]
-                    if going and isinstance(error, torch.OutOfMemoryError):
-                        limit = at_once = len(going)
-                        waiting.append(directory)
-                        print(f"train.py: the GPU's memory holds {limit} runs at once: {directory} goes on when one of "
-                              "them has ended", file=sys.stderr)
-                        continue
-                    tell(error)
-                    refused = isinstance(error, UserError) and error.code == 2
-                    if refused or state_of(directory) not in ("running", "done"):  # by another process
-                        print(f"failed: train.py {line}", file=sys.stderr)
-                        failed += 1
-            if at_once is None and torch.cuda.is_available() and torch.cuda.max_memory_reserved():
-                limit = at_once = fit_at_once(torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[0])
-    finally:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # each run's stream, which is not the one that works from here on
-        for run in going.values():
-            run.close()  # which writes the checkpoints that are not on disk yet
-    require(not failed, f"{failed} of {len(runs)} runs failed; the same command continues them", 1)
+def runs_of(command):
+    """The runs of an option list, one for each seed: (directory, runs.Run) each."""
+    args = parse_options(command)
+    for seed in args.seeds or [args.seed]:
+        one = argparse.Namespace(**vars(args) | {"seed": seed, "seeds": None})
+        line = shlex.join(command) + (f" --seeds {seed}" if args.seeds else "")  # the last one counts
+        unnamed = os.path.abspath(data_path(one.dataset, one.data_dir)), one.save_epoch, one.tensorboard
+        yield run_directory(one), runs.Run(one, line, schedule(one)["epochs"], unnamed)
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     try:
         args = parse_options(argv)
-        keep_freed_memory()
+        runs.keep_freed_memory()
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, terminate)
+            signal.signal(signal.SIGTERM, runs.terminate)
         if args.plan:
-            print_plan(read_runs(args.plan), args.retry_failed)
+            runs.print_plan(runs.read_runs(args.plan, runs_of), args.retry_failed, loaded, check_finished)
         elif args.status:
-            print_status(args.status)
+            runs.print_status(args.status, runs_of)
         elif args.runs:
-            train_all(read_runs(args.runs), args.at_once)
+            runs.train_all(runs.read_runs(args.runs, runs_of), args.at_once, training, choose_device)
         elif args.seeds:
-            train_all(runs_of([argv]), args.at_once)
+            runs.train_all(runs.once_each([argv], runs_of), args.at_once, training, choose_device)
         else:
             train(args)
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        return tell(error)
+        return files.tell(error, "train.py")
 
 
 if __name__ == "__main__":

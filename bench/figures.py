@@ -22,6 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import analyze  # noqa: E402
 import step  # noqa: E402  (bench/step.py, for the machine's description)
+from gst_ext import files  # noqa: E402
 import train  # noqa: E402
 
 LIMIT_SECONDS, LIMIT_GB = 60, 1.0
@@ -80,7 +81,7 @@ def write_run(directory, args, facts):
     if args.model == "vgg19":
         torch.manual_seed(0)
         weights = train.build_model("vgg19").state_dict()
-        train.save_checkpoint(directory / "checkpoint.pt", {"epoch": 325, "model": weights})
+        files.save_checkpoint(directory / "checkpoint.pt", {"epoch": 325, "model": weights})
 
 
 def main():
@@ -103,13 +104,13 @@ def main():
                                 text=True)
         seconds = time.monotonic() - start
         drawn = sorted(path.stem for path in (folder / "figures").glob("*.png"))
-    train.require(result.returncode == 0 and not result.stderr, result.stderr or result.stdout)
+    files.require(result.returncode == 0 and not result.stderr, result.stderr or result.stdout)
     peak = int(result.stdout.split()[-2]) * 1024 / 1e9
     machine = step.describe_machine(torch.device("cpu"))
     answer = {"machine": machine, "what": "analyze.py --figure all on generated logs", "runs": len(runs), "epochs": 325,
               "figures": drawn, "seconds": round(seconds, 1), "limit_seconds": LIMIT_SECONDS, "peak_gb": round(peak, 3),
               "limit_gb": LIMIT_GB}
-    train.write_json(step.results_path(machine, "figures", args.machine), answer)
+    files.write_json(step.results_path(machine, "figures", args.machine), answer)
     print(f"{len(drawn)} figures and tables from {len(runs)} runs: {seconds:.1f} s (at most {LIMIT_SECONDS}), "
           f"{peak:.2f} GB (at most {LIMIT_GB})")
 

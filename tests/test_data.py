@@ -9,6 +9,7 @@ import torchvision
 from conftest import make_arrays
 from PIL import Image
 
+from gst_ext import files
 import train
 
 CPU = torch.device("cpu")
@@ -90,7 +91,7 @@ def bad(**changes):
 def test_bad_arrays_are_refused_by_name(tmp_path, changes, named):
     path = tmp_path / "broken.npz"
     np.savez(path, **bad(**changes))
-    with pytest.raises(train.UserError) as error:
+    with pytest.raises(files.UserError) as error:
         train.load_data(str(path))
     assert str(path) in str(error.value) and named in str(error.value) and "\n" not in str(error.value)
 
@@ -110,13 +111,13 @@ def test_damaged_files_are_refused_by_name(tmp_path, damage):
         content[len(content) // 2] ^= 255
         path.write_bytes({"truncated": content[:len(content) // 2], "flipped": content, "text": b"hello\n",
                           "empty": b""}[damage])
-    with pytest.raises(train.UserError) as error:
+    with pytest.raises(files.UserError) as error:
         train.load_data(str(path))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_an_unknown_data_set_is_refused_by_name():
-    with pytest.raises(train.UserError, match="cifra10"):
+    with pytest.raises(files.UserError, match="cifra10"):
         train.load_data("cifra10")
 
 
@@ -226,7 +227,7 @@ def test_what_was_converted_is_said_in_one_line_once(tmp_path, capsys, monkeypat
     square("RGBA").save(folder / "test" / "cat" / "a.png")
     square("P").save(folder / "test" / "cat" / "b.png")
     (folder / "train" / "labels.csv").write_text("")
-    monkeypatch.setattr(train.say_once, "said", set())
+    monkeypatch.setattr(files, "SAID", set())
     for _ in range(2):
         read_last(path)
     line, = capsys.readouterr().err.splitlines()
@@ -280,7 +281,7 @@ def test_bad_image_folders_are_refused_by_name(tmp_path, damage, named):
         write_image(folder / "test" / "gnu" / "a.png", np.zeros((32, 32, 3), np.uint8))
     elif damage == "no test":
         (folder / "test").rename(tmp_path / "elsewhere")
-    with pytest.raises(train.UserError) as error:
+    with pytest.raises(files.UserError) as error:
         train.load_data(str(folder))
     assert named in str(error.value) and str(folder) in str(error.value) and "\n" not in str(error.value)
 
@@ -313,7 +314,7 @@ def test_a_failed_download_names_the_three_ways_in_one_line(tmp_path, monkeypatc
         raise RuntimeError("no route to host\nand more")
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", fail)
-    with pytest.raises(train.UserError) as error:
+    with pytest.raises(files.UserError) as error:
         train.load_data("cifar10", str(tmp_path))
     message = str(error.value)
     assert all(way in message for way in ("cifar10.npz", "cifar-10-python.tar.gz", "--dataset digits"))
@@ -339,7 +340,7 @@ def test_a_constant_channel_is_refused():
     arrays = make_arrays(20, 12)
     for value in (0, 77, 255):
         arrays["train_x"][..., 1] = value
-        with pytest.raises(train.UserError, match="constant"):
+        with pytest.raises(files.UserError, match="constant"):
             train.put_on_device(arrays, CPU)
 
 
@@ -369,7 +370,7 @@ def test_validation_split_is_the_same_whatever_the_seed():
 
 @pytest.mark.parametrize("n", (60, 61))
 def test_a_validation_split_that_leaves_nothing_is_refused(n):
-    with pytest.raises(train.UserError, match="val-split"):
+    with pytest.raises(files.UserError, match="val-split"):
         train.put_on_device(make_arrays(60, 12), CPU, n)
 
 

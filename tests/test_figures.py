@@ -10,6 +10,7 @@ import scipy.stats
 import torch
 
 import analyze
+from gst_ext import files
 import train
 from test_analyze import write_run
 
@@ -318,7 +319,7 @@ def test_all_draws_what_is_there_and_says_what_is_not(tmp_path, capsys, monkeypa
 
 
 def no_network(args):
-    raise train.UserError("no network")
+    raise files.UserError("no network")
 
 
 def test_one_weight_under_pruning_zeroing_and_noise():

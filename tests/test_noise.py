@@ -173,7 +173,7 @@ def test_a_targeted_filter_is_not_targeted_again(filters, target):
     targeted = []
     for epoch in range(5):
         due = train.filters_due(model, args, plan, epoch, noise)
-        gone, _ = train.prune_now(model, train.make_optimizer(model, args), args, plan, due, noise, generator(epoch))
+        gone = train.prune_now(model, train.make_optimizer(model, args), args, plan, due, noise, generator(epoch))
         train.noise_pass(model.prunable[-1], noise[0], args, generator(), False)
         targeted += gone[7]
     n = len(model.prunable[-1].mask)

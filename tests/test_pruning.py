@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_arrays, read_lines, tiny_model
 
-from gst_ext import ops
+from gst_ext import files, ops
 import train
 
 # +-- Schedule: every experiment of runs.sh, in integers only --------------------------------------------------------+
@@ -335,14 +335,14 @@ def test_selection_by_hand():
     assert train.select_filters(scores, mask, 2, "S").tolist() == [1, 2]
     assert train.select_filters(scores, mask, 4, "S").tolist() == [0, 1, 2, 4]
     assert train.select_filters(scores, mask, 2, "L").tolist() == [0, 3]
-    with pytest.raises(train.UserError):
+    with pytest.raises(files.UserError):
         train.select_filters(scores, mask, 7, "S")
 
 
 @pytest.mark.parametrize("target", ("S", "L"))
 def test_a_score_that_is_no_number_stops_the_run(target):
     scores, mask = torch.tensor([0.0, math.nan, 1.0]), torch.tensor([True, True, True])
-    with pytest.raises(train.UserError) as error:
+    with pytest.raises(files.UserError) as error:
         train.select_filters(scores, mask, 1, target)
     assert error.value.code == 1
     mask[1] = False  # a pruned filter's score is nobody's business

@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import numpy as np
@@ -18,6 +19,7 @@ from conftest import ROOT, make_arrays, read_lines, without_seconds
 from test_pruning import training_setup
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gst_ext import files, runs
 import train
 
 PRUNE = ("--target", "S", "--s", 1, 2, "--e", 3, 3, "--p", 0.3, 0.5, "--r", 1)
@@ -86,7 +88,7 @@ class Killed(BaseException):
     """Ends a run as kill -9 would: nothing in train.py catches it."""
 
 
-def kill_before(monkeypatch, name, call, module=train):
+def kill_before(monkeypatch, module, name, call):
     """Kills the run as it enters its `call`-th call of <module>.<name>."""
     function, calls = getattr(module, name), []
 
@@ -104,10 +106,10 @@ def test_a_killed_run_ends_as_if_it_had_not_been(run, directory, monkeypatch, ki
     options = ("--batch-size", 16, "--test-batch-size", 32, *RESUMED[kind])
     assert run(*options, logs="whole") == 0
     whole = without_seconds(directory(*options, logs="whole"))
-    for point, call, left in (("save_checkpoint", 1, 0), ("append_line", 1, 0), ("train_epoch", 2, 2),
-                              ("append_line", 2, 3)):
+    for module, point, call, left in ((files, "save_checkpoint", 1, 0), (files, "append_line", 1, 0),
+                                      (train, "train_epoch", 2, 2), (files, "append_line", 2, 3)):
         with monkeypatch.context() as patch:
-            kill_before(patch, point, call)
+            kill_before(patch, module, point, call)
             with pytest.raises(Killed):
                 run(*options)
         assert without_seconds(directory(*options)) == whole[:left]
@@ -146,7 +148,7 @@ def test_a_run_killed_with_signal_9_ends_as_if_it_had_not_been(run, options, dir
 def test_a_run_killed_while_it_writes_a_file_ends_as_if_it_had_not_been(run, directory, monkeypatch, call):
     options = (*PRUNE, "--epochs", 4)
     with monkeypatch.context() as patch:
-        kill_before(patch, "replace", call, os)
+        kill_before(patch, os, "replace", call)
         with pytest.raises(Killed):
             run(*options)
     assert run(*options) == 0
@@ -158,7 +160,7 @@ def test_a_run_killed_while_it_writes_a_file_ends_as_if_it_had_not_been(run, dir
 def test_the_log_is_repaired_from_the_checkpoint(run, directory, monkeypatch, damage):
     assert run(*PRUNE, logs="whole") == 0
     with monkeypatch.context() as patch:
-        kill_before(patch, "train_epoch", 4)
+        kill_before(patch, train, "train_epoch", 4)
         with pytest.raises(Killed):
             run(*PRUNE)
     log = directory(*PRUNE) / "epochs.jsonl"
@@ -183,7 +185,7 @@ def test_a_finished_run_is_not_touched_again(run, directory, monkeypatch):
 
 def test_a_run_killed_before_its_last_file_is_finished_without_training(run, directory, monkeypatch):
     with monkeypatch.context() as patch:
-        kill_before(patch, "write_json", 2)  # the first is config.json
+        kill_before(patch, files, "write_json", 2)  # the first is config.json
         with pytest.raises(Killed):
             run(*PRUNE)
     assert not (directory(*PRUNE) / "done.json").exists() and len(read_lines(directory(*PRUNE))) == 5
@@ -213,7 +215,7 @@ def test_save_epoch_keeps_the_weights_of_that_epoch(run, directory, monkeypatch)
 def test_save_epoch_survives_a_crash_around_it(run, directory, monkeypatch, point, call):
     options = ("--epochs", 3, "--lrs", 1)
     with monkeypatch.context() as patch:
-        kill_before(patch, point, call)
+        kill_before(patch, files, point, call)
         with pytest.raises(Killed):
             run(*options, "--save-epoch", 2)
     assert run(*options, "--save-epoch", 2) == 0
@@ -222,7 +224,7 @@ def test_save_epoch_survives_a_crash_around_it(run, directory, monkeypatch, poin
 
 def test_options_that_decide_no_result_may_change_on_resume(run, directory, monkeypatch):
     with monkeypatch.context() as patch:
-        kill_before(patch, "train_epoch", 2)
+        kill_before(patch, train, "train_epoch", 2)
         with pytest.raises(Killed):
             run()
     assert run("--save-epoch", 4) == 0
@@ -251,6 +253,21 @@ def test_config_says_what_was_run(run, directory):
     assert config["schedule"]["epochs"] == 4 and config["versions"]["torch"] == torch.__version__
     assert [layer["filters"] for layer in config["pruned_layers"]] == [8, 8]
     assert config["data"]["train"] == 96 and config["data"]["test"] == 64
+
+
+def test_the_ten_lines_of_the_docstring_are_the_experiment(run, directory, options, capsys):
+    lines = train.__doc__.rpartition("The experiment in ten lines")[2].split("\n\n", 1)[1]
+    lines = textwrap.dedent(lines).strip().splitlines()
+    assert len(lines) == 10
+    once = ("--lrs", "--no-augment", *PRUNE)
+    given = re.sub(r"\[.*\]", repr(options(*once)).replace("\\", r"\\"), lines[0])
+    capsys.readouterr()
+    exec("\n".join([given, *lines[1:]]), dict(vars(train)))
+    printed = capsys.readouterr().out.splitlines()
+    assert run(*once) == 0
+    assert printed == [f"{r['epoch']} {r['train_loss']} {r['test_acc_before']} "
+                       f"{ {int(layer): gone for layer, gone in r['filters'].items()} } {r['test_acc']}"
+                       for r in read_lines(directory(*once))]
 
 
 # +-- Names -----------------------------------------------------------------------------------------------------------+
@@ -408,7 +425,7 @@ def test_of_two_runs_that_would_share_a_directory_none_is_dropped_without_a_word
     assert train.main([action, str(tmp_path / "listed")]) == 2
     assert str(train.run_directory(train.parse_options(first))) in error_line(capsys)
     (tmp_path / "listed").write_text("".join(shlex.join(line) + "\n" for line in (first, first, lines[0])))
-    assert len(train.read_runs(tmp_path / "listed")) == 1
+    assert len(runs.read_runs(tmp_path / "listed", train.runs_of)) == 1
 
 
 def test_a_list_of_finished_runs_reads_each_data_set_once(two_places, tmp_path, monkeypatch, capsys):
@@ -457,7 +474,8 @@ def test_a_run_that_goes_on_says_what_it_will_lack(run, monkeypatch, capsys):
 # +-- The learning rate's epochs --------------------------------------------------------------------------------------+
 
 @pytest.mark.parametrize("line, named", [
-    ("", ""), ("--epochs 325 --lrs 150 300", ""), ("--lrs", ""), ("--epochs 3 --lrs 3", ""), ("--scale-epochs 0.08", ""),
+    ("", ""), ("--epochs 325 --lrs 150 300", ""), ("--lrs", ""), ("--epochs 3 --lrs 3", ""),
+    ("--scale-epochs 0.08", ""),
     ("--epochs 350 --lrs 350 --scale-epochs 0.0375", ""), ("--scale-epochs 0.5 --epochs 100 --lrs 0 50", ""),
     ("--epochs 100", "--lrs 150 300"), ("--epochs 200", "--lrs 300"), ("--epochs 300", "--lrs 300"),
     ("--epochs 3 --lrs 2 4", "--lrs 4"), ("--scale-epochs 0.004", "150 300 of 325 epochs to 1 1 of 1"),
@@ -471,7 +489,7 @@ def test_falls_of_the_learning_rate_that_are_lost_are_named(line, named):
 
 
 def test_lost_falls_are_said_once_whatever_the_number_of_runs(run, capsys, monkeypatch):
-    monkeypatch.setattr(train.say_once, "said", set())
+    monkeypatch.setattr(files, "SAID", set())
     for _ in range(2):
         run("--epochs", 2, "--lrs", 1, 3, "--seeds", "1-2")
     assert "--lrs 3," in error_line(capsys)
@@ -483,7 +501,7 @@ def test_plan_counts_what_is_left_and_prints_each_line_once(run, options, tmp_pa
     finished, half, to_do = ("--epochs", 2, "--lrs", 1), ("--seed", 2), ("--seed", 3, "--target", "S", *PRUNE)
     run(*finished)
     with monkeypatch.context() as patch:
-        kill_before(patch, "train_epoch", 3)
+        kill_before(patch, train, "train_epoch", 3)
         with pytest.raises(Killed):
             run(*half)
     lines = [" ".join(options(*more)) for more in (half, finished, to_do, half, to_do)]
@@ -564,7 +582,7 @@ def test_bad_data_is_one_line_and_leaves_no_log(run, directory, tiny, capsys):
 
 def half_done(run, monkeypatch, *options, epochs=2):
     with monkeypatch.context() as patch:
-        kill_before(patch, "train_epoch", epochs + 1)
+        kill_before(patch, train, "train_epoch", epochs + 1)
         with pytest.raises(Killed):
             run(*options)
 
@@ -659,7 +677,7 @@ def test_a_disk_that_fills_up_at_the_log_line_loses_nothing(run, directory, monk
 
 
 def test_a_directory_in_use_by_another_process_is_one_line(run, directory, capsys):
-    lock = train.lock_directory(directory()).name
+    lock = files.lock_directory(directory()).name
     holder = subprocess.Popen([sys.executable, "-c", "import fcntl, sys; f = open(sys.argv[1], 'w'); "
                                "fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()", lock],
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -798,7 +816,7 @@ def test_an_evaluation_never_waits_for_the_device(read_backs):
 @pytest.mark.parametrize("more", [(), ("--val-split", 10), ("--target", "S", "--p", 0.5, "--s", 9, "--e", 9, "--r", 1,
                                                             "--epochs", 10)])
 def test_an_epoch_without_pruning_meets_the_device_once(run, monkeypatch, read_backs, more):
-    within, between = [], train.save_checkpoint
+    within, between = [], files.save_checkpoint
 
     def epoch(*call, function=train.train_epoch, **rest):
         within.append([])
@@ -811,7 +829,7 @@ def test_an_epoch_without_pruning_meets_the_device_once(run, monkeypatch, read_b
         read_backs.seen.clear()
 
     monkeypatch.setattr(train, "train_epoch", epoch)
-    monkeypatch.setattr(train, "save_checkpoint", end)
+    monkeypatch.setattr(files, "save_checkpoint", end)
     with read_backs:
         assert run(*more) == 0
     assert len(within) >= 5 and within[1:4] == [["tolist"]] * 3
