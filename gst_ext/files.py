@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_map
 
 BEAT, SILENCE = 30, 120  # seconds: how often a run's claim is refreshed, and when one that is not belongs to the dead
 PROCESS = uuid.uuid4().hex  # tells this process from an earlier one of the same number
+SAID = set()  # lines of say_once
 DEAD = set()  # claims of other hosts' processes that were seen not to be refreshed any more
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -57,6 +58,13 @@ def reason(error):
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} ({self.prog} --help lists every option)")
+
+
+def say_once(line):
+    """One line on stderr, once in a process, however many runs it concerns."""
+    if line not in SAID:
+        SAID.add(line)
+        print(line, file=sys.stderr)
 
 
 def tell(error, program):
