@@ -540,6 +540,20 @@ class PaddedShortcut(nn.Module):
         return F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, self.before, self.after))
 
 
+class PointConv(nn.Conv2d):
+    """A 1x1 convolution without bias that takes its strides before it multiplies, which changes no bit.
+
+    oneDNN up to 3.12 writes past its memory in the backward pass of a strided one with fewer than 16 input channels
+    (github.com/uxlfoundation/oneDNN/issues/6035).
+    """
+
+    def forward(self, x):
+        return F.conv2d(self.points(x), self.weight)
+
+    def points(self, x):
+        return x[:, :, ::self.stride[0], ::self.stride[1]]
+
+
 class VGG(nn.Module):
     def __init__(self, maps, num_classes):
         super().__init__()
@@ -575,7 +589,7 @@ class ResNet(nn.Module):
                 if stride == 1 and c_in == c_out:
                     shortcut = nn.Identity()
                 elif projection:
-                    shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False),
+                    shortcut = nn.Sequential(PointConv(c_in, c_out, 1, stride, bias=False),
                                              nn.BatchNorm2d(c_out, BN_EPS, BN_MOMENTUM))
                 else:
                     shortcut = PaddedShortcut(c_in, c_out, stride)
@@ -624,9 +638,9 @@ def live_shortcut(shortcut, x, block):
     conv, bn = shortcut
     if block.training:
         bn.num_batches_tracked.add_(1)  # as the module itself would
-    return ops.masked_conv_bn_act(x, conv.weight, None, bn.weight, bn.bias, bn.running_mean, bn.running_var, None,
-                                      block.live_in, conv.stride[0], 0, training=block.training, relu=False,
-                                      momentum=bn.momentum, eps=bn.eps)
+    return ops.masked_conv_bn_act(conv.points(x), conv.weight, None, bn.weight, bn.bias, bn.running_mean,
+                                  bn.running_var, None, block.live_in, 1, 0, training=block.training, relu=False,
+                                  momentum=bn.momentum, eps=bn.eps)
 
 
 def build_model(name, num_classes=10, width=1.0):
