@@ -26,7 +26,7 @@ The experiment in ten lines, which `experiment` below is made of too (beside noi
         due = filters_due(run.model, args, run.plan, epoch, run.noise)                                       # choose
         gone = prune_now(run.model, run.optimizer, args, run.plan, due, run.noise, run.generators["target"])  # prune
         after = evaluate(run.model, data, "test", args)                                                      # evaluate
-        print(epoch, float(totals[0]), float(before), gone, float(after))                                    # record
+        print(measured(f"epoch {epoch}", data, totals, before, after, event=bool(gone)))                     # record
 """
 import argparse
 import contextlib
@@ -75,9 +75,17 @@ ADAM_PRUNING = {  # B.1
     "resnet": dict(s=[7, 8, 9, 10], e=[150, 150, 170, 275], p=[0.25, 0.4, 0.25, 0.95], r=40, score="act", save_epoch=0),
 }
 DEFAULTS = dict(dataset="cifar10", width=1.0, scale_epochs=1.0, batch_size=128, test_batch_size=128, val_split=0,
-                precision="fp32", deterministic=False)  # of what else decides a result, for every model
+                train_images=0, test_images=0, label_noise=0.0, precision="fp32",
+                deterministic=False)  # of what else decides a result, for every model
+PRESETS = {  # --preset: by optimizer, what takes the place of the settings above
+    "quick": {"adam": dict(dataset="digits", width=0.25, val_split=300, batch_size=12, lr=0.002, epochs=350, lrs=[350],
+                           scale_epochs=0.0375),
+              "sgd": dict(dataset="digits", width=0.25, val_split=300, batch_size=12, scale_epochs=0.08)},
+    "small": dict.fromkeys(OPTIMIZERS, dict(train_images=2560, test_images=3000, width=0.25, batch_size=64,
+                                              scale_epochs=0.2)),
+}
 NOT_THE_RESULT = ("log_dir", "data_dir", "device", "backend", "save_epoch", "tensorboard", "seeds", "runs", "at_once",
-                  "plan", "retry_failed", "status")  # not what a run computes
+                  "plan", "retry_failed", "status", "preset")  # not what a run computes
 MULTIPLE = {"cpu": 1, "cuda": 32}  # a layer's live filters are computed as so many, rounded up: shapes a device likes
 CHECKPOINT_EVERY = {"cpu": 0, "cuda": 30}  # seconds at least; on a GPU, writing may take longer than an epoch
 
@@ -90,6 +98,12 @@ def paper_settings(model, optimizer=None):
     if optimizer == "adam":
         pruning = ADAM_PRUNING[model.rstrip("0123456789")]
     return dict(optimizer=optimizer, **OPTIMIZERS[optimizer], **pruning)
+
+
+def usual_settings(model, optimizer=None, preset=None):
+    """What a run of `model` (str) uses where no option is given: the paper's settings, or a preset's in their place."""
+    settings = paper_settings(model, optimizer) | DEFAULTS
+    return settings | (PRESETS[preset][settings["optimizer"]] if preset else {})
 
 
 def short(value):
@@ -130,11 +144,18 @@ def make_parser():
     flag = argparse.BooleanOptionalAction
     add = parser.add_argument_group("network and data").add_argument
     add("--model", choices=PRUNABLE_BLOCKS, default="vgg11", help="(default: vgg11)")
+    add("--preset", choices=PRESETS, help="a named set of options: quick is a few epochs of digits, small is CIFAR-10 "
+        "with few images; an option given beside it counts (default: none, the paper's settings)")
     add("--width", type=float, help="multiplies every channel count (default: 1)")
     add("--dataset", help="cifar10, cifar100, digits, a .npz file, or a folder with train/ and test/ class folders of "
         "images (default: cifar10)")
     add("--data-dir", default="data", help="where <dataset>.npz lies or is put (default: data)")
     add("--val-split", type=int, metavar="N", help="hold N training images out to validate (default: 0)")
+    add("--train-images", type=int, metavar="N", help="train on N of the training images, after those held out; 0: all "
+        "(default: 0)")
+    add("--test-images", type=int, metavar="N", help="test on N of the test images; 0: all (default: 0)")
+    add("--label-noise", type=float, metavar="F", help="give a fraction F of the training images a random class, the "
+        "same ones for every seed and method (default: 0)")
     add("--augment", action=flag, help="random crop and flip (default: the paper's)")
 
     add = parser.add_argument_group("pruning (defaults: the paper's for the model, listed below)").add_argument
@@ -189,7 +210,6 @@ def make_parser():
         "data, and print their lines")
     add("--retry-failed", action=flag, default=False, help="count failed runs as left in --plan (default: no)")
     add("--status", metavar="FILE", nargs="+", help="train nothing: say what became of the runs listed in each FILE")
-    parser.set_defaults(**DEFAULTS)
     return parser
 
 
@@ -200,18 +220,19 @@ def parse_options(argv):
         if getattr(args, name) is not None:
             setattr(args, name, [value for values in getattr(args, name) for value in values])
     given = {name for name, value in vars(args).items() if value is not None}
-    for name, value in paper_settings(args.model, args.optimizer).items():
+    for name, value in usual_settings(args.model, args.optimizer, args.preset).items():
         if name not in given:
             setattr(args, name, value)
 
-    for name in ("epochs", "batch_size", "test_batch_size", "r", "noise_batches", "at_once", "seed", "val_split",
-                 "save_epoch"):
-        value, least = getattr(args, name), 0 if name in ("seed", "val_split", "save_epoch") else 1
+    from_0 = ("seed", "val_split", "train_images", "test_images", "save_epoch")
+    for name in ("epochs", "batch_size", "test_batch_size", "r", "noise_batches", "at_once", *from_0):
+        value, least = getattr(args, name), 0 if name in from_0 else 1
         require(value is None or least <= value < 2**32, f"--{name.replace('_', '-')} {value}: give {least} or more")
     for name in ("width", "scale_epochs", "lr", "weight_decay"):
         value = getattr(args, name)
         require(0 < value < 1e6 or value == 0 and name == "weight_decay",
                 f"--{name.replace('_', '-')} {short(value)}: give a number above 0")
+    require(0 <= args.label_noise <= 1, f"--label-noise {short(args.label_noise)}: give a fraction from 0 to 1")
     require(all(epoch >= 0 for epoch in args.lrs), f"--lrs {short(args.lrs)}: epochs count from 0")
 
     pruning, noise = args.target != "none", args.noise != "none"
@@ -263,9 +284,10 @@ def schedule(args):
 
 
 def run_name(args):
-    """(method, setting): what is done to the filters, and all else that differs from the paper's, "" if nothing."""
-    optimizer = paper_settings(args.model)["optimizer"]
-    usual = paper_settings(args.model, args.optimizer) | DEFAULTS | {"optimizer": optimizer}
+    """(method, setting): what is done to the filters, and all else: the preset and what differs from that (without
+    one, from the paper's settings), "" if nothing."""
+    usual = usual_settings(args.model, args.optimizer, args.preset)
+    usual["optimizer"] = paper_settings(args.model)["optimizer"]
 
     def differing(**labels):
         return [label + short(getattr(args, name)) for name, label in labels.items()
@@ -280,8 +302,10 @@ def run_name(args):
     else:
         method = [args.target] + [f"r{args.r}"] * (args.target != "none")
     method += differing(score="") + ["bnkeep"] * (args.prune_bn == "keep") + differing(s="s", e="e", p="p")
-    setting = differing(optimizer="", width="w", scale_epochs="x", epochs="epochs", lrs="lrs", lr="lr",
-                        weight_decay="wd", batch_size="batch", val_split="val", precision="")
+    setting = [args.preset] * bool(args.preset)
+    setting += differing(optimizer="", width="w", scale_epochs="x", epochs="epochs", lrs="lrs", lr="lr",
+                         weight_decay="wd", batch_size="batch", val_split="val", train_images="n", test_images="t",
+                         label_noise="noise", precision="")
     setting += ["augment" if args.augment else "noaugment"] * (args.augment != usual["augment"])
     return "-".join(method), "-".join(setting + ["deterministic"] * args.deterministic)
 
@@ -390,20 +414,36 @@ def read_image_folder(folder):
     return data
 
 
-def put_on_device(data, device, val_split=0):
+def subset(n, *counts):
+    """Disjoint ascending indices into n images, so many as each of counts says: the same for every seed and method."""
+    order, bounds = np.random.RandomState(0).permutation(n), np.cumsum([0, *counts])
+    return [np.sort(order[start:end]) for start, end in zip(bounds, bounds[1:])]
+
+
+def put_on_device(data, device, val_split=0, train_images=0, test_images=0, label_noise=0.0):
     """The arrays as tensors on `device`: {"train": (x uint8 NHWC, y), "test": …, "val": … if asked, "mean", "std"}.
 
-    mean and std (3,) are the training images' per-channel ones, in units of a uint8 pixel, exact. The validation
-    images are the same for every seed, so that runs differ in what they learn and not in what judges them.
+    mean and std (3,) are the training images' per-channel ones, in units of a uint8 pixel, exact. The options draw the
+    same images and labels for every seed, so that runs differ in what they learn and not in what teaches and judges it.
     """
-    train_x, train_y = data["train_x"], data["train_y"]
-    require(val_split < len(train_x), f"--val-split {val_split} leaves none of {len(train_x)} images: give fewer")
-    splits = {"test": (data["test_x"], data["test_y"])}
-    if val_split:
-        order = np.random.RandomState(0).permutation(len(train_x))
-        held_out, kept = np.sort(order[:val_split]), np.sort(order[val_split:])
-        splits["val"] = (train_x[held_out], train_y[held_out])
+    train_x, train_y, test_x, test_y = (data[k] for k in ("train_x", "train_y", "test_x", "test_y"))
+    left = len(train_x) - val_split
+    require(left > 0, f"--val-split {val_split} leaves none of {len(train_x)} images: give fewer")
+    for name, wanted, there in (("train", train_images, left), ("test", test_images, len(test_x))):
+        require(wanted <= there, f"--{name}-images {wanted}, but there are {there}: give fewer")
+    splits = {"test": (test_x, test_y)}
+    if test_images:
+        kept, = subset(len(test_x), test_images)
+        splits["test"] = (test_x[kept], test_y[kept])
+    if val_split or train_images:
+        held_out, kept = subset(len(train_x), val_split, train_images or left)
+        if val_split:
+            splits["val"] = (train_x[held_out], train_y[held_out])
         train_x, train_y = train_x[kept], train_y[kept]
+    if label_noise:
+        random, train_y = np.random.RandomState(1), train_y.copy()
+        noised = random.permutation(len(train_y))[:math.floor(label_noise * len(train_y) + 0.5)]
+        train_y[noised] = random.randint(len(data["classes"]), size=len(noised))
     splits["train"] = (train_x, train_y)
     counts = np.stack([np.bincount(train_x[..., c].ravel(), minlength=256) for c in range(3)]) / train_x[..., 0].size
     mean = counts @ np.arange(256)
@@ -643,6 +683,32 @@ def live_shortcut(shortcut, x, block):
                                   momentum=bn.momentum, eps=bn.eps)
 
 
+def cost(model, image):
+    """(parameters left, multiply-adds of one image's forward pass): what live filters hold and what reads live maps.
+
+    image: (height, width, …). Convolutions and the last layer are what multiplies.
+    """
+    parameters, macs, came, size = 0, 0, 3, image[:2]
+
+    def add(conv, filters, maps):
+        nonlocal parameters, macs
+        weights = came * filters * conv.kernel_size[0] ** 2
+        after = [(s + 2 * conv.padding[0] - conv.kernel_size[0]) // conv.stride[0] + 1 for s in size]
+        parameters += weights + filters * (conv.bias is not None) + 2 * maps
+        macs += weights * math.prod(after)
+        return after
+
+    past = dict(zip((first for first, _ in getattr(model, "pairs", ())), getattr(model, "shortcuts", ())))
+    for block in (module for module in model.modules() if isinstance(module, Block)):
+        if isinstance(past.get(block), nn.Sequential):
+            add(past[block][0], len(block.mask), len(block.mask))  # a projection stays whole
+        maps = int(block.bn_mask.sum())
+        size = [s // 2 if block.pool else s for s in add(block.conv, int(block.mask.sum()), maps)]
+        came = maps
+    classes = len(model.linear.bias)
+    return parameters + classes * (came + 1), macs + classes * came
+
+
 def build_model(name, num_classes=10, width=1.0):
     """A CIFAR network, initialised from torch's global generator, in channels-last memory.
 
@@ -837,140 +903,38 @@ def end_noise(block, state, args):
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
-# | What a run records: its settings, its checkpoint, a line for each epoch, a summary                                 |
+# | The experiment                                                                                                     |
 # +--------------------------------------------------------------------------------------------------------------------+
 
-def describe_run(args, data, model, times, plan, device):
-    """config.json: every option, the schedule it gives, the constants behind it, the data, machine and versions."""
-    method, setting = run_name(args)
-    git = None
-    with contextlib.suppress(OSError):  # no git here
-        command = ["git", "-C", pathlib.Path(__file__).resolve().parent, "describe", "--always", "--dirty"]
-        git = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    return {
-        "method": method, "setting": setting,
-        "options": {k: v for k, v in vars(args).items() if k not in NOT_THE_RESULT}, "schedule": times,
-        "pruned_layers": [{"layer": layer, "filters": len(model.prunable[layer].mask), "epochs": list(kept),
-                           "kept": list(kept.values())} for layer, kept in plan],
-        # in %, the largest of any layer (A.4)
-        "iterative_rate": max((100 * p / len(kept) for p, (_, kept) in zip(args.p or (), plan)), default=0.0),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "constants": {"momentum": MOMENTUM, "adam_betas": [0.9, 0.999], "adam_eps": 1e-8, "bn_momentum": BN_MOMENTUM,
-                      "bn_eps": BN_EPS, "act_keep": ACT_KEEP, "act_every": ACT_EVERY, "crop_padding": CROP_PADDING},
-        "data": {"train": len(data["train_x"]) - args.val_split, "val": args.val_split, "test": len(data["test_x"]),
-                 "classes": len(data["classes"]), "image": list(data["train_x"].shape[1:]),
-                 "crc32": {k: zlib.crc32(np.ascontiguousarray(data[k])) for k in sorted(data) if k != "classes"}},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(), "machine": platform.machine(), "git": git,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-    }
+def choose_device(args):
+    """The torch device, with precision and determinism set; UserError where the machine lacks what was asked."""
+    cuda = torch.cuda.is_available()
+    require(cuda or args.device != "cuda", "--device cuda, but torch sees no CUDA device here: use --device cpu, or "
+            "check the driver")
+    device = torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
+    require(device.type == "cuda" or args.precision != "tf32", "--precision tf32 needs a CUDA device: use fp32 here")
+    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    torch.backends.cudnn.benchmark = not args.deterministic
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(args.deterministic)
+    return device
 
 
-def check_same_run(directory, config):
-    """Refuses to continue a directory whose config.json says another experiment or other data."""
-    try:
-        old = json.loads((directory / "config.json").read_text())
-        different = [k for k, v in config["options"].items() if old["options"].get(k) != v and k != "dataset"]
-        different += ["data"] * (old["data"] != config["data"])  # by checksum, wherever they lie
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{directory}/config.json is missing or damaged: move the directory away to train this run "
-                        "afresh") from None
-    require(not different, f"{directory} holds a run with another {', '.join(different)}: move it away, or choose "
-            "another --log-dir")
+def choose_backend(args):
+    """"ext" or "eager", as --backend says; one line where "auto" has to do without the extension."""
+    require(ops.available or args.backend != "ext", f"--backend ext, but the extension is not built here "
+            f"({ops.why_not}): run bash runs.sh setup, or use --backend eager")
+    if not ops.available and args.backend == "auto" and not choose_backend.told:
+        print(f"train.py: the extension is not built ({ops.why_not}); plain PyTorch takes its place. bash runs.sh "
+              "setup builds it", file=sys.stderr)
+        choose_backend.told = True
+    return "ext" if ops.available and args.backend != "eager" else "eager"
 
 
-def resume(path, model, optimizer, generators, noise, device):
-    """Puts a run back to where its checkpoint was written; returns (next epoch, step, log lines)."""
-    try:
-        state = files.read_checkpoint(path)
-        require(isinstance(state, dict), "not a checkpoint")
-        epochs = [json.loads(line)["epoch"] for line in state["log"]]
-        require(epochs == list(range(state["epoch"])), "its log is of other epochs")
-        model.load_state_dict(state["model"])
-        use_backend(model, model.backend)
-        optimizer.load_state_dict(state["optimizer"])
-        for group in optimizer.param_groups:
-            if "capturable" in group:  # the checkpoint may come from another device
-                group["capturable"] = device.type == "cuda"
-        for name, generator in generators.items():
-            generator.set_state(state["generators"][name])
-        for layer_state, saved in zip(noise, state["noise"], strict=True):
-            layer_state.update(saved)
-            if saved["active"] is not None:
-                layer_state["active"] = saved["active"].to(device)
-                layer_state["backup"] = saved["backup"] and [tensor.to(device) for tensor in saved["backup"]]
-        return state["epoch"], state["step"], state["log"]
-    except Exception as error:  # zip, pickle and torch each have their own for a damaged file
-        raise UserError(f"{path} is damaged or of another version ({reason(error)}): move it away to train this run "
-                        "afresh", 1) from None
+choose_backend.told = False  # once, not for every run of a list
 
-
-def start(run, config):
-    """Begins a run's files, or puts it back to where its checkpoint stands."""
-    path = run.directory / "checkpoint.pt"
-    if path.exists():
-        check_same_run(run.directory, config)
-        run.epoch, run.step, run.lines = resume(path, run.model, run.optimizer, run.generators, run.noise, run.device)
-        print(f"{run.label}: continues after epoch {run.epoch} of {run.times['epochs']}", flush=True)
-    else:
-        files.write_json(run.directory / "config.json", config)
-        scratch = filters_due(run.model, run.args, run.plan, -1, run.noise)
-        prune_now(run.model, run.optimizer, run.args, run.plan, scratch, run.noise, run.generators["target"])
-    files.write_atomically(run.directory / "epochs.jsonl", "".join(line + "\n" for line in run.lines).encode())
-    run.records = [json.loads(line) for line in run.lines]
-
-
-@contextlib.contextmanager
-def recorder(run, still_ours):
-    """Gives what takes an epoch's record into the run's files, and to whoever watches.
-
-    still_ours: what files.claimed gives; nothing is written once the run is another's.
-    """
-    epochs, directory = run.times["epochs"], run.directory
-
-    def record(found):
-        run.records.append(found)
-        run.lines.append(json.dumps(found))
-        still_ours()
-        if run.epoch == run.times["save_epoch"]:
-            files.save_checkpoint(directory / f"epoch{run.epoch}.pt",
-                                  {"epoch": run.epoch, "model": run.model.state_dict()}, still_ours)
-        keep({"epoch": run.epoch, "step": run.step, "model": run.model.state_dict(),
-              "optimizer": run.optimizer.state_dict(), "noise": run.noise,
-              "generators": {name: g.get_state() for name, g in run.generators.items()}, "log": run.lines},
-             last=run.epoch == epochs)
-        files.append_line(directory / "epochs.jsonl", run.lines[-1])  # after the checkpoint, which can rebuild it
-        scalars(found)
-        runs.report(run.label, run.records, summarize_epochs(run.records)["mean_stability"], bar)
-
-    with (runs.progress_bar(run.label, epochs, run.epoch) as bar,
-          runs.tensorboard(run.args.tensorboard, directory, run.epoch) as scalars,
-          files.checkpoints(directory / "checkpoint.pt", CHECKPOINT_EVERY[run.device.type], still_ours) as keep):
-        yield record
-
-
-def summarize_epochs(records):
-    """What a run's epoch records say (README, "A run's files"), as a dict; percentages throughout.
-
-    best_acc, best_epoch: the best test accuracy from the last pruning event on, that epoch included; gap: training
-    minus test accuracy there; last_acc; val_chosen_acc: test accuracy at the best validation epoch (None without
-    one); mean_stability: over the events that removed (or noised) at least one filter, 100 without any.
-    """
-    events = [r for r in records if any(r["removed"])]
-    stabilities = [r["stability"] for r in events if r["stability"] is not None]
-    late = [r for r in records if r["epoch"] >= (events[-1]["epoch"] if events else 0)]
-    best = max(late, key=lambda r: r["test_acc"])  # the first of equal ones
-    chosen = max(late, key=lambda r: r["val_acc"]) if best["val_acc"] is not None else None
-    return {"epochs": len(records), "events": len(events), "best_acc": best["test_acc"], "best_epoch": best["epoch"],
-            "gap": best["train_acc"] - best["test_acc"], "last_acc": records[-1]["test_acc"],
-            "val_chosen_acc": chosen["test_acc"] if chosen else None,
-            "mean_stability": sum(stabilities) / len(stabilities) if stabilities else 100.0,
-            "seconds": sum(r["seconds"] for r in records)}
-
-
-# +--------------------------------------------------------------------------------------------------------------------+
-# | Training                                                                                                           |
-# +--------------------------------------------------------------------------------------------------------------------+
 
 def predict(model, images, data, args):
     """Logits in float32 for uint8 images (n, h, w, 3); under bf16, only the network runs in bfloat16."""
@@ -980,14 +944,20 @@ def predict(model, images, data, args):
 
 @torch.no_grad()
 def evaluate(model, data, split, args, before_batch=None, after_batch=None, graphs=None):
-    """Accuracy in % on a split, in eval mode: () float64, on the device."""
+    """What the network says of a split, in eval mode, as tensors on the device: (totals (3,) float64, right answers,
+    summed loss in nats and images whose logits are finite; predicted classes (images,) int64)."""
     model.eval()
     x, y = data[split]
-    correct, at = fed(graphs, split, torch.zeros(2, dtype=torch.int64, device=x.device))[0]
+    totals, at, predicted = fed(graphs, split, torch.zeros(3, dtype=torch.float64, device=x.device),
+                                torch.zeros((), dtype=torch.int64, device=x.device), torch.zeros_like(y))
 
     def count(size):
         index = at + torch.arange(size, device=x.device)
-        correct.add_((predict(model, x[index], data, args).argmax(1) == y[index]).sum())
+        logits, labels = predict(model, x[index], data, args), y[index]
+        classes = logits.argmax(1)
+        predicted.index_copy_(0, index, classes)
+        totals.add_(torch.stack([(classes == labels).sum(), F.cross_entropy(logits, labels, reduction="sum").double(),
+                                 logits.isfinite().all(1).sum()]))
         at.add_(size)
 
     for start in range(0, len(x), args.test_batch_size):
@@ -996,11 +966,11 @@ def evaluate(model, data, split, args, before_batch=None, after_batch=None, grap
         replayed(graphs, split, count, min(args.test_batch_size, len(x) - start))
         if after_batch:
             after_batch()
-    return 100 * correct.double() / len(x)
+    return totals.clone(), predicted.clone()  # the next evaluation's go into the same memory
 
 
 def train_epoch(model, data, optimizer, args, generators, step, before_batch=None, after_batch=None, graphs=None):
-    """One pass over the training data; returns (mean loss and share of right answers, (2,) on the device; next step).
+    """One pass over the training data; returns (summed loss and right answers, (2,) float64 on the device; next step).
 
     graphs: a dict for CUDA graphs of the step (replayed); None: no graphs.
     """
@@ -1037,7 +1007,7 @@ def train_epoch(model, data, optimizer, args, generators, step, before_batch=Non
             after_batch()
     for block in model.prunable:
         block.measure = False
-    return totals / n, step
+    return totals.clone(), step
 
 
 def make_optimizer(model, args):
@@ -1086,6 +1056,29 @@ def new_run(args, num_classes, device):
         graphs=graphs, hooks=hooks, epoch=0, step=0, lines=[], records=[])
 
 
+def measured(where, data, trained, before, after=None, val=None, event=False):
+    """An epoch's losses (nats), accuracies, stability and churn (%) as its record holds them: one look at the device.
+
+    trained: what train_epoch gives; before, after, val: what evaluate gives, at the end of the epoch and, where filters
+    went (event) or noise was added, after that. Raises UserError, which begins with `where`, unless all is finite.
+    """
+    after = after or before
+    changed, *found = torch.cat([(before[1] != after[1]).sum()[None], trained, before[0], after[0],
+                                 *([val[0]] if val else ())]).tolist()
+    train_loss, train_right, right_before, loss_before, _, right, loss, *_ = found
+    n_train, n = len(data["train"][1]), len(data["test"][1])
+    finite = sum(found[4::3]) == 2 * n + (len(data["val"][1]) if val else 0)
+    require(math.isfinite(train_loss) and finite, f"{where}: the training loss is {train_loss / n_train:g}"
+            f"{'' if finite else ', and logits of the evaluation are not finite'}: lower --lr; the checkpoint of the "
+            "epoch before is kept", 1)
+    return {"train_loss": train_loss / n_train, "train_acc": 100 * (train_right / n_train),
+            "test_acc_before": 100 * right_before / n, "test_acc": 100 * right / n,
+            "test_loss_before": loss_before / n, "test_loss": loss / n,
+            "val_acc": 100 * found[8] / len(data["val"][1]) if val else None,
+            "stability": 100 * right / right_before if event and right_before else None,
+            "churn": 100 * changed / n if event else None}
+
+
 def experiment(run, data, record):
     """The epochs that are left of a run. Each trains, evaluates, chooses, prunes, evaluates and records.
 
@@ -1093,48 +1086,187 @@ def experiment(run, data, record):
     when the device has work and the host would wait for it.
     """
     args, model, optimizer, times, plan, noise = run.args, run.model, run.optimizer, run.times, run.plan, run.noise
-    live = [int(block.mask.sum()) for block in model.prunable]
+    live, size = [int(block.mask.sum()) for block in model.prunable], cost(model, data["test"][0].shape[1:])
     for epoch in range(run.epoch, times["epochs"]):
         clock = time.monotonic()
         lr = optimizer.param_groups[0]["lr"] = args.lr * 0.1 ** sum(epoch >= x for x in times["lrs"])
+        where = f"{run.directory}: epoch {epoch}, lr {lr:g}"
         hold_for(run.graphs, lr, shapes_of(model))
         totals, run.step = train_epoch(model, data, optimizer, args, run.generators, run.step, **run.hooks)
-        test_acc = before = evaluate(model, data, "test", args, **run.hooks)
+        before = after = evaluate(model, data, "test", args, **run.hooks)
         yield
 
         gone, due = {}, filters_due(model, args, plan, epoch, noise)
         if due:
+            measured(where, data, totals, before)  # a network that has diverged must not choose
             gone = prune_now(model, optimizer, args, plan, due, noise, run.generators["target"])
-            live = [int(block.mask.sum()) for block in model.prunable]
+            live, size = [int(block.mask.sum()) for block in model.prunable], cost(model, data["test"][0].shape[1:])
             hold_for(run.graphs, lr, shapes_of(model))
         if due or noise:
-            test_acc = evaluate(model, data, "test", args, **run.hooks)
-        val_acc = evaluate(model, data, "val", args, graphs=run.graphs) if args.val_split else before
-        loss, train_acc, before, test_acc, val_acc = torch.stack([*totals, before, test_acc, val_acc]).tolist()
-        require(math.isfinite(loss), f"{run.directory}: the loss is {loss} in epoch {epoch}: lower --lr (now {lr:g}); "
-                "the checkpoint of the epoch before is kept", 1)
-
+            after = evaluate(model, data, "test", args, **run.hooks)
+        val = evaluate(model, data, "val", args, graphs=run.graphs) if args.val_split else None
         run.epoch = epoch + 1
         record({
-            "epoch": epoch, "lr": lr, "train_loss": loss, "train_acc": 100 * train_acc, "test_acc_before": before,
-            "test_acc": test_acc, "val_acc": val_acc if args.val_split else None,
-            "stability": 100 * test_acc / before if gone and before else None,
+            "epoch": epoch, "lr": lr, **measured(where, data, totals, before, after, val, event=bool(gone)),
             "removed": [len(gone.get(layer, ())) for layer, _ in plan], "live": live, "filters": gone,
             "computed": [block.computed() for block in model.prunable],
+            "parameters": size[0], "macs": size[1],
             "noised": [{k: state[k] for k in ("test", "train")} for state in noise],
             "seconds": round(max(0, time.monotonic() - clock), 3)})
 
 
-def train(args):
-    """Trains, prunes and logs one run as `args` (from parse_options) say; returns its summary (summarize_epochs)."""
-    run = training(args, {})
-    with stream_of(choose_device(args)):
-        while True:
-            try:
-                next(run)
-            except StopIteration as end:
-                return end.value
+# +--------------------------------------------------------------------------------------------------------------------+
+# | What a run records: its settings, its checkpoint, a line for each epoch, a summary                                 |
+# +--------------------------------------------------------------------------------------------------------------------+
 
+def describe_run(args, data, model, times, plan, device):
+    """config.json: every option, the schedule it gives, the constants behind it, the data, machine and versions."""
+    method, setting = run_name(args)
+    git = None
+    with contextlib.suppress(OSError):  # no git here
+        command = ["git", "-C", pathlib.Path(__file__).resolve().parent, "describe", "--always", "--dirty"]
+        git = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    return {
+        "method": method, "setting": setting,
+        "options": {k: v for k, v in vars(args).items() if k not in NOT_THE_RESULT}, "schedule": times,
+        "pruned_layers": [{"layer": layer, "filters": len(model.prunable[layer].mask), "epochs": list(kept),
+                           "kept": list(kept.values())} for layer, kept in plan],
+        # in %, the largest of any layer (A.4)
+        "iterative_rate": max((100 * p / len(kept) for p, (_, kept) in zip(args.p or (), plan)), default=0.0),
+        **dict(zip(("parameters", "macs"), cost(model, data["train_x"].shape[1:]))),
+        "constants": {"momentum": MOMENTUM, "adam_betas": [0.9, 0.999], "adam_eps": 1e-8, "bn_momentum": BN_MOMENTUM,
+                      "bn_eps": BN_EPS, "act_keep": ACT_KEEP, "act_every": ACT_EVERY, "crop_padding": CROP_PADDING},
+        "data": {"train": args.train_images or len(data["train_x"]) - args.val_split, "val": args.val_split,
+                 "test": args.test_images or len(data["test_x"]),
+                 "classes": len(data["classes"]), "image": list(data["train_x"].shape[1:]),
+                 "crc32": {k: zlib.crc32(np.ascontiguousarray(data[k])) for k in sorted(data) if k != "classes"}},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(), "machine": platform.machine(), "git": git,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+    }
+
+
+def check_same_run(directory, config):
+    """Refuses to continue a directory whose config.json says another experiment or other data."""
+    try:
+        old = json.loads((directory / "config.json").read_text())
+        different = [k for k, v in config["options"].items() if old["options"].get(k) != v and k != "dataset"]
+        different += ["data"] * (old["data"] != config["data"])  # by checksum, wherever they lie
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{directory}/config.json is missing or damaged: move the directory away to train this run "
+                        "afresh") from None
+    require(not different, f"{directory} holds a run with another {', '.join(different)}: move it away, or choose "
+            "another --log-dir")
+
+
+def summarize_epochs(records, config):
+    """What a run's epoch records say (docs/files.md), as a dict; percentages, nats, counts. config: its config.json.
+
+    best_acc, best_epoch: the best test accuracy from the last pruning event on, that epoch included; gap: training
+    minus test accuracy there; last_acc; val_chosen_acc: test accuracy at the best validation epoch (None without
+    one). Over the events that removed (or noised) at least one filter: mean_stability and min_stability (100 without
+    any), below, how many were below 99, 98, 95 and 90%, loss_rise and churn, means (0 without any). parameters, macs:
+    of the network in the end; macs_spent: all of the training's multiply-adds, a backward pass as two forward ones,
+    and macs_unpruned: without pruning. None for what an older log does not say.
+    """
+    events = [r for r in records if any(r["removed"])]
+    stabilities = [r["stability"] for r in events if r["stability"] is not None]
+    late = [r for r in records if r["epoch"] >= (events[-1]["epoch"] if events else 0)]
+    best = max(late, key=lambda r: r["test_acc"])  # the first of equal ones
+    chosen = max(late, key=lambda r: r["val_acc"]) if best["val_acc"] is not None else None
+    summary = {
+        "epochs": len(records), "events": len(events), "best_acc": best["test_acc"], "best_epoch": best["epoch"],
+        "gap": best["train_acc"] - best["test_acc"], "last_acc": records[-1]["test_acc"],
+        "val_chosen_acc": chosen["test_acc"] if chosen else None,
+        "mean_stability": math.fsum(stabilities) / len(stabilities) if stabilities else 100.0,
+        "min_stability": min(stabilities, default=100.0),
+        "below": {str(limit): sum(s < limit for s in stabilities) for limit in (99, 98, 95, 90)},
+        **dict.fromkeys(("loss_rise", "churn", "parameters", "macs", "macs_spent", "macs_unpruned")),
+        "seconds": sum(r["seconds"] for r in records)}
+    if "macs" in config:
+        first = config["macs"] if any(records[0]["removed"]) else records[0]["macs"]
+        trained = [first] + [r["macs"] for r in records[:-1]]  # an epoch trains what the one before left
+        passes, n = 3 * config["data"]["train"], max(1, len(events))
+        summary |= {"loss_rise": math.fsum(r["test_loss"] - r["test_loss_before"] for r in events) / n,
+                    "churn": math.fsum(r["churn"] for r in events) / n,
+                    "parameters": records[-1]["parameters"], "macs": records[-1]["macs"],
+                    "macs_spent": passes * sum(trained), "macs_unpruned": passes * len(records) * config["macs"]}
+    return summary
+
+
+def resume(path, model, optimizer, generators, noise, device):
+    """Puts a run back to where its checkpoint was written; returns (next epoch, step, log lines)."""
+    try:
+        state = files.read_checkpoint(path)
+        require(isinstance(state, dict), "not a checkpoint")
+        epochs = [json.loads(line)["epoch"] for line in state["log"]]
+        require(epochs == list(range(state["epoch"])), "its log is of other epochs")
+        model.load_state_dict(state["model"])
+        use_backend(model, model.backend)
+        optimizer.load_state_dict(state["optimizer"])
+        for group in optimizer.param_groups:
+            if "capturable" in group:  # the checkpoint may come from another device
+                group["capturable"] = device.type == "cuda"
+        for name, generator in generators.items():
+            generator.set_state(state["generators"][name])
+        for layer_state, saved in zip(noise, state["noise"], strict=True):
+            layer_state.update(saved)
+            if saved["active"] is not None:
+                layer_state["active"] = saved["active"].to(device)
+                layer_state["backup"] = saved["backup"] and [tensor.to(device) for tensor in saved["backup"]]
+        return state["epoch"], state["step"], state["log"]
+    except Exception as error:  # zip, pickle and torch each have their own for a damaged file
+        raise UserError(f"{path} is damaged or of another version ({reason(error)}): move it away to train this run "
+                        "afresh", 1) from None
+
+
+def start(run, config):
+    """Begins a run's files, or puts it back to where its checkpoint stands. config: as describe_run gives it."""
+    run.config, path = config, run.directory / "checkpoint.pt"
+    if path.exists():
+        check_same_run(run.directory, config)
+        run.epoch, run.step, run.lines = resume(path, run.model, run.optimizer, run.generators, run.noise, run.device)
+        print(f"{run.label}: continues after epoch {run.epoch} of {run.times['epochs']}", flush=True)
+    else:
+        files.write_json(run.directory / "config.json", config)
+        scratch = filters_due(run.model, run.args, run.plan, -1, run.noise)
+        prune_now(run.model, run.optimizer, run.args, run.plan, scratch, run.noise, run.generators["target"])
+    files.write_atomically(run.directory / "epochs.jsonl", "".join(line + "\n" for line in run.lines).encode())
+    run.records = [json.loads(line) for line in run.lines]
+
+
+@contextlib.contextmanager
+def recorder(run, still_ours):
+    """Gives what takes an epoch's record into the run's files, and to whoever watches.
+
+    still_ours: what files.claimed gives; nothing is written once the run is another's.
+    """
+    epochs, directory = run.times["epochs"], run.directory
+
+    def record(found):
+        run.records.append(found)
+        run.lines.append(json.dumps(found))
+        still_ours()
+        if run.epoch == run.times["save_epoch"]:
+            files.save_checkpoint(directory / f"epoch{run.epoch}.pt",
+                                  {"epoch": run.epoch, "model": run.model.state_dict()}, still_ours)
+        keep({"epoch": run.epoch, "step": run.step, "model": run.model.state_dict(),
+              "optimizer": run.optimizer.state_dict(), "noise": run.noise,
+              "generators": {name: g.get_state() for name, g in run.generators.items()}, "log": run.lines},
+             last=run.epoch == epochs)
+        files.append_line(directory / "epochs.jsonl", run.lines[-1])  # after the checkpoint, which can rebuild it
+        scalars(found)
+        runs.report(run.label, run.records, summarize_epochs(run.records, run.config)["mean_stability"], bar)
+
+    with (runs.progress_bar(run.label, epochs, run.epoch) as bar,
+          runs.tensorboard(run.args.tensorboard, directory, run.epoch) as scalars,
+          files.checkpoints(directory / "checkpoint.pt", CHECKPOINT_EVERY[run.device.type], still_ours) as keep):
+        yield record
+
+
+# +--------------------------------------------------------------------------------------------------------------------+
+# | Entry                                                                                                              |
+# +--------------------------------------------------------------------------------------------------------------------+
 
 def training(args, shared):
     """`train` as a generator, which yields once an epoch, when the device has work and the host would wait for it.
@@ -1146,10 +1278,11 @@ def training(args, shared):
         print(f"{directory}: finished already", flush=True)
         return None
     device = choose_device(args)
-    source = args.dataset, args.data_dir, args.val_split, args.augment, device
+    kept = args.val_split, args.train_images, args.test_images, args.label_noise
+    source = args.dataset, args.data_dir, *kept, args.augment, device
     if source not in shared:
         arrays = load_data(args.dataset, args.data_dir)
-        data = put_on_device(arrays, device, args.val_split)
+        data = put_on_device(arrays, device, *kept)
         if args.augment:
             data["padded"] = F.pad(data["train"][0], (0, 0, *[CROP_PADDING] * 4))
         if device.type == "cuda":
@@ -1163,7 +1296,7 @@ def training(args, shared):
             for _ in experiment(run, data, record):
                 yield
                 choose_device(args)  # whoever had its turn may have set another precision
-        summary = summarize_epochs(run.records)
+        summary = summarize_epochs(run.records, run.config)
         files.write_json(directory / "done.json", summary)
         print(f"{run.label}: best accuracy {summary['best_acc']:.2f}% (epoch {summary['best_epoch']}), last "
               f"{summary['last_acc']:.2f}%, mean stability {summary['mean_stability']:.2f}% over {summary['events']} "
@@ -1171,38 +1304,15 @@ def training(args, shared):
         return summary
 
 
-# +--------------------------------------------------------------------------------------------------------------------+
-# | Entry                                                                                                              |
-# +--------------------------------------------------------------------------------------------------------------------+
-
-def choose_device(args):
-    """The torch device, with precision and determinism set; UserError where the machine lacks what was asked."""
-    cuda = torch.cuda.is_available()
-    require(cuda or args.device != "cuda", "--device cuda, but torch sees no CUDA device here: use --device cpu, or "
-            "check the driver")
-    device = torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
-    require(device.type == "cuda" or args.precision != "tf32", "--precision tf32 needs a CUDA device: use fp32 here")
-    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
-    torch.backends.cudnn.benchmark = not args.deterministic
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(args.deterministic)
-    return device
-
-
-def choose_backend(args):
-    """"ext" or "eager", as --backend says; one line where "auto" has to do without the extension."""
-    require(ops.available or args.backend != "ext", f"--backend ext, but the extension is not built here "
-            f"({ops.why_not}): run bash runs.sh setup, or use --backend eager")
-    if not ops.available and args.backend == "auto" and not choose_backend.told:
-        print(f"train.py: the extension is not built ({ops.why_not}); plain PyTorch takes its place. bash runs.sh "
-              "setup builds it", file=sys.stderr)
-        choose_backend.told = True
-    return "ext" if ops.available and args.backend != "eager" else "eager"
-
-
-choose_backend.told = False  # once, not for every run of a list
+def train(args):
+    """Trains, prunes and logs one run as `args` (from parse_options) say; returns its summary (summarize_epochs)."""
+    run = training(args, {})
+    with stream_of(choose_device(args)):
+        while True:
+            try:
+                next(run)
+            except StopIteration as end:
+                return end.value
 
 
 def runs_of(command):

@@ -134,7 +134,7 @@ def in_memory(job, device):
 
     def epoch():
         totals, _ = train.train_epoch(model, data, optimizer, options, generators, 0)
-        torch.stack([*totals, train.evaluate(model, data, "test", options)]).tolist()
+        torch.cat([totals, train.evaluate(model, data, "test", options)[0]]).tolist()
     return epoch, []
 
 
