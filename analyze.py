@@ -244,13 +244,13 @@ def rest_command(name, dataset, setting, found):
         seeds = list(range(1, {"tabF1": 4, "figB1": 2}.get(target, 11)))
     else:
         options = found[0]["config"]["options"]
-        defaults = train.paper_settings(options["model"], options.get("optimizer")) | train.DEFAULTS
+        preset = setting.split("-")[0] if setting.split("-")[0] in train.PRESETS else None
+        defaults = train.usual_settings(options["model"], options.get("optimizer"), preset)
         different = {k: options[k] for k, default in defaults.items() if options.get(k, default) != default
                      and k not in ("optimizer", "s", "e", "p", "r", "score", "save_epoch",
                                    "test_batch_size")}  # those are the method's
-        quick = {"dataset": "digits", "width": 0.25, "val_split": 300}
-        more = ["--quick"] if quick.items() <= different.items() else ["--"]
-        for k, value in different.items() if more == ["--"] else ():
+        more = ["--preset", preset] * bool(preset) + ["--"] * bool(different)
+        for k, value in different.items():
             values = value if isinstance(value, list) else [] if isinstance(value, bool) else [value]
             more += [f"--{'no-' if value is False else ''}{k.replace('_', '-')}", *map(train.short, values)]
     wanted = {(model, method, seed) for model, methods in models.items() for method in methods for seed in seeds}

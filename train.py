@@ -61,7 +61,13 @@ from gst_ext.graphs import fed, hold_for, new_graphs, replayed, stream_of
 # +--------------------------------------------------------------------------------------------------------------------+
 
 PRUNABLE_BLOCKS = {"vgg11": 8, "vgg19": 16, "resnet18": 16, "resnet20": 18, "resnet56": 54}
-SCORES = ("l1", "l2", "act", "ebn", "ebn-signed")
+SCORES = {  # name: the score of each filter of a block, (c_out,); of its weights (A.4), its map, its batch norm (B.2)
+    "l1": lambda block: block.conv.weight.detach().flatten(1).abs().sum(1),
+    "l2": lambda block: block.conv.weight.detach().flatten(1).square().sum(1).sqrt(),
+    "act": lambda block: block.act.clone(),
+    "ebn": lambda block: ops.ebn_score(block.bn.weight.double(), block.bn.bias.double()),
+    "ebn-signed": lambda block: ops.ebn_score(block.bn.weight.double(), block.bn.bias.double(), signed=True),
+}
 MOMENTUM, BN_MOMENTUM, BN_EPS = 0.9, 0.1, 1e-5
 ACT_KEEP, ACT_EVERY = 0.9, 10  # act score: 0.9 * old + 0.1 * new on every tenth training batch (A.4, footnote 4)
 CROP_PADDING = 4
@@ -302,8 +308,8 @@ def run_name(args):
     else:
         method = [args.target] + [f"r{args.r}"] * (args.target != "none")
     method += differing(score="") + ["bnkeep"] * (args.prune_bn == "keep") + differing(s="s", e="e", p="p")
-    setting = [args.preset] * bool(args.preset)
-    setting += differing(optimizer="", width="w", scale_epochs="x", epochs="epochs", lrs="lrs", lr="lr",
+    setting = differing(optimizer="") + [args.preset] * bool(args.preset)
+    setting += differing(width="w", scale_epochs="x", epochs="epochs", lrs="lrs", lr="lr",
                          weight_decay="wd", batch_size="batch", val_split="val", train_images="n", test_images="t",
                          label_noise="noise", precision="")
     setting += ["augment" if args.augment else "noaugment"] * (args.augment != usual["augment"])
@@ -581,7 +587,7 @@ class PaddedShortcut(nn.Module):
 
 
 class PointConv(nn.Conv2d):
-    """A 1x1 convolution without bias that takes its strides before it multiplies, which changes no bit.
+    """A 1x1 convolution without bias that takes its strides before it multiplies.
 
     oneDNN up to 3.12 writes past its memory in the backward pass of a strided one with fewer than 16 input channels
     (github.com/uxlfoundation/oneDNN/issues/6035).
@@ -769,16 +775,9 @@ def pruning_plan(model, args, times):
 
 
 def filter_scores(block, method):
-    """The score of each filter of `block`, (c_out,); method l1 or l2 (of the weights, A.4), act, ebn or ebn-signed."""
+    """The score of each filter of `block`, (c_out,), by the method of that name in SCORES."""
     require(method in SCORES, f"no score {method}: choose from {', '.join(SCORES)}")
-    weight = block.conv.weight.detach().flatten(1)
-    if method == "l1":
-        return weight.abs().sum(1)
-    if method == "l2":
-        return weight.square().sum(1).sqrt()
-    if method == "act":
-        return block.act.clone()
-    return ops.ebn_score(block.bn.weight.double(), block.bn.bias.double(), signed=method == "ebn-signed")
+    return SCORES[method](block)
 
 
 def select_filters(scores, mask, k, target, generator=None):
@@ -1086,31 +1085,32 @@ def experiment(run, data, record):
     when the device has work and the host would wait for it.
     """
     args, model, optimizer, times, plan, noise = run.args, run.model, run.optimizer, run.times, run.plan, run.noise
-    live, size = [int(block.mask.sum()) for block in model.prunable], cost(model, data["test"][0].shape[1:])
+    image = data["test"][0].shape[1:]
+    live, left = [int(block.mask.sum()) for block in model.prunable], cost(model, image)
     for epoch in range(run.epoch, times["epochs"]):
         clock = time.monotonic()
         lr = optimizer.param_groups[0]["lr"] = args.lr * 0.1 ** sum(epoch >= x for x in times["lrs"])
-        where = f"{run.directory}: epoch {epoch}, lr {lr:g}"
         hold_for(run.graphs, lr, shapes_of(model))
         totals, run.step = train_epoch(model, data, optimizer, args, run.generators, run.step, **run.hooks)
         before = after = evaluate(model, data, "test", args, **run.hooks)
         yield
 
-        gone, due = {}, filters_due(model, args, plan, epoch, noise)
+        gone, where = {}, f"{run.directory}: epoch {epoch}, lr {lr:g}"
+        due = filters_due(model, args, plan, epoch, noise)
         if due:
             measured(where, data, totals, before)  # a network that has diverged must not choose
             gone = prune_now(model, optimizer, args, plan, due, noise, run.generators["target"])
-            live, size = [int(block.mask.sum()) for block in model.prunable], cost(model, data["test"][0].shape[1:])
+            live, left = [int(block.mask.sum()) for block in model.prunable], cost(model, image)
             hold_for(run.graphs, lr, shapes_of(model))
         if due or noise:
             after = evaluate(model, data, "test", args, **run.hooks)
         val = evaluate(model, data, "val", args, graphs=run.graphs) if args.val_split else None
+
         run.epoch = epoch + 1
         record({
             "epoch": epoch, "lr": lr, **measured(where, data, totals, before, after, val, event=bool(gone)),
             "removed": [len(gone.get(layer, ())) for layer, _ in plan], "live": live, "filters": gone,
-            "computed": [block.computed() for block in model.prunable],
-            "parameters": size[0], "macs": size[1],
+            "computed": [block.computed() for block in model.prunable], "parameters": left[0], "macs": left[1],
             "noised": [{k: state[k] for k in ("test", "train")} for state in noise],
             "seconds": round(max(0, time.monotonic() - clock), 3)})
 
@@ -1221,8 +1221,8 @@ def resume(path, model, optimizer, generators, noise, device):
 
 
 def start(run, config):
-    """Begins a run's files, or puts it back to where its checkpoint stands. config: as describe_run gives it."""
-    run.config, path = config, run.directory / "checkpoint.pt"
+    """Begins a run's files, or puts it back to where its checkpoint stands."""
+    path = run.directory / "checkpoint.pt"
     if path.exists():
         check_same_run(run.directory, config)
         run.epoch, run.step, run.lines = resume(path, run.model, run.optimizer, run.generators, run.noise, run.device)
@@ -1236,7 +1236,7 @@ def start(run, config):
 
 
 @contextlib.contextmanager
-def recorder(run, still_ours):
+def recorder(run, config, still_ours):
     """Gives what takes an epoch's record into the run's files, and to whoever watches.
 
     still_ours: what files.claimed gives; nothing is written once the run is another's.
@@ -1256,7 +1256,7 @@ def recorder(run, still_ours):
              last=run.epoch == epochs)
         files.append_line(directory / "epochs.jsonl", run.lines[-1])  # after the checkpoint, which can rebuild it
         scalars(found)
-        runs.report(run.label, run.records, summarize_epochs(run.records, run.config)["mean_stability"], bar)
+        runs.report(run.label, run.records, summarize_epochs(run.records, config)["mean_stability"], bar)
 
     with (runs.progress_bar(run.label, epochs, run.epoch) as bar,
           runs.tensorboard(run.args.tensorboard, directory, run.epoch) as scalars,
@@ -1291,12 +1291,13 @@ def training(args, shared):
     arrays, data = shared[source]
     with files.claimed(directory) as still_ours, files.failure_noted(directory, still_ours):
         run = new_run(args, len(arrays["classes"]), device)
-        start(run, describe_run(args, arrays, run.model, run.times, run.plan, device) | {"backend": run.model.backend})
-        with recorder(run, still_ours) as record:
+        config = describe_run(args, arrays, run.model, run.times, run.plan, device) | {"backend": run.model.backend}
+        start(run, config)
+        with recorder(run, config, still_ours) as record:
             for _ in experiment(run, data, record):
                 yield
                 choose_device(args)  # whoever had its turn may have set another precision
-        summary = summarize_epochs(run.records, run.config)
+        summary = summarize_epochs(run.records, config)
         files.write_json(directory / "done.json", summary)
         print(f"{run.label}: best accuracy {summary['best_acc']:.2f}% (epoch {summary['best_epoch']}), last "
               f"{summary['last_acc']:.2f}%, mean stability {summary['mean_stability']:.2f}% over {summary['events']} "

@@ -280,7 +280,7 @@ def test_act_averages_every_tenth_batch_across_epochs(name):
     model = setup[0]
     seen = spy_on_activations(model)
     step = 0
-    for epoch in range(3):  # 13 batches each: the 10th, 20th and 30th lie in different places of their epochs
+    for _ in range(3):  # 13 batches each: the 10th, 20th and 30th lie in different places of their epochs
         _, step = train.train_epoch(*setup, step)
         model.eval()
         with torch.no_grad():
