@@ -26,7 +26,7 @@ The experiment in ten lines, which `experiment` below is made of too (beside noi
         due = filters_due(run.model, args, run.plan, epoch, run.noise)                                       # choose
         gone = prune_now(run.model, run.optimizer, args, run.plan, due, run.noise, run.generators["target"])  # prune
         after = evaluate(run.model, data, "test", args)                                                      # evaluate
-        print(epoch, float(totals[0]), float(before), gone, float(after))                                    # record
+        print(measured(f"epoch {epoch}", data, totals, before, after, event=bool(gone)))                     # record
 """
 import argparse
 import collections
