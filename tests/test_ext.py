@@ -1,10 +1,13 @@
 """gst_ext: each operator against its reference and against closed forms, and what it refuses."""
 import os
 import shutil
+import subprocess
+import sys
 
 import mpmath
 import pytest
 import torch
+from conftest import ROOT
 
 from gst_ext import ops
 
@@ -20,6 +23,22 @@ def test_the_extension_is_built():
 @pytest.mark.parametrize("name", ["ebn_score", "masked_conv2d", "masked_conv2d_backward", "bn_act", "bn_act_backward"])
 def test_where_there_is_a_cuda_toolkit_the_cuda_kernels_are_built_too(name):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"gst::{name}", "CUDA")
+
+
+def test_the_kernels_are_built_for_the_gpus_here_or_for_each_kind_in_use(tmp_path):
+    for name in ("bin/nvcc", "include/cuda_runtime.h", "lib64/any"):  # of a toolkit that is not asked to compile
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    code = """import os, runpy, sys, torch
+torch.version.cuda, sys.argv = "13.0", ["setup.py", "--version"]
+for gpus, given in (([], ""), ([(8, 6), (7, 5), (8, 6)], ""), ([(9, 0)], "8.0+PTX")):
+    torch.cuda.device_count, torch.cuda.get_device_capability = lambda: len(gpus), lambda k: gpus[k]
+    os.environ["TORCH_CUDA_ARCH_LIST"] = given
+    runpy.run_path("setup.py", run_name="__main__")"""
+    environment = os.environ | {"CUDA_HOME": str(tmp_path), "GST_CUDA": "auto"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    built = [line.split()[-1] for line in done.stdout.splitlines() if "the CUDA kernels for" in line]
+    assert built == ["7.5;8.0;9.0+PTX", "7.5;8.6", "8.0+PTX"], done.stderr
 
 
 def exact_ebn(gamma, beta, signed):

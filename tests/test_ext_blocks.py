@@ -373,7 +373,7 @@ def test_bn_act_s_operators_pass_opcheck(device):
     torch.library.opcheck(torch.ops.gst.bn_act.default, arguments, test_utils=checks)
     out, mean, invstd, gate = torch.ops.gst.bn_act(*arguments)
     torch.library.opcheck(torch.ops.gst.bn_act_backward.default, (
-        torch.ones_like(out), c["x"], out if out.is_cuda else gate, c["gamma"], mean, invstd, c["live"],
+        torch.ones_like(out), c["x"], gate, c["gamma"], mean, invstd, c["live"],
         c["residual_map"], 6, True, True, False), test_utils=checks)
 
 
