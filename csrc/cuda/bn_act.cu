@@ -112,15 +112,15 @@ __device__ __forceinline__ void write(T* to, const Pack<T, V>& pack) {
 template <typename A, int V>
 __device__ void reduce(const A (&sum)[V], A* partial, int64_t c, int slot) {
   __shared__ A shared[V][kThreads];
-  const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+  const int high = blockDim.y, wide = blockDim.x, thread = threadIdx.y * wide + threadIdx.x;
   __syncthreads();  // an earlier reduction may still be read
   for (int k = 0; k < V; ++k) shared[k][thread] = sum[k];
   __syncthreads();
-  const int column = thread % blockDim.x, k = thread / blockDim.x;
-  const int64_t channel = (static_cast<int64_t>(blockIdx.x) * blockDim.x + column) * V + k;
+  const int column = thread % wide, k = thread / wide;
+  const int64_t channel = (static_cast<int64_t>(blockIdx.x) * wide + column) * V + k;
   if (k >= V || channel >= c) return;
   A total = 0;
-  for (int y = 0; y < blockDim.y; ++y) total += shared[k][y * blockDim.x + column];
+  for (int y = 0; y < high; ++y) total += shared[k][y * wide + column];
   partial[(static_cast<int64_t>(blockIdx.y) * 2 + slot) * c + channel] = total;
 }
 
@@ -250,7 +250,7 @@ apply_kernel(BnAct p, const T* __restrict__ x, const T* __restrict__ residual, c
       for (int j = 0; j < kGroup; ++j) {
         if (row + j >= p.rows) continue;
         const Pack<T, V> value = unpacked<T, V>(in[j]);
-        Pack<T, V> add, result;
+        Pack<T, V> add = {}, result;
         if (!mapped && residual) add = unpacked<T, V>(beside[j]);
         for (int k = 0; mapped && residual && k < V; ++k)
           add.v[k] = source[k] < 0 ? narrow<T>(A(0)) : residual[(row + j) * p.residual_width + source[k]];
