@@ -734,7 +734,7 @@ def build_model(name, num_classes=10, width=1.0):
 # +--------------------------------------------------------------------------------------------------------------------+
 
 def prune_epochs(s, e, r):
-    """The epochs (from 0) after whose training a layer is pruned: s, s+r, … up to e (A.4; see README, Deviations)."""
+    """The epochs (from 0) after whose training a layer is pruned: s, s+r, … up to e (A.4; docs/deviations.md)."""
     return range(s, e + 1, r)
 
 
