@@ -15,18 +15,18 @@ file are those of its appendix. Every default is the paper's setting for the mod
 A run leaves logs/<dataset>/<model>/<method>/seed<k>/ with config.json, epochs.jsonl, checkpoint.pt and, at its end,
 done.json. The same command again continues a half-done run and leaves a finished one alone.
 
-The experiment in ten lines, which `experiment` below is made of too (beside noise, learning rates and CUDA graphs):
+The experiment in ten lines; `experiment` below is these, with noise, learning rates, validation and CUDA graphs:
 
-    args = parse_options(["--dataset", "digits", "--target", "L", "--r", "40", "--device", "cpu"])
+    args = parse_options(["--preset", "quick", "--target", "L", "--device", "cpu"])
     device, arrays = choose_device(args), load_data(args.dataset)
-    run, data = new_run(args, len(arrays["classes"]), device), put_on_device(arrays, device)
+    data, run = put_on_device(arrays, device, args.val_split), new_run(args, len(arrays["classes"]), device)
     for epoch in range(run.times["epochs"]):
-        totals, run.step = train_epoch(run.model, data, run.optimizer, args, run.generators, run.step)       # train
-        before = evaluate(run.model, data, "test", args)                                                     # evaluate
-        due = filters_due(run.model, args, run.plan, epoch, run.noise)                                       # choose
-        gone = prune_now(run.model, run.optimizer, args, run.plan, due, run.noise, run.generators["target"])  # prune
-        after = evaluate(run.model, data, "test", args)                                                      # evaluate
-        print(measured(f"epoch {epoch}", data, totals, before, after, event=bool(gone)))                     # record
+        totals, run.step = train_epoch(run.model, data, run.optimizer, args, run.generators, run.step)
+        before = evaluate(run.model, data, "test", args)
+        due = filters_due(run.model, args, run.plan, epoch, run.noise)
+        gone = prune_now(run.model, run.optimizer, args, run.plan, due, run.noise, run.generators["target"])
+        after = evaluate(run.model, data, "test", args)
+        print(epoch, measured(f"epoch {epoch}", data, totals, before, after, event=bool(gone)))
 """
 import argparse
 import collections
@@ -808,7 +808,7 @@ def build_model(name, num_classes=10, width=1.0):
 # +--------------------------------------------------------------------------------------------------------------------+
 
 def prune_epochs(s, e, r):
-    """The epochs (from 0) after whose training a layer is pruned: s, s+r, … up to e (A.4; see README, Deviations)."""
+    """The epochs (from 0) after whose training a layer is pruned: s, s+r, … up to e (A.4; docs/deviations.md)."""
     return range(s, e + 1, r)
 
 

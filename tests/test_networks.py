@@ -318,7 +318,7 @@ def test_a_projection_reads_every_second_pixel():
     conv, bn = shortcut
     expected = second(first(x), bn(F.conv2d(x, conv.weight, stride=2)))
     model.stem, model.linear = torch.nn.Identity(), torch.nn.Identity()
-    model.pairs, model.shortcuts = [(first, second)], [shortcut]
+    model.pairs, model.shortcuts = torch.nn.ModuleList([model.pairs[2]]), torch.nn.ModuleList([shortcut])
     model.linear.weight, model.linear.bias = torch.eye(32), torch.zeros(32)
     torch.testing.assert_close(model(x), expected.mean((2, 3)))
 
