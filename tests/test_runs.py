@@ -125,7 +125,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(run, directory, monkeypatch, ki
 
 
 def test_a_run_killed_with_signal_9_ends_as_if_it_had_not_been(run, options, directory):
-    long = ("--epochs", 25, *PRUNE, "--e", 20, 20, "--r", 4, "--score", "act")
+    long = ("--epochs", 25, *PRUNE, "--e", 20, 20, "--r", 4, "--score", "act", "--batch-size", 16)
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *options(*long)], stdout=subprocess.DEVNULL,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     log = directory(*long) / "epochs.jsonl"
@@ -711,7 +711,7 @@ def test_a_diverged_run_is_one_line_and_keeps_the_checkpoint_before(run, directo
 
 @pytest.mark.parametrize("optimizer", ("sgd", "adam"))
 def test_a_huge_learning_rate_ends_in_one_line_or_a_finite_log(run, directory, capsys, optimizer):
-    options = ("--optimizer", optimizer, "--lr", 9e5, *PRUNE, "--score", "act")
+    options = ("--optimizer", optimizer, "--lr", 9e5, *PRUNE, "--score", "act", "--batch-size", 16)
     code = run(*options)
     if code:
         assert code == 1 and "--lr" in error_line(capsys)
