@@ -173,7 +173,7 @@ def summarize(run_dir):
             if records[-1]["epoch"] != number - 1:
                 return {**run, "problem": f"line {number} of epochs.jsonl is of epoch {records[-1]['epoch']}"}
         wrong = "epochs.jsonl is damaged"
-        run.update(train.summarize_epochs(records), live=records[-1].get("live"),
+        run.update(train.summarize_epochs(records, config), live=records[-1].get("live"),
                    curve=np.array([record["test_acc"] for record in records], float))
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         return {**run, "problem": f"{wrong} ({type(error).__name__})"}
@@ -244,13 +244,13 @@ def rest_command(name, dataset, setting, found):
         seeds = list(range(1, {"tabF1": 4, "figB1": 2}.get(target, 11)))
     else:
         options = found[0]["config"]["options"]
-        defaults = train.paper_settings(options["model"], options.get("optimizer")) | train.DEFAULTS
+        preset = setting.split("-")[0] if setting.split("-")[0] in train.PRESETS else None
+        defaults = train.usual_settings(options["model"], options.get("optimizer"), preset)
         different = {k: options[k] for k, default in defaults.items() if options.get(k, default) != default
                      and k not in ("optimizer", "s", "e", "p", "r", "score", "save_epoch",
                                    "test_batch_size")}  # those are the method's
-        quick = {"dataset": "digits", "width": 0.25, "val_split": 300}
-        more = ["--quick"] if quick.items() <= different.items() else ["--"]
-        for k, value in different.items() if more == ["--"] else ():
+        more = ["--preset", preset] * bool(preset) + ["--"] * bool(different)
+        for k, value in different.items():
             values = value if isinstance(value, list) else [] if isinstance(value, bool) else [value]
             more += [f"--{'no-' if value is False else ''}{k.replace('_', '-')}", *map(train.short, values)]
     wanted = {(model, method, seed) for model, methods in models.items() for method in methods for seed in seeds}
@@ -778,7 +778,8 @@ def load_network(run_dir, data_dir, device, checkpoint=None):
     except Exception as error:  # zip, pickle and torch each have their own for a damaged file
         raise files.UserError(f"{run_dir / checkpoint} is missing or damaged ({files.reason(error)}): train the run "
                               "again") from None
-    return model.to(device).eval(), train.put_on_device(arrays, device, options["val_split"]), source
+    kept = (options[k] for k in ("val_split", "train_images", "test_images", "label_noise"))
+    return model.to(device).eval(), train.put_on_device(arrays, device, *kept), source
 
 
 def measure_flatness(run_dir, eigs=100, images=512, eig="lanczos", memory_gb=4, checkpoint=None, data_dir="data"):

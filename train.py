@@ -62,7 +62,13 @@ from gst_ext.graphs import fed, hold_for, new_graphs, replayed, stream_of
 # +--------------------------------------------------------------------------------------------------------------------+
 
 PRUNABLE_BLOCKS = {"vgg11": 8, "vgg19": 16, "resnet18": 16, "resnet20": 18, "resnet56": 54}
-SCORES = ("l1", "l2", "act", "ebn", "ebn-signed")
+SCORES = {  # name: the score of each filter of a block, (c_out,); of its weights (A.4), its map, its batch norm (B.2)
+    "l1": lambda block: block.conv.weight.detach().flatten(1).abs().sum(1),
+    "l2": lambda block: block.conv.weight.detach().flatten(1).square().sum(1).sqrt(),
+    "act": lambda block: block.act.clone(),
+    "ebn": lambda block: ops.ebn_score(block.bn.weight.double(), block.bn.bias.double()),
+    "ebn-signed": lambda block: ops.ebn_score(block.bn.weight.double(), block.bn.bias.double(), signed=True),
+}
 MOMENTUM, BN_MOMENTUM, BN_EPS = 0.9, 0.1, 1e-5
 ACT_KEEP, ACT_EVERY = 0.9, 10  # act score: 0.9 * old + 0.1 * new on every tenth training batch (A.4, footnote 4)
 CROP_PADDING = 4
@@ -77,9 +83,17 @@ ADAM_PRUNING = {  # B.1
     "resnet": dict(s=[7, 8, 9, 10], e=[150, 150, 170, 275], p=[0.25, 0.4, 0.25, 0.95], r=40, score="act", save_epoch=0),
 }
 DEFAULTS = dict(dataset="cifar10", width=1.0, scale_epochs=1.0, batch_size=128, test_batch_size=128, val_split=0,
-                precision="fp32", deterministic=False)  # of what else decides a result, for every model
+                train_images=0, test_images=0, label_noise=0.0, precision="fp32",
+                deterministic=False)  # of what else decides a result, for every model
+PRESETS = {  # --preset: by optimizer, what takes the place of the settings above
+    "quick": {"adam": dict(dataset="digits", width=0.25, val_split=300, batch_size=12, lr=0.002, epochs=350, lrs=[350],
+                           scale_epochs=0.0375),
+              "sgd": dict(dataset="digits", width=0.25, val_split=300, batch_size=12, scale_epochs=0.08)},
+    "small": dict.fromkeys(OPTIMIZERS, dict(train_images=2560, test_images=3000, width=0.25, batch_size=64,
+                                              scale_epochs=0.2)),
+}
 NOT_THE_RESULT = ("log_dir", "data_dir", "device", "backend", "save_epoch", "tensorboard", "seeds", "runs", "at_once",
-                  "plan", "retry_failed", "status")  # not what a run computes
+                  "plan", "retry_failed", "status", "preset")  # not what a run computes
 BUILT_IN = ("cifar10", "cifar100", "digits")
 MULTIPLE = {"cpu": 1, "cuda": 32}  # a layer's live filters are computed as so many, rounded up: shapes a device likes
 CHECKPOINT_EVERY = {"cpu": 0, "cuda": 30}  # seconds at least; on a GPU, writing may take longer than an epoch
@@ -93,6 +107,12 @@ def paper_settings(model, optimizer=None):
     if optimizer == "adam":
         pruning = ADAM_PRUNING[model.rstrip("0123456789")]
     return dict(optimizer=optimizer, **OPTIMIZERS[optimizer], **pruning)
+
+
+def usual_settings(model, optimizer=None, preset=None):
+    """What a run of `model` (str) uses where no option is given: the paper's settings, or a preset's in their place."""
+    settings = paper_settings(model, optimizer) | DEFAULTS
+    return settings | (PRESETS[preset][settings["optimizer"]] if preset else {})
 
 
 def short(value):
@@ -136,11 +156,18 @@ def make_parser():
     flag = argparse.BooleanOptionalAction
     add = parser.add_argument_group("network and data").add_argument
     add("--model", choices=PRUNABLE_BLOCKS, default="vgg11", help="(default: vgg11)")
+    add("--preset", choices=PRESETS, help="a named set of options: quick is a few epochs of digits, small is CIFAR-10 "
+        "with few images; an option given beside it counts (default: none, the paper's settings)")
     add("--width", type=float, help="multiplies every channel count (default: 1)")
     add("--dataset", help="cifar10, cifar100, digits, a .npz file, or a folder with train/ and test/ class folders of "
         "images (default: cifar10)")
     add("--data-dir", default="data", help="where <dataset>.npz lies or is put (default: data)")
     add("--val-split", type=int, metavar="N", help="hold N training images out to validate (default: 0)")
+    add("--train-images", type=int, metavar="N", help="train on N of the training images, after those held out; 0: all "
+        "(default: 0)")
+    add("--test-images", type=int, metavar="N", help="test on N of the test images; 0: all (default: 0)")
+    add("--label-noise", type=float, metavar="F", help="give a fraction F of the training images a random class, the "
+        "same ones for every seed and method (default: 0)")
     add("--augment", action=flag, help="random crop and flip (default: the paper's)")
 
     add = parser.add_argument_group("pruning (defaults: the paper's for the model, listed below)").add_argument
@@ -195,7 +222,6 @@ def make_parser():
         "data, and print their lines")
     add("--retry-failed", action=flag, default=False, help="count failed runs as left in --plan (default: no)")
     add("--status", metavar="FILE", nargs="+", help="train nothing: say what became of the runs listed in each FILE")
-    parser.set_defaults(**DEFAULTS)
     return parser
 
 
@@ -206,18 +232,19 @@ def parse_options(argv):
         if getattr(args, name) is not None:
             setattr(args, name, [value for values in getattr(args, name) for value in values])
     given = {name for name, value in vars(args).items() if value is not None}
-    for name, value in paper_settings(args.model, args.optimizer).items():
+    for name, value in usual_settings(args.model, args.optimizer, args.preset).items():
         if name not in given:
             setattr(args, name, value)
 
-    for name in ("epochs", "batch_size", "test_batch_size", "r", "noise_batches", "at_once", "seed", "val_split",
-                 "save_epoch"):
-        value, least = getattr(args, name), 0 if name in ("seed", "val_split", "save_epoch") else 1
+    from_0 = ("seed", "val_split", "train_images", "test_images", "save_epoch")
+    for name in ("epochs", "batch_size", "test_batch_size", "r", "noise_batches", "at_once", *from_0):
+        value, least = getattr(args, name), 0 if name in from_0 else 1
         require(value is None or least <= value < 2**32, f"--{name.replace('_', '-')} {value}: give {least} or more")
     for name in ("width", "scale_epochs", "lr", "weight_decay"):
         value = getattr(args, name)
         require(0 < value < 1e6 or value == 0 and name == "weight_decay",
                 f"--{name.replace('_', '-')} {short(value)}: give a number above 0")
+    require(0 <= args.label_noise <= 1, f"--label-noise {short(args.label_noise)}: give a fraction from 0 to 1")
     require(all(epoch >= 0 for epoch in args.lrs), f"--lrs {short(args.lrs)}: epochs count from 0")
 
     pruning, noise = args.target != "none", args.noise != "none"
@@ -288,9 +315,10 @@ def doubts_about_rate(args):
 
 
 def run_name(args):
-    """(method, setting): what is done to the filters, and all else that differs from the paper's, "" if nothing."""
-    optimizer = paper_settings(args.model)["optimizer"]
-    usual = paper_settings(args.model, args.optimizer) | DEFAULTS | {"optimizer": optimizer}
+    """(method, setting): what is done to the filters, and all else: the preset and what differs from that (without
+    one, from the paper's settings), "" if nothing."""
+    usual = usual_settings(args.model, args.optimizer, args.preset)
+    usual["optimizer"] = paper_settings(args.model)["optimizer"]
 
     def differing(**labels):
         return [label + short(getattr(args, name)) for name, label in labels.items()
@@ -305,8 +333,10 @@ def run_name(args):
     else:
         method = [args.target] + [f"r{args.r}"] * (args.target != "none")
     method += differing(score="") + ["bnkeep"] * (args.prune_bn == "keep") + differing(s="s", e="e", p="p")
-    setting = differing(optimizer="", width="w", scale_epochs="x", epochs="epochs", lrs="lrs", lr="lr",
-                        weight_decay="wd", batch_size="batch", val_split="val", precision="")
+    setting = differing(optimizer="") + [args.preset] * bool(args.preset)
+    setting += differing(width="w", scale_epochs="x", epochs="epochs", lrs="lrs", lr="lr",
+                         weight_decay="wd", batch_size="batch", val_split="val", train_images="n", test_images="t",
+                         label_noise="noise", precision="")
     setting += ["augment" if args.augment else "noaugment"] * (args.augment != usual["augment"])
     return "-".join(method), "-".join(setting + ["deterministic"] * args.deterministic)
 
@@ -462,20 +492,36 @@ def read_image(path, notes):
     return np.asarray(image.convert("RGB").resize((32, 32), Image.BILINEAR))
 
 
-def put_on_device(data, device, val_split=0):
+def subset(n, *counts):
+    """Disjoint ascending indices into n images, so many as each of counts says: the same for every seed and method."""
+    order, bounds = np.random.RandomState(0).permutation(n), np.cumsum([0, *counts])
+    return [np.sort(order[start:end]) for start, end in zip(bounds, bounds[1:])]
+
+
+def put_on_device(data, device, val_split=0, train_images=0, test_images=0, label_noise=0.0):
     """The arrays as tensors on `device`: {"train": (x uint8 NHWC, y), "test": …, "val": … if asked, "mean", "std"}.
 
-    mean and std (3,) are the training images' per-channel ones, in units of a uint8 pixel, exact. The validation
-    images are the same for every seed, so that runs differ in what they learn and not in what judges them.
+    mean and std (3,) are the training images' per-channel ones, in units of a uint8 pixel, exact. The options draw the
+    same images and labels for every seed, so that runs differ in what they learn and not in what teaches and judges it.
     """
-    train_x, train_y = data["train_x"], data["train_y"]
-    require(val_split < len(train_x), f"--val-split {val_split} leaves none of {len(train_x)} images: give fewer")
-    splits = {"test": (data["test_x"], data["test_y"])}
-    if val_split:
-        order = np.random.RandomState(0).permutation(len(train_x))
-        held_out, kept = np.sort(order[:val_split]), np.sort(order[val_split:])
-        splits["val"] = (train_x[held_out], train_y[held_out])
+    train_x, train_y, test_x, test_y = (data[k] for k in ("train_x", "train_y", "test_x", "test_y"))
+    left = len(train_x) - val_split
+    require(left > 0, f"--val-split {val_split} leaves none of {len(train_x)} images: give fewer")
+    for name, wanted, there in (("train", train_images, left), ("test", test_images, len(test_x))):
+        require(wanted <= there, f"--{name}-images {wanted}, but there are {there}: give fewer")
+    splits = {"test": (test_x, test_y)}
+    if test_images:
+        kept, = subset(len(test_x), test_images)
+        splits["test"] = (test_x[kept], test_y[kept])
+    if val_split or train_images:
+        held_out, kept = subset(len(train_x), val_split, train_images or left)
+        if val_split:
+            splits["val"] = (train_x[held_out], train_y[held_out])
         train_x, train_y = train_x[kept], train_y[kept]
+    if label_noise:
+        random, train_y = np.random.RandomState(1), train_y.copy()
+        noised = random.permutation(len(train_y))[:math.floor(label_noise * len(train_y) + 0.5)]
+        train_y[noised] = random.randint(len(data["classes"]), size=len(noised))
     splits["train"] = (train_x, train_y)
     counts = np.stack([np.bincount(train_x[..., c].ravel(), minlength=256) for c in range(3)]) / train_x[..., 0].size
     mean = counts @ np.arange(256)
@@ -701,6 +747,32 @@ def live_shortcut(shortcut, x, block):
                                       momentum=bn.momentum, eps=bn.eps)
 
 
+def cost(model, image):
+    """(parameters left, multiply-adds of one image's forward pass): what live filters hold and what reads live maps.
+
+    image: (height, width, …). Convolutions and the last layer are what multiplies.
+    """
+    parameters, macs, came, size = 0, 0, 3, image[:2]
+
+    def add(conv, filters, maps):
+        nonlocal parameters, macs
+        weights = came * filters * conv.kernel_size[0] ** 2
+        after = [(s + 2 * conv.padding[0] - conv.kernel_size[0]) // conv.stride[0] + 1 for s in size]
+        parameters += weights + filters * (conv.bias is not None) + 2 * maps
+        macs += weights * math.prod(after)
+        return after
+
+    past = dict(zip((first for first, _ in getattr(model, "pairs", ())), getattr(model, "shortcuts", ())))
+    for block in (module for module in model.modules() if isinstance(module, Block)):
+        if isinstance(past.get(block), nn.Sequential):
+            add(past[block][0], len(block.mask), len(block.mask))  # a projection stays whole
+        maps = int(block.bn_mask.sum())
+        size = [s // 2 if block.pool else s for s in add(block.conv, int(block.mask.sum()), maps)]
+        came = maps
+    classes = len(model.linear.bias)
+    return parameters + classes * (came + 1), macs + classes * came
+
+
 def build_model(name, num_classes=10, width=1.0):
     """A CIFAR network, initialised from torch's global generator, in channels-last memory.
 
@@ -761,16 +833,9 @@ def pruning_plan(model, args, times):
 
 
 def filter_scores(block, method):
-    """The score of each filter of `block`, (c_out,); method l1 or l2 (of the weights, A.4), act, ebn or ebn-signed."""
+    """The score of each filter of `block`, (c_out,), by the method of that name in SCORES."""
     require(method in SCORES, f"no score {method}: choose from {', '.join(SCORES)}")
-    weight = block.conv.weight.detach().flatten(1)
-    if method == "l1":
-        return weight.abs().sum(1)
-    if method == "l2":
-        return weight.square().sum(1).sqrt()
-    if method == "act":
-        return block.act.clone()
-    return ops.ebn_score(block.bn.weight.double(), block.bn.bias.double(), signed=method == "ebn-signed")
+    return SCORES[method](block)
 
 
 def select_filters(scores, mask, k, target, generator=None):
@@ -943,10 +1008,11 @@ def describe_run(args, facts, model, times, plan, device):
                            "kept": list(kept.values())} for layer, kept in plan],
         # in %, the largest of any layer (A.4)
         "iterative_rate": max((100 * p / len(kept) for p, (_, kept) in zip(args.p or (), plan)), default=0.0),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        **dict(zip(("parameters", "macs"), cost(model, facts["image"]))),
         "constants": {"momentum": MOMENTUM, "adam_betas": [0.9, 0.999], "adam_eps": 1e-8, "bn_momentum": BN_MOMENTUM,
                       "bn_eps": BN_EPS, "act_keep": ACT_KEEP, "act_every": ACT_EVERY, "crop_padding": CROP_PADDING},
-        "data": facts | {"train": facts["train"] - args.val_split, "val": args.val_split},
+        "data": facts | {"train": args.train_images or facts["train"] - args.val_split, "val": args.val_split,
+                         "test": args.test_images or facts["test"]},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(), "machine": platform.machine(), "git": git,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
@@ -1036,7 +1102,7 @@ def say_ties(run, tied):
 
 
 @contextlib.contextmanager
-def recorder(run, still_ours):
+def recorder(run, config, still_ours):
     """Gives what takes an epoch's record into the run's files, and to whoever watches.
 
     still_ours: what files.claimed gives; nothing is written once the run is another's.
@@ -1056,7 +1122,7 @@ def recorder(run, still_ours):
              last=run.epoch == epochs)
         files.append_line(directory / "epochs.jsonl", run.lines[-1])  # after the checkpoint, which can rebuild it
         scalars(found)
-        runs.report(run.label, run.records, summarize_epochs(run.records)["mean_stability"], bar)
+        runs.report(run.label, run.records, summarize_epochs(run.records, config)["mean_stability"], bar)
 
     with (runs.progress_bar(run.label, epochs, run.epoch) as bar,
           runs.tensorboard(run.args.tensorboard, directory, run.epoch) as scalars,
@@ -1064,23 +1130,62 @@ def recorder(run, still_ours):
         yield record
 
 
-def summarize_epochs(records):
-    """What a run's epoch records say (README, "A run's files"), as a dict; percentages throughout.
+def measured(where, data, trained, before, after=None, val=None, event=False):
+    """An epoch's losses (nats), accuracies, stability and churn (%) as its record holds them: one look at the device.
+
+    trained: what train_epoch gives; before, after, val: what evaluate gives, at the end of the epoch and, where filters
+    went (event) or noise was added, after that. Raises UserError, which begins with `where`, unless all is finite.
+    """
+    after = after or before
+    changed, *found = torch.cat([(before[1] != after[1]).sum()[None], trained, before[0], after[0],
+                                 *([val[0]] if val else ())]).tolist()
+    train_loss, train_right, right_before, loss_before, _, right, loss, *_ = found
+    n_train, n = len(data["train"][1]), len(data["test"][1])
+    finite = sum(found[4::3]) == 2 * n + (len(data["val"][1]) if val else 0)
+    require(math.isfinite(train_loss) and finite, f"{where}: the training loss is {train_loss / n_train:g}"
+            f"{'' if finite else ', and logits of the evaluation are not finite'}: lower --lr; the checkpoint of the "
+            "epoch before is kept", 1)
+    return {"train_loss": train_loss / n_train, "train_acc": 100 * (train_right / n_train),
+            "test_acc_before": 100 * right_before / n, "test_acc": 100 * right / n,
+            "test_loss_before": loss_before / n, "test_loss": loss / n,
+            "val_acc": 100 * found[8] / len(data["val"][1]) if val else None,
+            "stability": 100 * right / right_before if event and right_before else None,
+            "churn": 100 * changed / n if event else None}
+
+
+def summarize_epochs(records, config):
+    """What a run's epoch records say (docs/files.md), as a dict; percentages, nats, counts. config: its config.json.
 
     best_acc, best_epoch: the best test accuracy from the last pruning event on, that epoch included; gap: training
     minus test accuracy there; last_acc; val_chosen_acc: test accuracy at the best validation epoch (None without
-    one); mean_stability: over the events that removed (or noised) at least one filter, 100 without any.
+    one). Over the events that removed (or noised) at least one filter: mean_stability and min_stability (100 without
+    any), below, how many were below 99, 98, 95 and 90%, loss_rise and churn, means (0 without any). parameters, macs:
+    of the network in the end; macs_spent: all of the training's multiply-adds, a backward pass as two forward ones,
+    and macs_unpruned: without pruning. None for what an older log does not say.
     """
     events = [r for r in records if any(r["removed"])]
     stabilities = [r["stability"] for r in events if r["stability"] is not None]
     late = [r for r in records if r["epoch"] >= (events[-1]["epoch"] if events else 0)]
     best = max(late, key=lambda r: r["test_acc"])  # the first of equal ones
     chosen = max(late, key=lambda r: r["val_acc"]) if best["val_acc"] is not None else None
-    return {"epochs": len(records), "events": len(events), "best_acc": best["test_acc"], "best_epoch": best["epoch"],
-            "gap": best["train_acc"] - best["test_acc"], "last_acc": records[-1]["test_acc"],
-            "val_chosen_acc": chosen["test_acc"] if chosen else None,
-            "mean_stability": sum(stabilities) / len(stabilities) if stabilities else 100.0,
-            "seconds": sum(r["seconds"] for r in records)}
+    summary = {
+        "epochs": len(records), "events": len(events), "best_acc": best["test_acc"], "best_epoch": best["epoch"],
+        "gap": best["train_acc"] - best["test_acc"], "last_acc": records[-1]["test_acc"],
+        "val_chosen_acc": chosen["test_acc"] if chosen else None,
+        "mean_stability": math.fsum(stabilities) / len(stabilities) if stabilities else 100.0,
+        "min_stability": min(stabilities, default=100.0),
+        "below": {str(limit): sum(s < limit for s in stabilities) for limit in (99, 98, 95, 90)},
+        **dict.fromkeys(("loss_rise", "churn", "parameters", "macs", "macs_spent", "macs_unpruned")),
+        "seconds": sum(r["seconds"] for r in records)}
+    if "macs" in config:
+        first = config["macs"] if any(records[0]["removed"]) else records[0]["macs"]
+        trained = [first] + [r["macs"] for r in records[:-1]]  # an epoch trains what the one before left
+        passes, n = 3 * config["data"]["train"], max(1, len(events))
+        summary |= {"loss_rise": math.fsum(r["test_loss"] - r["test_loss_before"] for r in events) / n,
+                    "churn": math.fsum(r["churn"] for r in events) / n,
+                    "parameters": records[-1]["parameters"], "macs": records[-1]["macs"],
+                    "macs_spent": passes * sum(trained), "macs_unpruned": passes * len(records) * config["macs"]}
+    return summary
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -1095,14 +1200,20 @@ def predict(model, images, data, args):
 
 @torch.no_grad()
 def evaluate(model, data, split, args, before_batch=None, after_batch=None, graphs=None):
-    """Accuracy in % on a split, in eval mode: () float64, on the device."""
+    """What the network says of a split, in eval mode, as tensors on the device: (totals (3,) float64, right answers,
+    summed loss in nats and images whose logits are finite; predicted classes (images,) int64)."""
     model.eval()
     x, y = data[split]
-    correct, at = fed(graphs, split, torch.zeros(2, dtype=torch.int64, device=x.device))[0]
+    totals, at, predicted = fed(graphs, split, torch.zeros(3, dtype=torch.float64, device=x.device),
+                                torch.zeros((), dtype=torch.int64, device=x.device), torch.zeros_like(y))
 
     def count(size):
         index = at + torch.arange(size, device=x.device)
-        correct.add_((predict(model, x[index], data, args).argmax(1) == y[index]).sum())
+        logits, labels = predict(model, x[index], data, args), y[index]
+        classes = logits.argmax(1)
+        predicted.index_copy_(0, index, classes)
+        totals.add_(torch.stack([(classes == labels).sum(), F.cross_entropy(logits, labels, reduction="sum").double(),
+                                 logits.isfinite().all(1).sum()]))
         at.add_(size)
 
     for start in range(0, len(x), args.test_batch_size):
@@ -1111,11 +1222,11 @@ def evaluate(model, data, split, args, before_batch=None, after_batch=None, grap
         replayed(graphs, split, count, min(args.test_batch_size, len(x) - start))
         if after_batch:
             after_batch()
-    return 100 * correct.double() / len(x)
+    return totals.clone(), predicted.clone()  # the next evaluation's go into the same memory
 
 
 def train_epoch(model, data, optimizer, args, generators, step, before_batch=None, after_batch=None, graphs=None):
-    """One pass over the training data; returns (mean loss and share of right answers, (2,) on the device; next step).
+    """One pass over the training data; returns (summed loss and right answers, (2,) float64 on the device; next step).
 
     graphs: a dict for CUDA graphs of the step (replayed); None: no graphs.
     """
@@ -1152,7 +1263,7 @@ def train_epoch(model, data, optimizer, args, generators, step, before_batch=Non
             after_batch()
     for block in model.prunable:
         block.measure = False
-    return totals / n, step
+    return totals.clone(), step
 
 
 def make_optimizer(model, args):
@@ -1208,35 +1319,33 @@ def experiment(run, data, record):
     when the device has work and the host would wait for it.
     """
     args, model, optimizer, times, plan, noise = run.args, run.model, run.optimizer, run.times, run.plan, run.noise
-    live = [int(block.mask.sum()) for block in model.prunable]
+    image = data["test"][0].shape[1:]
+    live, left = [int(block.mask.sum()) for block in model.prunable], cost(model, image)
     for epoch in range(run.epoch, times["epochs"]):
         clock = time.monotonic()
         lr = optimizer.param_groups[0]["lr"] = args.lr * 0.1 ** sum(epoch >= x for x in times["lrs"])
         hold_for(run.graphs, lr, shapes_of(model))
         totals, run.step = train_epoch(model, data, optimizer, args, run.generators, run.step, **run.hooks)
-        test_acc = before = evaluate(model, data, "test", args, **run.hooks)
+        before = after = evaluate(model, data, "test", args, **run.hooks)
         yield
 
         gone, tied, due = {}, {}, filters_due(model, args, plan, epoch, noise)
+        where = f"{run.directory}: epoch {epoch}, lr {lr:g}"
         if due:
+            measured(where, data, totals, before)  # a network that has diverged must not choose
             gone = prune_now(model, optimizer, args, plan, due, noise, run.generators["target"], tied)
             say_ties(run, tied)
-            live = [int(block.mask.sum()) for block in model.prunable]
+            live, left = [int(block.mask.sum()) for block in model.prunable], cost(model, image)
             hold_for(run.graphs, lr, shapes_of(model))
         if due or noise:
-            test_acc = evaluate(model, data, "test", args, **run.hooks)
-        val_acc = evaluate(model, data, "val", args, graphs=run.graphs) if args.val_split else before
-        loss, train_acc, before, test_acc, val_acc = torch.stack([*totals, before, test_acc, val_acc]).tolist()
-        require(math.isfinite(loss), f"{run.directory}: the loss is {loss} in epoch {epoch}: lower --lr (now {lr:g}); "
-                "the checkpoint of the epoch before is kept", 1)
+            after = evaluate(model, data, "test", args, **run.hooks)
+        val = evaluate(model, data, "val", args, graphs=run.graphs) if args.val_split else None
 
         run.epoch = epoch + 1
         record({
-            "epoch": epoch, "lr": lr, "train_loss": loss, "train_acc": 100 * train_acc, "test_acc_before": before,
-            "test_acc": test_acc, "val_acc": val_acc if args.val_split else None,
-            "stability": 100 * test_acc / before if gone and before else None,
+            "epoch": epoch, "lr": lr, **measured(where, data, totals, before, after, val, event=bool(gone)),
             "removed": [len(gone.get(layer, ())) for layer, _ in plan], "live": live, "filters": gone, "tied": tied,
-            "computed": [block.computed() for block in model.prunable],
+            "computed": [block.computed() for block in model.prunable], "parameters": left[0], "macs": left[1],
             "noised": [{k: state[k] for k in ("test", "train")} for state in noise],
             "seconds": round(max(0, time.monotonic() - clock), 3)})
 
@@ -1265,10 +1374,11 @@ def training(args, shared):
     for line in doubts_about_rate(args):
         files.say_once(f"train.py: {line}")
     device = choose_device(args)
-    source = args.dataset, args.data_dir, args.val_split, args.augment, device
+    kept = args.val_split, args.train_images, args.test_images, args.label_noise
+    source = args.dataset, args.data_dir, *kept, args.augment, device
     if source not in shared:
         arrays, facts = loaded(args, shared)
-        data = put_on_device(arrays, device, args.val_split)
+        data = put_on_device(arrays, device, *kept)
         if args.augment:
             data["padded"] = F.pad(data["train"][0], (0, 0, *[CROP_PADDING] * 4))
         if device.type == "cuda":
@@ -1281,12 +1391,13 @@ def training(args, shared):
             check_same_run(directory, args, facts)  # not noted as a failure of the run that is there
         stack.enter_context(files.failure_noted(directory, still_ours))
         run = new_run(args, facts["classes"], device)
-        start(run, describe_run(args, facts, run.model, run.times, run.plan, device) | {"backend": run.model.backend})
-        with recorder(run, still_ours) as record:
+        config = describe_run(args, facts, run.model, run.times, run.plan, device) | {"backend": run.model.backend}
+        start(run, config)
+        with recorder(run, config, still_ours) as record:
             for _ in experiment(run, data, record):
                 yield
                 choose_device(args)  # whoever had its turn may have set another precision
-        summary = summarize_epochs(run.records)
+        summary = summarize_epochs(run.records, config)
         files.write_json(directory / "done.json", summary)
         print(f"{run.label}: best accuracy {summary['best_acc']:.2f}% (epoch {summary['best_epoch']}), last "
               f"{summary['last_acc']:.2f}%, mean stability {summary['mean_stability']:.2f}% over {summary['events']} "

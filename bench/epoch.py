@@ -2,7 +2,7 @@
 """What an epoch costs, training and evaluation, alone and with many runs at once: train.py against plain PyTorch.
 
     bash runs.sh bench                      # after the step benchmark, where there is a GPU
-    python bench/epoch.py --models vgg11 --precisions bf16 --rounds 3 --machine h200
+    python bench/epoch.py --models vgg11 --precisions bf16 --rounds 3 --machine h100
     python bench/epoch.py --variants "eager masked" ours "ours x8"
     python bench/epoch.py --device cpu --width 0.05 --images 200 --rounds 2 --variants ours "ours x2"      # does it run
 
@@ -134,7 +134,7 @@ def in_memory(job, device):
 
     def epoch():
         totals, _ = train.train_epoch(model, data, optimizer, options, generators, 0)
-        torch.stack([*totals, train.evaluate(model, data, "test", options)]).tolist()
+        torch.cat([totals, train.evaluate(model, data, "test", options)[0]]).tolist()
     return epoch, []
 
 

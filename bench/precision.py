@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Whether bfloat16 and TF32 give what float32 gives: accuracy and stability of the same runs, seed by seed.
 
-    python bench/precision.py --machine h200                          # vgg11, Figure 2's four methods, ten seeds
+    python bench/precision.py --machine h100                          # vgg11, Figure 2's four methods, ten seeds
     python bench/precision.py --seeds 1-5 -- --scale-epochs 0.25      # what follows -- goes to every run
     python bench/precision.py --device cpu --seeds 1-2 --methods none S-r4 -- --dataset digits --width 0.05 \\
         --epochs 350 --lrs 350 --scale-epochs 0.0375                  # does it run

@@ -3,7 +3,7 @@
 
     bash runs.sh bench                      # vgg11 and resnet18, full width, batch 128: about half an hour on 2 cores
     python bench/step.py --models vgg11 --rounds 3 --variants "eager masked" ext
-    python bench/step.py --width 0.1 --batch-size 16 --rounds 2 --steps 1 --out /tmp/step.json      # does it run
+    python bench/step.py --width 0.1 --batch-size 16 --rounds 2 --steps 1 --out step.json      # does it run
     python bench/step.py --device cuda --machine h100
 
 A step is forward, cross entropy, backward, fused Adam and zero_grad on random 32x32 images in float32; evaluation is

@@ -150,8 +150,8 @@ def test_a_part_that_fails_does_not_stop_the_next(tmp_path):
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\n[ "$1" != - ] || { echo fake; exit; }\necho "called: $*"\n[ "$2" != pytest ]\n')
     python.chmod(0o755)
-    done = bench("h200.sh", "--device", "cpu", "--results", tmp_path / "results", PYTHON=str(python))
-    said = (tmp_path / "results" / "fake-h200.log").read_text()
+    done = bench("gpu.sh", "--device", "cpu", "--results", tmp_path / "results", PYTHON=str(python))
+    said = (tmp_path / "results" / "fake-gpu.log").read_text()
     assert done.returncode == 1 and said in done.stdout
     parts = [line for line in said.splitlines() if line.startswith("== ") and "after" in line]
     names = ["build", "tests", "epochs", "steps", "at-once"]
@@ -164,5 +164,5 @@ def test_a_part_that_fails_does_not_stop_the_next(tmp_path):
 def test_the_nine_minutes_need_a_gpu():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    done = bench("h200.sh")
+    done = bench("gpu.sh")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--device cpu" in done.stderr

@@ -398,3 +398,33 @@ def test_crop_and_flip_equals_a_crop_by_hand(height, width):
         by_hand = by_hand[offsets[0, j]:offsets[0, j] + height, offsets[1, j]:offsets[1, j] + width]
         assert np.array_equal(out[j].numpy(), by_hand[:, ::-1] if flips[j] else by_hand)
     assert torch.equal(out[2], x[3]), "offset 4 without flip is the image itself"
+
+
+def test_fewer_images_and_noised_labels_are_the_same_for_every_run():
+    arrays = make_arrays(60, 40)
+    arrays["train_x"][:, 0, 0, 0] = np.arange(60)  # so that each image can be told
+    whole = train.put_on_device(arrays, CPU)
+    few = train.put_on_device(arrays, CPU, 10, 20, 15, 0.5)
+    names = {split: set(few[split][0][:, 0, 0, 0].tolist()) for split in ("train", "val")}
+    assert [len(few[split][1]) for split in ("train", "val", "test")] == [20, 10, 15]
+    assert not names["train"] & names["val"]
+    assert names["val"] == set(train.put_on_device(arrays, CPU, 10)["val"][0][:, 0, 0, 0].tolist())
+    true = whole["train"][1][few["train"][0][:, 0, 0, 0].long()]
+    changed = (few["train"][1] != true).sum()
+    assert 0 < changed <= 10, "half of the labels are drawn anew, and some stay as they were by chance"
+    again = train.put_on_device(arrays, CPU, 10, 20, 15, 0.5)
+    assert torch.equal(few["train"][1], again["train"][1]) and torch.equal(few["test"][0], again["test"][0])
+    clean = train.put_on_device(arrays, CPU, 10, 20, 15)
+    assert torch.equal(clean["train"][1], true) and torch.equal(clean["val"][1], few["val"][1])
+
+
+def test_all_labels_noised_are_uniform():
+    arrays = make_arrays(6000, 4, classes=3)
+    counts = torch.bincount(train.put_on_device(arrays, CPU, label_noise=1.0)["train"][1], minlength=3)
+    assert counts.sum() == 6000 and (counts - 2000).abs().max() < 5 * (6000 * 2 / 9) ** 0.5
+
+
+@pytest.mark.parametrize("options", ({"train_images": 61}, {"val_split": 30, "train_images": 31}, {"test_images": 41}))
+def test_more_images_than_there_are_is_an_error(options):
+    with pytest.raises(train.UserError, match="give fewer"):
+        train.put_on_device(make_arrays(60, 40), CPU, **options)

@@ -281,7 +281,7 @@ def test_act_averages_every_tenth_batch_across_epochs(name):
     model = setup[0]
     seen = spy_on_activations(model)
     step = 0
-    for epoch in range(3):  # 13 batches each: the 10th, 20th and 30th lie in different places of their epochs
+    for _ in range(3):  # 13 batches each: the 10th, 20th and 30th lie in different places of their epochs
         _, step = train.train_epoch(*setup, step)
         model.eval()
         with torch.no_grad():
@@ -514,16 +514,42 @@ def record_of(epoch, test_acc, removed=0, stability=None, val_acc=None):
 def test_a_runs_accuracy_counts_from_its_last_pruning_event_on():
     records = [record_of(0, 90.0), record_of(1, 60.0, 3, 80.0), record_of(2, 85.0), record_of(3, 70.0, 2, 90.0),
                record_of(4, 65.0), record_of(5, 69.0)]
-    summary = train.summarize_epochs(records)
+    summary = train.summarize_epochs(records, {})
     assert (summary["best_acc"], summary["best_epoch"], summary["gap"]) == (70.0, 3, 13.0)
     assert summary["mean_stability"] == np.mean([80, 90]) and summary["events"] == 2 and summary["last_acc"] == 69.0
 
-    baseline = train.summarize_epochs([record_of(i, a) for i, a in enumerate((50.0, 95.0, 60.0))])
+    baseline = train.summarize_epochs([record_of(i, a) for i, a in enumerate((50.0, 95.0, 60.0))], {})
     assert (baseline["best_acc"], baseline["mean_stability"], baseline["val_chosen_acc"]) == (95.0, 100.0, None)
 
 
 def test_with_a_validation_split_the_chosen_epoch_is_its_best():
     records = [record_of(0, 90.0, val_acc=99.0), record_of(1, 60.0, 3, 80.0, val_acc=50.0),
                record_of(2, 85.0, val_acc=60.0), record_of(3, 70.0, val_acc=65.0)]
-    summary = train.summarize_epochs(records)
+    summary = train.summarize_epochs(records, {})
     assert summary["best_acc"] == 85.0 and summary["val_chosen_acc"] == 70.0
+
+
+def test_an_event_that_changes_no_image_is_exactly_stable():
+    """Of whatever number of right answers; percentages of percentages were 99.99999999999999."""
+    for n in (797, 1000, 10_000):
+        data = {"train": ((), range(5)), "test": ((), range(n))}
+        for right in range(1, n, 7):
+            seen = torch.tensor([right, 3.0, n], dtype=torch.float64), torch.arange(n)
+            found = train.measured("here", data, torch.tensor([1.0, 2.0], dtype=torch.float64), seen, seen, event=True)
+            assert found["stability"] == 100 and found["churn"] == 0
+
+
+def test_losses_churn_and_stability_of_an_event_by_hand():
+    data = {"train": ((), range(4)), "test": ((), range(5)), "val": ((), range(2))}
+    trained = torch.tensor([6.0, 3.0], dtype=torch.float64)
+    before = torch.tensor([4, 2.5, 5], dtype=torch.float64), torch.tensor([0, 1, 2, 3, 4])
+    after = torch.tensor([3, 5, 5], dtype=torch.float64), torch.tensor([0, 1, 2, 0, 0])
+    val = torch.tensor([1, 1, 2], dtype=torch.float64), torch.tensor([0, 0])
+    assert train.measured("here", data, trained, before, after, val, event=True) == {
+        "train_loss": 1.5, "train_acc": 75, "test_acc_before": 80, "test_acc": 60, "test_loss_before": 0.5,
+        "test_loss": 1, "val_acc": 50, "stability": 75, "churn": 40}
+    for broken in (dict(trained=trained * math.nan), dict(after=(after[0] - torch.tensor([0, 0, 1]), after[1])),
+                   dict(val=(val[0] - torch.tensor([0, 0, 1]), val[1]))):
+        call = dict(trained=trained, before=before, after=after, val=val) | broken
+        with pytest.raises(train.UserError, match="here.*lower --lr"):
+            train.measured("here", data, **call)
