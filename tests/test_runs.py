@@ -463,7 +463,7 @@ def test_a_finished_run_says_what_it_lacks(run, capsys, more, name):
 def test_a_run_that_goes_on_says_what_it_will_lack(run, monkeypatch, capsys):
     half_done(run, monkeypatch)
     with monkeypatch.context() as patch:
-        kill_before(patch, "train_epoch", 1)
+        kill_before(patch, train, "train_epoch", 1)
         with pytest.raises(Killed):
             run("--save-epoch", 3)
     assert "epoch3.pt" not in capsys.readouterr().out, "that is still to come"
