@@ -72,7 +72,6 @@ SCORES = {  # name: the score of each filter of a block, (c_out,); of its weight
 MOMENTUM, BN_MOMENTUM, BN_EPS = 0.9, 0.1, 1e-5
 ACT_KEEP, ACT_EVERY = 0.9, 10  # act score: 0.9 * old + 0.1 * new on every tenth training batch (A.4, footnote 4)
 CROP_PADDING = 4
-EXIF_ORIENTATION = 0x0112
 
 OPTIMIZERS = {
     "adam": dict(lr=0.001, weight_decay=0.0, epochs=325, lrs=[150, 300], augment=False),  # A.3, B.1
@@ -382,7 +381,7 @@ def load_data(name, data_dir="data"):
     elif name != "digits":
         require(name.endswith(".npz") or path.is_dir(), f"--dataset {name}: no such thing; give cifar10, cifar100, "
                 "digits, a .npz file, or a folder with train/ and test/ class folders of images")
-    data = load_digits() if name == "digits" else read_image_folder(path) if path.is_dir() else read_npz(path)
+    data = load_digits() if name == "digits" else read_image_folder(path) if path.is_dir() else files.read_npz(path)
 
     missing = [k for k in ("train_x", "train_y", "test_x", "test_y", "classes") if k not in data]
     require(not missing, f"{path} lacks {', '.join(missing)}: it needs train_x, train_y, test_x, test_y and classes")
@@ -399,15 +398,6 @@ def load_data(name, data_dir="data"):
         data[f"{split}_y"] = y.astype(np.int64)
     require(data["train_x"].shape[1:] == data["test_x"].shape[1:], f"{path}: training and test images differ in size")
     return data
-
-
-def read_npz(path):
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
-        raise UserError(f"{path} cannot be read as .npz ({reason(error)}): make it again, or delete it if it came from "
-                        "a download") from None
 
 
 def download_cifar(name, data_dir):
@@ -447,49 +437,15 @@ def read_image_folder(folder):
     require(not unknown, f"{folder}/test/{min(unknown, default='')} is no class of {folder}/train: rename or remove it")
     data = {"classes": np.array(classes)}
     for split in ("train", "test"):
-        images = [(path, label) for label, name in enumerate(classes) for path in seen(folder / split / name)]
-        for label in set(range(len(classes))) - {label for _, label in images}:
+        found = [(path, label) for label, name in enumerate(classes) for path in seen(folder / split / name)]
+        for label in set(range(len(classes))) - {label for _, label in found}:
             raise UserError(f"{folder}/{split}/{classes[label]} has no images: put some there, or remove the class")
         notes["beside the class folders left out"] += sum(not p.is_dir() for p in seen(folder / split))
-        data[f"{split}_x"] = np.stack([read_image(path, notes) for path, _ in images])
-        data[f"{split}_y"] = np.array([label for _, label in images], np.int64)
+        data[f"{split}_x"] = np.stack([files.read_image(path, notes) for path, _ in found])
+        data[f"{split}_y"] = np.array([label for _, label in found], np.int64)
     if +notes:
         files.say_once(f"train.py: images of {folder}: " + ", ".join(f"{n} {what}" for what, n in (+notes).items()))
     return data
-
-
-def read_image(path, notes):
-    """An image as it is to be seen, (32, 32, 3) uint8; UserError where it cannot be read or its pixels have no range.
-
-    It is turned as its EXIF orientation says; 16 bits are scaled to 8; what is transparent lies on white. notes (a
-    Counter) counts such images.
-    """
-    from PIL import Image, ImageOps
-    try:
-        with Image.open(path) as file:
-            several, turned = getattr(file, "n_frames", 1) > 1, file.getexif().get(EXIF_ORIENTATION, 1) != 1
-            file.load()
-            tags = getattr(file, "tag_v2", {})  # of a TIFF: bits of a pixel, and whether 0 is black
-            wide = (file.format, file.mode) in (("PNG", "I"), ("PPM", "I")) or file.mode.startswith("I;16") and (
-                file.format != "TIFF" or (tags.get(258), tags.get(262)) == ((16,), 1))
-            image = ImageOps.exif_transpose(file)
-    except Exception:  # Pillow has many for a damaged file
-        raise UserError(f"{path} is not a readable image: repair or remove it") from None
-    clear = "transparency" in image.info or image.mode in ("LA", "PA", "RGBA")
-    require(image.mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr") or wide and not clear,
-            f"{path} has pixels whose range, colours or transparency are not defined here (mode {image.mode}): save it "
-            "as an 8-bit PNG")
-    if wide:
-        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
-    if clear:
-        image = image.convert("RGBA")
-        clear = image.getextrema()[3][0] < 255
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    for happened, what in ((several, "read to their first frame"), (turned, "turned as their EXIF data say"),
-                           (wide, "scaled from 16 bits to 8"), (clear, "with transparency laid on white"),
-                           (image.mode == "CMYK", "converted from CMYK")):
-        notes[what] += happened
-    return np.asarray(image.convert("RGB").resize((32, 32), Image.BILINEAR))
 
 
 def subset(n, *counts):
@@ -1331,8 +1287,8 @@ def experiment(run, data, record):
         before = after = evaluate(model, data, "test", args, **run.hooks)
         yield
 
-        where = f"{run.directory}: epoch {epoch}, lr {lr:g}"
         gone, tied, due = {}, {}, filters_due(model, args, plan, epoch, noise)
+        where = f"{run.directory}: epoch {epoch}, lr {lr:g}"
         if due:
             measured(where, data, totals, before)  # a network that has diverged must not choose
             gone = prune_now(model, optimizer, args, plan, due, noise, run.generators["target"], tied)

@@ -216,7 +216,7 @@ def test_images_are_turned_as_their_exif_data_say(tmp_path, ending):
             6: np.rot90(pixels, -1), 7: np.rot90(pixels, 2).transpose(1, 0, 2), 8: np.rot90(pixels)}
     for orientation, expected in seen.items():
         exif = Image.Exif()
-        exif[train.EXIF_ORIENTATION] = orientation
+        exif[files.EXIF_ORIENTATION] = orientation
         path = folder_with(tmp_path / str(orientation), f"zz.{ending}", Image.fromarray(pixels), exif=exif)
         assert np.array_equal(read_last(path), expected), orientation
 

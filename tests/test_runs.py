@@ -126,7 +126,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(run, directory, monkeypatch, ki
 
 
 def test_a_run_killed_with_signal_9_ends_as_if_it_had_not_been(run, options, directory):
-    long = ("--epochs", 25, *PRUNE, "--e", 20, 20, "--r", 4, "--score", "act")
+    long = ("--epochs", 25, *PRUNE, "--e", 20, 20, "--r", 4, "--score", "act", "--batch-size", 16)
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *options(*long)], stdout=subprocess.DEVNULL,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     log = directory(*long) / "epochs.jsonl"
@@ -464,7 +464,7 @@ def test_a_finished_run_says_what_it_lacks(run, capsys, more, name):
 def test_a_run_that_goes_on_says_what_it_will_lack(run, monkeypatch, capsys):
     half_done(run, monkeypatch)
     with monkeypatch.context() as patch:
-        kill_before(patch, "train_epoch", 1)
+        kill_before(patch, train, "train_epoch", 1)
         with pytest.raises(Killed):
             run("--save-epoch", 3)
     assert "epoch3.pt" not in capsys.readouterr().out, "that is still to come"
@@ -712,7 +712,7 @@ def test_a_diverged_run_is_one_line_and_keeps_the_checkpoint_before(run, directo
 
 @pytest.mark.parametrize("optimizer", ("sgd", "adam"))
 def test_a_huge_learning_rate_ends_in_one_line_or_a_finite_log(run, directory, capsys, optimizer):
-    options = ("--optimizer", optimizer, "--lr", 9e5, *PRUNE, "--score", "act")
+    options = ("--optimizer", optimizer, "--lr", 9e5, *PRUNE, "--score", "act", "--batch-size", 16)
     code = run(*options)
     if code:
         assert code == 1 and "--lr" in error_line(capsys)
