@@ -338,7 +338,7 @@ draw_command() {  # target, log directory, options
     local names
     case $1 in
         fig3) names="--figure 3 C1 C2" ;;
-        fig6) names="--figure 6 E1 E2 E3 E4 E5 E6 flatness" ;;
+        fig6) names="--figure 6 E1 E2 E3 E4 E5 E6 flatness density" ;;
         fig*) names="--figure ${1#fig}" ;;
         tab*) names="--table ${1#tab}" ;;
     esac
