@@ -169,9 +169,11 @@ install() {
 run() { echo "$* --seed $seed$more" >> "$list"; }
 
 seeds_of() {  # 1-3,7 -> 1 2 3 7
-    local part
-    for part in ${1//,/ }; do
-        [[ $part =~ ^[0-9]+(-[0-9]+)?$ ]] || fail "--seeds $1: give a range or a list, such as 1-10 or 1,4,7"
+    local part parts
+    IFS=, read -ra parts <<< "$1"
+    for part in "${parts[@]}"; do
+        [[ $part =~ ^[0-9]+(-[0-9]+)?$ && 10#${part%-*} -le 10#${part#*-} ]] ||
+            fail "--seeds $1: give a range or a list, such as 1-10 or 1,4,7"
         seq "${part%-*}" "${part#*-}"
     done
 }
@@ -336,7 +338,7 @@ draw_command() {  # target, log directory, options
     local names
     case $1 in
         fig3) names="--figure 3 C1 C2" ;;
-        fig6) names="--figure 6 E1 E2 E3 E4 E5 E6 flatness" ;;
+        fig6) names="--figure 6 E1 E2 E3 E4 E5 E6 flatness density" ;;
         fig*) names="--figure ${1#fig}" ;;
         tab*) names="--table ${1#tab}" ;;
     esac

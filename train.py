@@ -15,20 +15,21 @@ file are those of its appendix. Every default is the paper's setting for the mod
 A run leaves logs/<dataset>/<model>/<method>/seed<k>/ with config.json, epochs.jsonl, checkpoint.pt and, at its end,
 done.json. The same command again continues a half-done run and leaves a finished one alone.
 
-The experiment in ten lines, which `experiment` below is made of too (beside noise, learning rates and CUDA graphs):
+The experiment in ten lines; `experiment` below is these, with noise, learning rates, validation and CUDA graphs:
 
-    args = parse_options(["--dataset", "digits", "--target", "L", "--r", "40", "--device", "cpu"])
+    args = parse_options(["--preset", "quick", "--target", "L", "--device", "cpu"])
     device, arrays = choose_device(args), load_data(args.dataset)
-    run, data = new_run(args, len(arrays["classes"]), device), put_on_device(arrays, device)
+    data, run = put_on_device(arrays, device, args.val_split), new_run(args, len(arrays["classes"]), device)
     for epoch in range(run.times["epochs"]):
-        totals, run.step = train_epoch(run.model, data, run.optimizer, args, run.generators, run.step)       # train
-        before = evaluate(run.model, data, "test", args)                                                     # evaluate
-        due = filters_due(run.model, args, run.plan, epoch, run.noise)                                       # choose
-        gone = prune_now(run.model, run.optimizer, args, run.plan, due, run.noise, run.generators["target"])  # prune
-        after = evaluate(run.model, data, "test", args)                                                      # evaluate
-        print(epoch, float(totals[0]), float(before), gone, float(after))                                    # record
+        totals, run.step = train_epoch(run.model, data, run.optimizer, args, run.generators, run.step)
+        before = evaluate(run.model, data, "test", args)
+        due = filters_due(run.model, args, run.plan, epoch, run.noise)
+        gone = prune_now(run.model, run.optimizer, args, run.plan, due, run.noise, run.generators["target"])
+        after = evaluate(run.model, data, "test", args)
+        print(epoch, measured(f"epoch {epoch}", data, totals, before, after, event=bool(gone)))
 """
 import argparse
+import collections
 import contextlib
 import io
 import json
@@ -92,6 +93,7 @@ PRESETS = {  # --preset: by optimizer, what takes the place of the settings abov
 }
 NOT_THE_RESULT = ("log_dir", "data_dir", "device", "backend", "save_epoch", "tensorboard", "seeds", "runs", "at_once",
                   "plan", "retry_failed", "status", "preset")  # not what a run computes
+BUILT_IN = ("cifar10", "cifar100", "digits")
 MULTIPLE = {"cpu": 1, "cuda": 32}  # a layer's live filters are computed as so many, rounded up: shapes a device likes
 CHECKPOINT_EVERY = {"cpu": 0, "cuda": 30}  # seconds at least; on a GPU, writing may take longer than an epoch
 
@@ -134,9 +136,12 @@ def seed_list(text):
     """An argparse type: 1-3,7 is [1, 2, 3, 7]."""
     parts = [[int(end) for end in part.split("-")] for part in text.split(",")]
     spans = [range(part[0], part[-1] + 1) for part in parts]
-    if not 1 <= sum(map(len, spans)) <= 10_000 or max(map(len, parts)) > 2 or max(map(max, parts)) >= 2**32:
-        raise ValueError
+    if not all(spans) or sum(map(len, spans)) > 10_000 or max(map(len, parts)) > 2 or max(map(max, parts)) >= 2**32:
+        raise ValueError  # a span that holds no seed, such as 3-1, too
     return [seed for span in spans for seed in span]
+
+
+seed_list.__name__ = "range or list of seeds"  # as argparse names it
 
 
 def make_parser():
@@ -281,12 +286,31 @@ def schedule(args):
         return math.floor(Fraction(str(args.scale_epochs)) * x + Fraction(1, 2))
 
     times = {name: getattr(args, name) and [scaled(x) for x in getattr(args, name)] for name in ("lrs", "s", "e")}
-    times["epochs"], times["save_epoch"] = max(1, scaled(args.epochs)), scaled(args.save_epoch)
+    times["epochs"] = max(1, scaled(args.epochs))
+    times["save_epoch"] = args.save_epoch and max(1, scaled(args.save_epoch))
     times["r"] = args.r and max(1, scaled(args.r))
     if times["e"]:  # rounding up must not carry the last pruning iteration past the end
         times["e"] = [min(e, times["epochs"] - 1) for e in times["e"]]
         times["s"] = [min(s, e) for s, e in zip(times["s"], times["e"])]
     return times
+
+
+def doubts_about_rate(args):
+    """What the user may not have meant of the learning rate's epochs, a list of lines. A fall at the very end that was
+    asked for is a way to say never."""
+    def spelled(epochs):
+        return " ".join(map(str, epochs))
+
+    times = schedule(args)
+    usual = args.lrs == paper_settings(args.model, args.optimizer)["lrs"]
+    late = [x for x in args.lrs if x > args.epochs - usual]
+    lines = [f"the learning rate never falls at --lrs {spelled(late)}, since epochs count from 0 to {args.epochs - 1}: "
+             "give --lrs that fit --epochs, or --lrs alone for none"] * bool(late)
+    kept, scaled = ([x for x in lrs if x < n] for lrs, n in ((args.lrs, args.epochs), (times["lrs"], times["epochs"])))
+    if len(set(scaled)) < len(set(kept)) or 0 in scaled and 0 not in kept:
+        lines.append(f"--scale-epochs {short(args.scale_epochs)} rounds --lrs {spelled(kept)} of {args.epochs} epochs "
+                     f"to {spelled(times['lrs'])} of {times['epochs']}, which loses a fall: give --epochs and --lrs")
+    return lines
 
 
 def run_name(args):
@@ -316,14 +340,27 @@ def run_name(args):
     return "-".join(method), "-".join(setting + ["deterministic"] * args.deterministic)
 
 
+def dataset_name(name):
+    """The data set's part of a path: the whole name of a file or folder, or a built-in name, which is nobody else's."""
+    if name in BUILT_IN:
+        return name
+    whole = os.path.basename(os.path.abspath(name))  # of "..", too
+    return f"own-{whole}" if whole.lower() in ("", *BUILT_IN) else whole
+
+
 def run_directory(args):
-    dataset = pathlib.Path(args.dataset).stem if "/" in args.dataset or "." in args.dataset else args.dataset
-    return pathlib.Path(args.log_dir, dataset, args.model, "-".join(filter(None, run_name(args))), f"seed{args.seed}")
+    return pathlib.Path(args.log_dir, dataset_name(args.dataset), args.model, "-".join(filter(None, run_name(args))),
+                        f"seed{args.seed}")
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
 # | Data: every source gives the same dict of arrays; the whole set lives on the device as uint8                       |
 # +--------------------------------------------------------------------------------------------------------------------+
+
+def data_path(name, data_dir):
+    """The file or folder of a data set; digits have none."""
+    return pathlib.Path(data_dir, f"{name}.npz") if name in ("cifar10", "cifar100") else pathlib.Path(name)
+
 
 def load_data(name, data_dir="data"):
     """Loads a data set by name or path, checked.
@@ -333,9 +370,8 @@ def load_data(name, data_dir="data"):
     with one folder of images per class (resized to 32x32). Returns a dict: train_x, test_x (n, height, width, 3)
     uint8; train_y, test_y (n,) int64, 0 … k-1; classes (k,) str. Raises UserError if that cannot be had.
     """
-    path = pathlib.Path(name)
+    path = data_path(name, data_dir)
     if name in ("cifar10", "cifar100"):
-        path = pathlib.Path(data_dir, f"{name}.npz")
         if not path.exists():
             with files.lock_directory(path.parent, wait=True):
                 if not path.exists():
@@ -345,7 +381,7 @@ def load_data(name, data_dir="data"):
     elif name != "digits":
         require(name.endswith(".npz") or path.is_dir(), f"--dataset {name}: no such thing; give cifar10, cifar100, "
                 "digits, a .npz file, or a folder with train/ and test/ class folders of images")
-    data = load_digits() if name == "digits" else read_image_folder(path) if path.is_dir() else read_npz(path)
+    data = load_digits() if name == "digits" else read_image_folder(path) if path.is_dir() else files.read_npz(path)
 
     missing = [k for k in ("train_x", "train_y", "test_x", "test_y", "classes") if k not in data]
     require(not missing, f"{path} lacks {', '.join(missing)}: it needs train_x, train_y, test_x, test_y and classes")
@@ -362,15 +398,6 @@ def load_data(name, data_dir="data"):
         data[f"{split}_y"] = y.astype(np.int64)
     require(data["train_x"].shape[1:] == data["test_x"].shape[1:], f"{path}: training and test images differ in size")
     return data
-
-
-def read_npz(path):
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
-        raise UserError(f"{path} cannot be read as .npz ({reason(error)}): make it again, or delete it if it came from "
-                        "a download") from None
 
 
 def download_cifar(name, data_dir):
@@ -400,23 +427,24 @@ def load_digits():
 
 
 def read_image_folder(folder):
-    from PIL import Image
-    classes = sorted(p.name for p in (folder / "train").glob("*") if p.is_dir())
-    unknown = {p.name for p in (folder / "test").glob("*") if p.is_dir()} - set(classes)
+    """The images of folder/train/<class>/ and folder/test/<class>/; what was made of them is said in one line."""
+    def seen(path):
+        return sorted(p for p in path.glob("*") if not p.name.startswith("."))  # .ipynb_checkpoints is no class
+
+    classes, notes = [p.name for p in seen(folder / "train") if p.is_dir()], collections.Counter()
+    unknown = {p.name for p in seen(folder / "test") if p.is_dir()} - set(classes)
     require(classes, f"{folder}/train has no class folders: lay the images out as train/<class>/<image>")
     require(not unknown, f"{folder}/test/{min(unknown, default='')} is no class of {folder}/train: rename or remove it")
     data = {"classes": np.array(classes)}
     for split in ("train", "test"):
-        x, y = [], []
-        for label, name in enumerate(classes):
-            for path in sorted(p for p in (folder / split / name).glob("*") if not p.name.startswith(".")):
-                try:
-                    x.append(np.asarray(Image.open(path).convert("RGB").resize((32, 32), Image.BILINEAR)))
-                except Exception:
-                    raise UserError(f"{path} is not a readable image: repair or remove it") from None
-                y.append(label)
-        data[f"{split}_x"] = np.stack(x) if x else np.empty((0, 32, 32, 3), np.uint8)
-        data[f"{split}_y"] = np.array(y, np.int64)
+        found = [(path, label) for label, name in enumerate(classes) for path in seen(folder / split / name)]
+        for label in set(range(len(classes))) - {label for _, label in found}:
+            raise UserError(f"{folder}/{split}/{classes[label]} has no images: put some there, or remove the class")
+        notes["beside the class folders left out"] += sum(not p.is_dir() for p in seen(folder / split))
+        data[f"{split}_x"] = np.stack([files.read_image(path, notes) for path, _ in found])
+        data[f"{split}_y"] = np.array([label for _, label in found], np.int64)
+    if +notes:
+        files.say_once(f"train.py: images of {folder}: " + ", ".join(f"{n} {what}" for what, n in (+notes).items()))
     return data
 
 
@@ -575,15 +603,15 @@ def classify(model, x):
 
 
 class PaddedShortcut(nn.Module):
-    """ResNet's option A: every second pixel, and zero maps around the old ones; no parameters."""
+    """ResNet's option A: zero maps around the old ones; no parameters."""
 
-    def __init__(self, c_in, c_out, stride):
+    def __init__(self, c_in, c_out):
         super().__init__()
-        self.c_in, self.stride, self.before = c_in, stride, (c_out - c_in) // 2
+        self.c_in, self.before = c_in, (c_out - c_in) // 2
         self.after = c_out - c_in - self.before
 
     def forward(self, x):
-        return F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, self.before, self.after))
+        return F.pad(x, (0, 0, 0, 0, self.before, self.after))
 
 
 class VGG(nn.Module):
@@ -621,10 +649,10 @@ class ResNet(nn.Module):
                 if stride == 1 and c_in == c_out:
                     shortcut = nn.Identity()
                 elif projection:
-                    shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False),
+                    shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=False),
                                              nn.BatchNorm2d(c_out, BN_EPS, BN_MOMENTUM))
                 else:
-                    shortcut = PaddedShortcut(c_in, c_out, stride)
+                    shortcut = PaddedShortcut(c_in, c_out)
                 self.shortcuts.append(shortcut)
                 c_in = c_out
         self.linear = nn.Linear(c_in, num_classes)
@@ -640,7 +668,11 @@ class ResNet(nn.Module):
     def forward(self, x):
         x = self.stem(x)
         for (first, second), shortcut in zip(self.pairs, self.shortcuts):
-            x = second(first(x), live_shortcut(shortcut, x, first) if self.backend == "ext" else shortcut(x))
+            stride = first.conv.stride[0]
+            # The shortcut reads every second pixel by itself: of fewer than eight channels, oneDNN's AVX2 code for a
+            # strided 1x1 convolution's gradient writes past its buffer.
+            seen = x[:, :, ::stride, ::stride]
+            x = second(first(x), live_shortcut(shortcut, seen, first) if self.backend == "ext" else shortcut(seen))
         return classify(self, x)
 
 
@@ -663,15 +695,13 @@ def shortcut_map(shortcut, came, block):
 
 def live_shortcut(shortcut, x, block):
     """The shortcut past `block` of compact maps x: a projection gives all its maps, the others the live ones of x."""
-    if isinstance(shortcut, nn.Identity):
+    if not isinstance(shortcut, nn.Sequential):
         return x
-    if isinstance(shortcut, PaddedShortcut):
-        return x[:, :, ::shortcut.stride, ::shortcut.stride]
     conv, bn = shortcut
     if block.training:
         bn.num_batches_tracked.add_(1)  # as the module itself would
     return ops.masked_conv_bn_act(x, conv.weight, None, bn.weight, bn.bias, bn.running_mean, bn.running_var, None,
-                                      block.live_in, conv.stride[0], 0, training=block.training, relu=False,
+                                      block.live_in, 1, 0, training=block.training, relu=False,
                                       momentum=bn.momentum, eps=bn.eps)
 
 
@@ -692,10 +722,10 @@ def cost(model, image):
 
     past = dict(zip((first for first, _ in getattr(model, "pairs", ())), getattr(model, "shortcuts", ())))
     for block in (module for module in model.modules() if isinstance(module, Block)):
-        if isinstance(past.get(block), nn.Sequential):
-            add(past[block][0], len(block.mask), len(block.mask))  # a projection stays whole
         maps = int(block.bn_mask.sum())
         size = [s // 2 if block.pool else s for s in add(block.conv, int(block.mask.sum()), maps)]
+        if isinstance(past.get(block), nn.Sequential):
+            add(past[block][0], len(block.mask), len(block.mask))  # a projection stays whole
         came = maps
     classes = len(model.linear.bias)
     return parameters + classes * (came + 1), macs + classes * came
@@ -734,7 +764,7 @@ def build_model(name, num_classes=10, width=1.0):
 # +--------------------------------------------------------------------------------------------------------------------+
 
 def prune_epochs(s, e, r):
-    """The epochs (from 0) after whose training a layer is pruned: s, s+r, … up to e (A.4; see README, Deviations)."""
+    """The epochs (from 0) after whose training a layer is pruned: s, s+r, … up to e (A.4; docs/deviations.md)."""
     return range(s, e + 1, r)
 
 
@@ -784,6 +814,18 @@ def select_filters(scores, mask, k, target, generator=None):
     return live[order[:k]].sort().values
 
 
+def count_tied(scores, mask, indices):
+    """How many live filters share the score between those that go (indices) and those that stay; 0 if none does.
+
+    Where it is not 0, the order of the filters decided between them, and not their scores.
+    """
+    gone = torch.zeros_like(mask, device="cpu")
+    gone[indices] = True
+    stay = mask.cpu() & ~gone
+    shared = set(scores[gone].tolist()) & set(scores[stay].tolist())
+    return sum(s in shared for s in scores[gone | stay].tolist())
+
+
 @torch.no_grad()
 def prune_block(block, indices, keep_bn=False, optimizer=None):
     """Removes filters `indices` of `block` for good: weights, bias, batch norm's scale and shift and shortcut become 0.
@@ -812,8 +854,13 @@ def filters_due(model, args, plan, epoch, noise):
     return due
 
 
-def prune_now(model, optimizer, args, plan, due, noise, generator):
-    """Removes (or starts to noise) the filters that are due; returns {layer: their indices}."""
+def prune_now(model, optimizer, args, plan, due, noise, generator, tied=None):
+    """Removes (or starts to noise) the filters that are due; returns {layer: their indices}.
+
+    tied: a dict that takes {layer: how many filters equal scores left to their order} (count_tied). UserError if all
+    filters of a layer have one score, which then says nothing, but under --scratch: there the paper's rule takes the
+    scores of a fresh network.
+    """
     gone = {}
     for i, k in due.items():
         layer = plan[i][0]
@@ -821,7 +868,14 @@ def prune_now(model, optimizer, args, plan, due, noise, generator):
         if noise:
             end_noise(block, noise[i], args)  # scores are taken of the network itself
         live = ~noise[i]["targeted"] if noise else block.mask
-        indices = select_filters(filter_scores(block, args.score), live, k, args.target, generator)
+        scores = filter_scores(block, args.score).cpu()
+        indices = select_filters(scores, live, k, args.target, generator)
+        if args.target != "R" and (n := count_tied(scores, live, indices)):
+            require(n < int(live.sum()) or args.scratch, f"all {n} filters of layer {layer} have the same "
+                    f"{args.score} score, which says nothing of which should go: prune later (--s; act is measured on "
+                    "every tenth training batch), or choose another --score", 1)
+            if tied is not None:
+                tied[layer] = n
         if noise:
             start_noise(block, noise[i], indices, args)
         else:
@@ -891,7 +945,14 @@ def end_noise(block, state, args):
 # | What a run records: its settings, its checkpoint, a line for each epoch, a summary                                 |
 # +--------------------------------------------------------------------------------------------------------------------+
 
-def describe_run(args, data, model, times, plan, device):
+def describe_data(arrays):
+    """What config.json says of a data set."""
+    return {"train": len(arrays["train_x"]), "test": len(arrays["test_x"]), "classes": len(arrays["classes"]),
+            "image": list(arrays["train_x"].shape[1:]),
+            "crc32": {k: zlib.crc32(np.ascontiguousarray(arrays[k])) for k in sorted(arrays) if k != "classes"}}
+
+
+def describe_run(args, facts, model, times, plan, device):
     """config.json: every option, the schedule it gives, the constants behind it, the data, machine and versions."""
     method, setting = run_name(args)
     git = None
@@ -905,30 +966,48 @@ def describe_run(args, data, model, times, plan, device):
                            "kept": list(kept.values())} for layer, kept in plan],
         # in %, the largest of any layer (A.4)
         "iterative_rate": max((100 * p / len(kept) for p, (_, kept) in zip(args.p or (), plan)), default=0.0),
-        **dict(zip(("parameters", "macs"), cost(model, data["train_x"].shape[1:]))),
+        **dict(zip(("parameters", "macs"), cost(model, facts["image"]))),
         "constants": {"momentum": MOMENTUM, "adam_betas": [0.9, 0.999], "adam_eps": 1e-8, "bn_momentum": BN_MOMENTUM,
                       "bn_eps": BN_EPS, "act_keep": ACT_KEEP, "act_every": ACT_EVERY, "crop_padding": CROP_PADDING},
-        "data": {"train": args.train_images or len(data["train_x"]) - args.val_split, "val": args.val_split,
-                 "test": args.test_images or len(data["test_x"]),
-                 "classes": len(data["classes"]), "image": list(data["train_x"].shape[1:]),
-                 "crc32": {k: zlib.crc32(np.ascontiguousarray(data[k])) for k in sorted(data) if k != "classes"}},
+        "data": facts | {"train": args.train_images or facts["train"] - args.val_split, "val": args.val_split,
+                         "test": args.test_images or facts["test"]},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(), "machine": platform.machine(), "git": git,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
 
 
-def check_same_run(directory, config):
-    """Refuses to continue a directory whose config.json says another experiment or other data."""
+def check_same_run(directory, args, facts):
+    """Refuses a directory, half-done or finished, whose config.json says another experiment or other data.
+
+    facts: describe_data's. An option that an older version did not have is not compared: directories' names hold every
+    option that differs from its default.
+    """
     try:
         old = json.loads((directory / "config.json").read_text())
-        different = [k for k, v in config["options"].items() if old["options"].get(k) != v and k != "dataset"]
-        different += ["data"] * (old["data"] != config["data"])  # by checksum, wherever they lie
+        different = [k for k, v in vars(args).items() if k not in (*NOT_THE_RESULT, "dataset")
+                     and old["options"].get(k, v) != v]
+        different += ["data set"] * any(old["data"][k] != facts[k] for k in ("classes", "image", "crc32"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{directory}/config.json is missing or damaged: move the directory away to train this run "
                         "afresh") from None
     require(not different, f"{directory} holds a run with another {', '.join(different)}: move it away, or choose "
             "another --log-dir")
+
+
+def check_finished(args, directory, shared):
+    """check_same_run of a finished run; a built-in data set that is not here is not fetched for it."""
+    if args.dataset not in ("cifar10", "cifar100") or data_path(args.dataset, args.data_dir).exists():
+        check_same_run(directory, args, loaded(args, shared)[1])
+
+
+def what_it_lacks(args, directory, epoch):
+    """Says, for the end of a line, what args ask for that a run which has come to `epoch` did not leave."""
+    times = schedule(args)
+    names = [f"epoch{times['save_epoch']}.pt"] * (0 < times["save_epoch"] <= epoch)
+    names += ["tensorboard"] * (args.tensorboard and epoch == times["epochs"])
+    names = [name for name in names if not (directory / name).exists()]
+    return f", without {' and '.join(names)}: move it away to train it with that" * bool(names)
 
 
 def resume(path, model, optimizer, generators, noise, device):
@@ -961,15 +1040,23 @@ def start(run, config):
     """Begins a run's files, or puts it back to where its checkpoint stands."""
     path = run.directory / "checkpoint.pt"
     if path.exists():
-        check_same_run(run.directory, config)
         run.epoch, run.step, run.lines = resume(path, run.model, run.optimizer, run.generators, run.noise, run.device)
-        print(f"{run.label}: continues after epoch {run.epoch} of {run.times['epochs']}", flush=True)
+        print(f"{run.label}: continues after epoch {run.epoch} of {run.times['epochs']}"
+              f"{what_it_lacks(run.args, run.directory, run.epoch)}", flush=True)
     else:
-        files.write_json(run.directory / "config.json", config)
-        scratch = filters_due(run.model, run.args, run.plan, -1, run.noise)
-        prune_now(run.model, run.optimizer, run.args, run.plan, scratch, run.noise, run.generators["target"])
+        scratch, tied = filters_due(run.model, run.args, run.plan, -1, run.noise), {}
+        prune_now(run.model, run.optimizer, run.args, run.plan, scratch, run.noise, run.generators["target"], tied)
+        say_ties(run, tied)
+        files.write_json(run.directory / "config.json", config | {"tied": tied})
     files.write_atomically(run.directory / "epochs.jsonl", "".join(line + "\n" for line in run.lines).encode())
     run.records = [json.loads(line) for line in run.lines]
+
+
+def say_ties(run, tied):
+    """One line where filters went because of their order (prune_now)."""
+    if tied:
+        print(f"{run.label}: equal {run.args.score} scores, so that the first of them went: " +
+              ", ".join(f"{n} filters of layer {layer}" for layer, n in tied.items()), flush=True)
 
 
 @contextlib.contextmanager
@@ -1200,10 +1287,12 @@ def experiment(run, data, record):
         before = after = evaluate(model, data, "test", args, **run.hooks)
         yield
 
-        gone, due, where = {}, filters_due(model, args, plan, epoch, noise), f"{run.directory}: epoch {epoch}, lr {lr:g}"
+        gone, tied, due = {}, {}, filters_due(model, args, plan, epoch, noise)
+        where = f"{run.directory}: epoch {epoch}, lr {lr:g}"
         if due:
             measured(where, data, totals, before)  # a network that has diverged must not choose
-            gone = prune_now(model, optimizer, args, plan, due, noise, run.generators["target"])
+            gone = prune_now(model, optimizer, args, plan, due, noise, run.generators["target"], tied)
+            say_ties(run, tied)
             live, left = [int(block.mask.sum()) for block in model.prunable], cost(model, image)
             hold_for(run.graphs, lr, shapes_of(model))
         if due or noise:
@@ -1213,7 +1302,7 @@ def experiment(run, data, record):
         run.epoch = epoch + 1
         record({
             "epoch": epoch, "lr": lr, **measured(where, data, totals, before, after, val, event=bool(gone)),
-            "removed": [len(gone.get(layer, ())) for layer, _ in plan], "live": live, "filters": gone,
+            "removed": [len(gone.get(layer, ())) for layer, _ in plan], "live": live, "filters": gone, "tied": tied,
             "computed": [block.computed() for block in model.prunable], "parameters": left[0], "macs": left[1],
             "noised": [{k: state[k] for k in ("test", "train")} for state in noise],
             "seconds": round(max(0, time.monotonic() - clock), 3)})
@@ -1237,23 +1326,30 @@ def training(args, shared):
     """
     directory = run_directory(args)
     if (directory / "done.json").exists():
-        print(f"{directory}: finished already", flush=True)
+        check_finished(args, directory, shared)
+        print(f"{directory}: finished already{what_it_lacks(args, directory, schedule(args)['epochs'])}", flush=True)
         return None
+    for line in doubts_about_rate(args):
+        files.say_once(f"train.py: {line}")
     device = choose_device(args)
     kept = args.val_split, args.train_images, args.test_images, args.label_noise
     source = args.dataset, args.data_dir, *kept, args.augment, device
     if source not in shared:
-        arrays = load_data(args.dataset, args.data_dir)
+        arrays, facts = loaded(args, shared)
         data = put_on_device(arrays, device, *kept)
         if args.augment:
             data["padded"] = F.pad(data["train"][0], (0, 0, *[CROP_PADDING] * 4))
         if device.type == "cuda":
             torch.cuda.synchronize()  # the other runs' streams do not wait for this one
-        shared[source] = arrays, data
-    arrays, data = shared[source]
-    with files.claimed(directory) as still_ours, files.failure_noted(directory, still_ours):
-        run = new_run(args, len(arrays["classes"]), device)
-        config = describe_run(args, arrays, run.model, run.times, run.plan, device) | {"backend": run.model.backend}
+        shared[source] = facts, data
+    facts, data = shared[source]
+    with contextlib.ExitStack() as stack:
+        still_ours = stack.enter_context(files.claimed(directory))
+        if (directory / "checkpoint.pt").exists():
+            check_same_run(directory, args, facts)  # not noted as a failure of the run that is there
+        stack.enter_context(files.failure_noted(directory, still_ours))
+        run = new_run(args, facts["classes"], device)
+        config = describe_run(args, facts, run.model, run.times, run.plan, device) | {"backend": run.model.backend}
         start(run, config)
         with recorder(run, config, still_ours) as record:
             for _ in experiment(run, data, record):
@@ -1265,6 +1361,15 @@ def training(args, shared):
               f"{summary['last_acc']:.2f}%, mean stability {summary['mean_stability']:.2f}% over {summary['events']} "
               "pruning events", flush=True)
         return summary
+
+
+def loaded(args, shared):
+    """(arrays, describe_data's) of a run's data set, read once for all runs that share `shared`."""
+    source = args.dataset, args.data_dir
+    if source not in shared:
+        arrays = load_data(*source)
+        shared[source] = arrays, describe_data(arrays)
+    return shared[source]
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -1291,14 +1396,10 @@ def choose_backend(args):
     """"ext" or "eager", as --backend says; one line where "auto" has to do without the extension."""
     require(ops.available or args.backend != "ext", f"--backend ext, but the extension is not built here "
             f"({ops.why_not}): run bash runs.sh setup, or use --backend eager")
-    if not ops.available and args.backend == "auto" and not choose_backend.told:
-        print(f"train.py: the extension is not built ({ops.why_not}); plain PyTorch takes its place. bash runs.sh "
-              "setup builds it", file=sys.stderr)
-        choose_backend.told = True
+    if not ops.available and args.backend == "auto":
+        files.say_once(f"train.py: the extension is not built ({ops.why_not}); plain PyTorch takes its place. bash "
+                       "runs.sh setup builds it")
     return "ext" if ops.available and args.backend != "eager" else "eager"
-
-
-choose_backend.told = False  # once, not for every run of a list
 
 
 def runs_of(command):
@@ -1307,7 +1408,8 @@ def runs_of(command):
     for seed in args.seeds or [args.seed]:
         one = argparse.Namespace(**vars(args) | {"seed": seed, "seeds": None})
         line = shlex.join(command) + (f" --seeds {seed}" if args.seeds else "")  # the last one counts
-        yield run_directory(one), runs.Run(one, line, schedule(one)["epochs"])
+        unnamed = os.path.abspath(data_path(one.dataset, one.data_dir)), one.save_epoch, one.tensorboard
+        yield run_directory(one), runs.Run(one, line, schedule(one)["epochs"], unnamed)
 
 
 def main(argv=None):
@@ -1318,7 +1420,7 @@ def main(argv=None):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, runs.terminate)
         if args.plan:
-            runs.print_plan(runs.read_runs(args.plan, runs_of), args.retry_failed, load_data)
+            runs.print_plan(runs.read_runs(args.plan, runs_of), args.retry_failed, loaded, check_finished)
         elif args.status:
             runs.print_status(args.status, runs_of)
         elif args.runs:

@@ -46,14 +46,14 @@ def runs_of_all_targets(log_dir, count=200):
     return dict(list(runs.items())[:count])
 
 
-def write_run(directory, args, arrays):
+def write_run(directory, args, facts):
     """A finished run's files as train.py writes them, with random accuracies; 325 epochs, whatever was asked."""
     random = np.random.default_rng(args.seed)
     with torch.device("meta"):
         model = train.build_model(args.model, 10)
     times = train.schedule(args)
     plan = train.pruning_plan(model, args, times)
-    config = train.describe_run(args, arrays, model, times, plan, torch.device("cpu"))
+    config = train.describe_run(args, facts, model, times, plan, torch.device("cpu"))
     config["schedule"]["epochs"] = 325
     live, lines = [len(block.mask) for block in model.prunable], []
     for epoch in range(325):
@@ -92,11 +92,12 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         arrays = train.load_data("digits")
+        facts = train.describe_data(arrays)
         np.savez(folder / "cifar10.npz", **arrays)  # Figure B1 looks at images
         runs = runs_of_all_targets(folder / "logs")
         vgg19 = train.parse_options(["--model", "vgg19", "--log-dir", str(folder / "logs")])
         for directory, options in {**runs, train.run_directory(vgg19): vgg19}.items():
-            write_run(directory, options, arrays)
+            write_run(directory, options, facts)
         start = time.monotonic()
         result = subprocess.run([sys.executable, "-c", PROGRAM, "--figure", "all", "--log-dir", folder / "logs",
                                  "--data-dir", folder, "--fig-dir", folder / "figures"], cwd=ROOT, capture_output=True,

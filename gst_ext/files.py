@@ -25,11 +25,14 @@ import traceback
 import uuid
 import zipfile
 
+import numpy as np
 import torch
 from torch.utils._pytree import tree_map
 
 BEAT, SILENCE = 30, 120  # seconds: how often a run's claim is refreshed, and when one that is not belongs to the dead
 PROCESS = uuid.uuid4().hex  # tells this process from an earlier one of the same number
+EXIF_ORIENTATION = 0x0112
+SAID = set()  # lines of say_once
 DEAD = set()  # claims of other hosts' processes that were seen not to be refreshed any more
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -57,6 +60,13 @@ def reason(error):
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} ({self.prog} --help lists every option)")
+
+
+def say_once(line):
+    """One line on stderr, once in a process, however many runs it concerns."""
+    if line not in SAID:
+        SAID.add(line)
+        print(line, file=sys.stderr)
 
 
 def tell(error, program):
@@ -292,3 +302,50 @@ def read_checkpoint(path, mmap=False):
         damaged = file.testzip()
     require(not damaged, f"{damaged} in it fails its checksum")
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+# +--------------------------------------------------------------------------------------------------------------------+
+# | Arrays and images of others' making                                                                                |
+# +--------------------------------------------------------------------------------------------------------------------+
+
+def read_npz(path):
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
+        raise UserError(f"{path} cannot be read as .npz ({reason(error)}): make it again, or delete it if it came from "
+                        "a download") from None
+
+
+def read_image(path, notes):
+    """An image as it is to be seen, (32, 32, 3) uint8; UserError where it cannot be read or its pixels have no range.
+
+    It is turned as its EXIF orientation says; 16 bits are scaled to 8; what is transparent lies on white. notes (a
+    Counter) counts such images.
+    """
+    from PIL import Image, ImageOps
+    try:
+        with Image.open(path) as file:
+            several, turned = getattr(file, "n_frames", 1) > 1, file.getexif().get(EXIF_ORIENTATION, 1) != 1
+            file.load()
+            tags = getattr(file, "tag_v2", {})  # of a TIFF: bits of a pixel, and whether 0 is black
+            wide = (file.format, file.mode) in (("PNG", "I"), ("PPM", "I")) or file.mode.startswith("I;16") and (
+                file.format != "TIFF" or (tags.get(258), tags.get(262)) == ((16,), 1))
+            image = ImageOps.exif_transpose(file)
+    except Exception:  # Pillow has many for a damaged file
+        raise UserError(f"{path} is not a readable image: repair or remove it") from None
+    clear = "transparency" in image.info or image.mode in ("LA", "PA", "RGBA")
+    require(image.mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr") or wide and not clear,
+            f"{path} has pixels whose range, colours or transparency are not defined here (mode {image.mode}): save it "
+            "as an 8-bit PNG")
+    if wide:
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    if clear:
+        image = image.convert("RGBA")
+        clear = image.getextrema()[3][0] < 255
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    for happened, what in ((several, "read to their first frame"), (turned, "turned as their EXIF data say"),
+                           (wide, "scaled from 16 bits to 8"), (clear, "with transparency laid on white"),
+                           (image.mode == "CMYK", "converted from CMYK")):
+        notes[what] += happened
+    return np.asarray(image.convert("RGB").resize((32, 32), Image.BILINEAR))

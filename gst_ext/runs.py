@@ -22,7 +22,9 @@ from .files import UserError, reason, require
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # before CUDA starts: as many streams at once as runs
 
 AT_ONCE = 16  # runs in one process at most, unless --at-once says more
-Run = collections.namedtuple("Run", "args line epochs")  # its options, the line that gives them, how many epochs
+# Its options, the line that gives them, how many epochs; and what its directory's name does not tell: where its data
+# lie, and what it leaves beside its logs.
+Run = collections.namedtuple("Run", "args line epochs unnamed")
 
 # +--------------------------------------------------------------------------------------------------------------------+
 # | Lists of runs, and what became of each                                                                             |
@@ -42,7 +44,9 @@ def once_each(commands, runs_of):
     found = {}
     for command in commands:
         for directory, run in runs_of(command):
-            found.setdefault(directory, run)
+            first = found.setdefault(directory, run)
+            require(first.unnamed == run.unnamed, f"two of the runs would share {directory}, but differ in --dataset, "
+                    "--data-dir, --save-epoch or --tensorboard: give one of them another --log-dir")
     return found
 
 
@@ -69,9 +73,16 @@ def by_state(runs):
     return found
 
 
-def print_plan(runs, retry_failed, load_data):
-    """--plan: what is left of the runs, in numbers on stderr, as lines on stdout."""
+def print_plan(runs, retry_failed, loaded, check_finished):
+    """--plan: what is left of the runs, in numbers on stderr, as lines on stdout.
+
+    loaded(args, shared) loads a run's data, check_finished(args, directory, shared) raises UserError where what is
+    finished is another run; shared: a dict where both keep data sets.
+    """
     finished, running, failed, waiting = by_state(runs).values()
+    shared = {}
+    for directory in finished:
+        check_finished(runs[directory].args, directory, shared)
     left = {*waiting, *failed} if retry_failed else {*waiting}
     todo = {directory: run for directory, run in runs.items() if directory in left}
     done = [len(log_of(directory)) for directory in todo]
@@ -83,8 +94,8 @@ def print_plan(runs, retry_failed, load_data):
     if failed and not retry_failed:
         print(f"{len(failed)} runs that failed before are left alone, such as {failed[0]}: "
               f"{files.why_failed(failed[0])} (--retry-failed trains them again)", file=sys.stderr)
-    for dataset, data_dir in {(run.args.dataset, run.args.data_dir) for run in todo.values()}:
-        load_data(dataset, data_dir)  # a download that fails should fail here, once
+    for run in todo.values():
+        loaded(run.args, shared)  # a download that fails should fail here, once
     for run in todo.values():
         print(run.line)
 
@@ -159,7 +170,8 @@ def train_all(runs, at_once, training, choose_device):
                               "them has ended", file=sys.stderr)
                         continue
                     files.tell(error, "train.py")
-                    if state_of(directory) not in ("running", "done"):  # by another process
+                    refused = isinstance(error, UserError) and error.code == 2
+                    if refused or state_of(directory) not in ("running", "done"):  # by another process
                         print(f"failed: train.py {runs[directory].line}", file=sys.stderr)
                         failed += 1
             if at_once is None and torch.cuda.is_available() and torch.cuda.max_memory_reserved():

@@ -51,8 +51,9 @@ def test_the_first_and_the_last_epoch_are_written(run, seldom):
 
 
 @pytest.mark.parametrize("stop, code", [(interrupt, 130), (fail, 1)])
-@pytest.mark.parametrize("more", [("--score", "act", *PRUNE), ("--target", "L", *PRUNE[2:], "--noise", "zero",
-                                                               "--noise-batches", 4, "--noise-restore")])
+@pytest.mark.parametrize("more", [
+    ("--score", "act", "--batch-size", 16, *PRUNE),
+    ("--target", "L", *PRUNE[2:], "--noise", "zero", "--noise-batches", 4, "--noise-restore")])
 def test_a_run_that_stops_writes_the_last_epoch_it_finished(run, directory, monkeypatch, seldom, stop, code, more):
     assert run(*more, logs="whole") == 0
     seldom.clear()

@@ -19,7 +19,7 @@ from test_runs import PRUNE, error_line, half_done
 from gst_ext import files, runs
 import train
 
-RUN = (*PRUNE, "--score", "act", "--augment", "--val-split", 10)
+RUN = (*PRUNE, "--score", "act", "--batch-size", 16, "--augment", "--val-split", 10)
 
 
 @pytest.fixture(autouse=True)

@@ -90,7 +90,9 @@ def finished(tmp_path_factory):
     args = train.parse_options(argv)
     directory = train.run_directory(args)
     (folder / "listed").write_text(shlex.join(argv))
-    return types.SimpleNamespace(args=args, directory=directory, listed=str(folder / "listed"), logs=folder / "logs",
+    facts = train.describe_data(train.load_data(args.dataset))
+    return types.SimpleNamespace(args=args, directory=directory, facts=facts, listed=str(folder / "listed"),
+                                 logs=folder / "logs",
                                  files={path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()})
 
 
@@ -159,9 +161,10 @@ def check_logs(finished):
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
         print_status([finished.listed], train.runs_of)
         assert len(out.getvalue().splitlines()) in (2, 3)
-        print_plan(read_runs(finished.listed, train.runs_of), False, train.load_data)
+        with refusals(2):
+            print_plan(read_runs(finished.listed, train.runs_of), False, train.loaded, train.check_finished)
     with refusals(2):
-        train.check_same_run(finished.directory, json.loads(finished.files["config.json"]))
+        train.check_same_run(finished.directory, finished.args, finished.facts)
     return found
 
 

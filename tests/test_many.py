@@ -13,7 +13,7 @@ import train
 LISTED = {  # networks, precisions, noise and random targets: whatever a run could leave behind for its neighbour
     "random": ("--seed", 3, "--target", "R", *PRUNE[2:]),
     "none": ("--target", "none"),
-    "bf16": ("--precision", "bf16", "--score", "act", *PRUNE, "--epochs", 7),
+    "bf16": ("--precision", "bf16", "--score", "act", "--batch-size", 16, *PRUNE, "--epochs", 7),
     "gauss": (*PRUNE, "--target", "L", "--noise", "gauss", "--noise-batches", 4),
     "vgg": ("--model", "vgg11", "--width", 0.05, "--augment", "--val-split", 16, *PRUNE, "--epochs", 4),
     "deterministic": ("--deterministic", *PRUNE),

@@ -1,6 +1,7 @@
 """Pruning keeps A.4's schedule exactly, scores are their closed forms, and the choice of filters is the target's."""
 import decimal
 import itertools
+import json
 import math
 from decimal import Decimal
 
@@ -136,7 +137,7 @@ def test_scaling_rounds_half_up_and_stays_within_the_run(model, factor, ratio):
     assert times["epochs"] == max(1, expected(args.epochs)) and times["r"] == max(1, expected(args.r))
     assert times["lrs"] == [expected(x) for x in args.lrs] and times["s"] == [expected(x) for x in args.s]
     assert times["e"] == [min(expected(x), times["epochs"] - 1) for x in args.e]
-    assert times["save_epoch"] == expected(args.save_epoch) <= times["epochs"]
+    assert times["save_epoch"] == (args.save_epoch and max(1, expected(args.save_epoch))) <= times["epochs"]
 
 
 def test_scaling_by_hand():
@@ -373,6 +374,55 @@ def test_random_target_depends_on_its_generator_only():
     assert torch.equal(torch.get_rng_state(), state), "the global generator was not drawn from"
 
 
+# +-- Ties ------------------------------------------------------------------------------------------------------------+
+
+def test_ties_that_decide_are_counted_and_no_others():
+    scores, mask = torch.tensor([3.0, 1.0, 1.0, 9.0, 1.0, 3.0, 1.0]), torch.tensor([1, 1, 1, 1, 1, 1, 0]).bool()
+    for target, counts in (("S", [0, 3, 3, 0, 2, 0, 0]), ("L", [0, 0, 2, 0, 3, 3, 0])):
+        for k, expected in enumerate(counts):
+            assert train.count_tied(scores, mask, train.select_filters(scores, mask, k, target)) == expected
+
+
+TIES = ("--model", "resnet18", "--s", 0, "--e", 0, "--p", 0.5, "--r", 1, "--epochs", 1, "--lrs")
+
+
+@pytest.mark.parametrize("target", ("S", "L"))
+def test_scores_that_are_all_equal_prune_nothing(run, directory, capsys, target):
+    assert run(*TIES, "--target", target) == 1  # act, before its tenth batch
+    line, = capsys.readouterr().err.splitlines()
+    assert "act" in line and "--s" in line and "--score" in line
+    assert not read_lines(directory(*TIES, "--target", target))
+    assert "act" in (directory(*TIES, "--target", target) / "failed.txt").read_text()
+
+
+def test_scores_that_differ_and_random_targets_know_no_ties(run, directory, capsys):
+    for more in (("--target", "S", "--batch-size", 8), ("--target", "R"), ("--target", "S", "--score", "l1")):
+        assert run(*TIES, *more) == 0
+        record, = read_lines(directory(*TIES, *more))
+        assert record["tied"] == {} and record["removed"] == [32]
+    assert "equal" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("score", ("act", "ebn"))
+def test_scratch_takes_the_scores_of_a_fresh_network_and_says_that_they_are_equal(run, directory, capsys, score):
+    more = ("--target", "S", "--scratch", "--score", score, "--p", 0.3, 0.5, "--epochs", 1, "--lrs", "--width", 0.25)
+    assert run(*more) == 0
+    config = json.loads((directory(*more) / "config.json").read_text())
+    assert config["tied"] == {"16": 16, "17": 16}
+    line, = [line for line in capsys.readouterr().out.splitlines() if "equal" in line]
+    assert score in line and "16 filters of layer 16" in line and "16 filters of layer 17" in line
+
+
+def test_a_tie_of_some_is_logged(run, directory, monkeypatch, capsys):
+    scores = torch.cat([torch.zeros(3), torch.arange(1, 14)])
+    monkeypatch.setattr(train, "filter_scores", lambda block, score: scores)
+    more = ("--target", "S", "--s", 0, "--e", 0, "--p", 0.125, "--r", 1, "--epochs", 1, "--lrs", "--width", 0.25)
+    assert run(*more) == 0
+    record, = read_lines(directory(*more))
+    assert record["tied"] == {"17": 3} and record["filters"] == {"17": [0, 1]}
+    assert "3 filters of layer 17" in capsys.readouterr().out
+
+
 # +-- Whole runs ------------------------------------------------------------------------------------------------------+
 
 PRUNE = ("--target", "S", "--s", 0, 1, "--e", 3, 4, "--p", 0.3, 0.5, "--r", 2)
@@ -501,5 +551,5 @@ def test_losses_churn_and_stability_of_an_event_by_hand():
     for broken in (dict(trained=trained * math.nan), dict(after=(after[0] - torch.tensor([0, 0, 1]), after[1])),
                    dict(val=(val[0] - torch.tensor([0, 0, 1]), val[1]))):
         call = dict(trained=trained, before=before, after=after, val=val) | broken
-        with pytest.raises(train.UserError, match="here.*lower --lr"):
+        with pytest.raises(files.UserError, match="here.*lower --lr"):
             train.measured("here", data, **call)

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -31,25 +32,29 @@ def test_the_readme_is_short():
     assert len(README.splitlines()) <= 130
 
 
-def test_the_experiment_in_ten_lines_is_one(tmp_path):
+def test_the_experiment_in_ten_lines_is_one_and_train_py_begins_with_it(tmp_path):
+    header, code = block_with("prune_now").split("\n\n")
+    assert header == "from train import *" and len(code.splitlines()) == 10
+    assert textwrap.indent(code, "    ") in train.__doc__
     script = tmp_path / "ten.py"
-    script.write_text(block_with("prune_now"))
+    smaller = ['--target', 'L', '--width', '0.05', '--batch-size', '50', '--scale-epochs', '0.016']
+    script.write_text(block_with("prune_now").replace('"--target", "L"', str(smaller)[1:-1]) + "    print(gone)\n")
     done = call(script)
     assert done.returncode == 0, done.stderr
-    found = re.findall(r"epoch (\d): (\d+) test images right, stability ([\d.]+)%", done.stdout)
-    assert [int(epoch) for epoch, _, _ in found] == [0, 1, 2, 3]
-    assert found[3][2] == "100.00" and all(stability != "100.00" for _, _, stability in found[:3])
-    assert int(found[3][1]) > 797 * 0.2  # of ten digits
+    records, gone = done.stdout.splitlines()[::2], done.stdout.splitlines()[1::2]
+    assert [record.split()[0] for record in records] == list("012345")
+    assert gone[-1] == "{}" and any("[" in filters for filters in gone)
+    assert all(("'stability': None" in record) == (filters == "{}") for record, filters in zip(records, gone))
 
 
 def test_the_functions_of_the_experiment_are_under_their_headings():
     source = (ROOT / "train.py").read_text()
-    sections = re.split(r"# \+-+\+\n# \| (\w+).*?\n# \+-+\+\n", source)
-    sections = dict(zip(sections[1::2], sections[2::2]))
-    places = re.search(r"under its heading there: (.*?)Training", README, re.S)[1]
-    places = re.findall(r"(\w+) \((.*?)\)", places, re.S)
-    named = {name: heading for heading, names in places for name in re.findall(r"`(\w+)`", names)}
-    used = set(re.findall(r"\bt\.(\w+)\(", block_with("prune_now")))
+    parts = re.split(r"# \+-+\+\n# \| ([^|:]*?) *(?::[^|]*)?\|\n# \+-+\+\n", source)
+    sections = dict(zip(parts[1::2], parts[2::2]))
+    places = re.search(r"under these headings:(.*?)Training", README, re.S)[1].replace("\n", " ")
+    named = {name: heading for heading, names in re.findall(r"([A-Z][\w ]*) \((.*?)\)", places)
+             for name in re.findall(r"`(\w+)`", names)}
+    used = set(re.findall(r"(?<![.\w])(\w+)\(", block_with("prune_now"))) - {"range", "len", "print", "bool"}
     assert set(named) < used
     for name in used:
         assert f"\ndef {name}(" in sections[named.get(name, "Training")], name

@@ -1,4 +1,5 @@
 """runs.sh: every target's commands are valid and the paper's, and a target runs, skips what is done, and draws."""
+import json
 import os
 import pathlib
 import shlex
@@ -102,7 +103,7 @@ def test_a_wrong_call_is_one_line_and_exit_code_2(options):
 def test_a_target_trains_continues_skips_and_draws(tmp_path, tiny):
     copy_project(tmp_path)
     options = ("fig2", "--seeds", "1", "--jobs", "2", "--", "--dataset", str(tiny), "--width", "0.05",
-               "--scale-epochs", "0.005")
+               "--scale-epochs", "0.005", "--batch-size", "8")
     first = runs_sh(*options, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert "8 runs: 0 finished, 0 half-done; to do now: 8 runs, 16 epochs" in first.stderr
@@ -119,7 +120,7 @@ def test_a_failing_run_is_reported_and_the_others_go_on(tmp_path, tiny):
     copy_project(tmp_path)
     options = ("figC3", "--seeds", "1", "--jobs", "2", "--", "--dataset", str(tiny), "--width", "0.05",
                "--scale-epochs", "0.005")
-    bad = tmp_path / "logs" / tiny.stem / "resnet18" / "none-sgd-w0.05-x0.005" / "seed1"
+    bad = tmp_path / "logs" / tiny.name / "resnet18" / "none-sgd-w0.05-x0.005" / "seed1"
     bad.mkdir(parents=True)
     (bad / "checkpoint.pt").write_bytes(b"cut")
     result = runs_sh(*options, cwd=tmp_path)
@@ -182,6 +183,8 @@ def test_status_looks_at_the_same_runs_as_a_target(tmp_path, tiny):
     for directory in (done, failed):
         directory.mkdir(parents=True)
     (done / "done.json").write_text("{}")
+    facts = train.describe_data(train.load_data(str(tiny)))
+    (done / "config.json").write_text(json.dumps({"options": {}, "data": facts}))
     (failed / "failed.txt").write_text("the loss is nan\nand more")
     result = runs_sh("status", *SMALL, str(tiny), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
