@@ -397,18 +397,23 @@ def load_network(run_dir, data_dir, device, checkpoint=None):
     return model.to(device).eval(), train.put_on_device(arrays, device, options["val_split"]), source
 
 
-def measure_flatness(run_dir, eigs=100, images=512, eig="lanczos", memory_gb=4, checkpoint=None, data_dir="data"):
-    """All flatness measures of a run's checkpoint (load_network) on the first `images` test images, in float32.
+def flatness_file(run_dir, split):
+    return pathlib.Path(run_dir, "flatness.json" if split == "test" else f"flatness-{split}.json")
 
-    Returns what it writes to <run_dir>/flatness.json (README, "Flatness"); if that file holds the same measurement
-    already, only reads it. Raises train.UserError for missing or damaged files, too few images, or an infinite loss.
+
+def measure_flatness(run_dir, args, checkpoint=None):
+    """All flatness measures of a run's checkpoint (load_network) on the split's first images, in float32.
+
+    args: what main parses; split, images, eigs, eig, memory_gb and data_dir are read. Returns what it writes to
+    flatness_file (docs/flatness.md); if that file holds the same measurement already, only reads it. Raises
+    train.UserError for missing or damaged files, too few images, or an infinite loss.
     """
-    path, seed = pathlib.Path(run_dir, "flatness.json"), 0
+    path, seed, images, seconds = flatness_file(run_dir, args.split), 0, args.images, {}
     label = "/".join(path.absolute().parts[-4:-1])
     device = train.choose_device(argparse.Namespace(device="auto", precision="fp32", deterministic=False))
-    model, data, source = load_network(run_dir, data_dir, device, checkpoint)
-    settings = {"version": 1, **source, "mode": "eval", "split": "test", "images": images, "dtype": "float32",
-                "seed": seed, "eig": eig, "eigs": eigs, "tol": flatness.EIGEN_TOLERANCE}
+    model, data, source = load_network(run_dir, args.data_dir, device, checkpoint)
+    settings = {"version": 2, **source, "mode": "eval", "split": args.split, "images": images, "dtype": "float32",
+                "seed": seed, "eig": args.eig, "eigs": args.eigs, "tol": flatness.EIGEN_TOLERANCE}
     try:
         old = json.loads(path.read_text())
         if {k: old.get(k) for k in settings} == settings:
@@ -416,61 +421,48 @@ def measure_flatness(run_dir, eigs=100, images=512, eig="lanczos", memory_gb=4, 
             return old
     except (OSError, ValueError, AttributeError):
         pass  # measure it (again)
-    x, y = (tensor[:images] for tensor in data["test"])
-    train.require(len(x) == images, f"--images {images}, but there are {len(x)} test images: give fewer")
-    x, seconds = train.normalise(x, data), {}
-    bar = tqdm(total=5, desc=label, disable=not (sys.stderr.isatty() and sys.stdout.isatty()),
+    x, y = (tensor[:images] for tensor in data[args.split])
+    train.require(len(x) == images, f"--images {images}, but there are {len(x)} {args.split} images: give fewer")
+    x, products = train.normalise(x, data), itertools.count(1)
+    bar = tqdm(total=12, desc=label, disable=not (sys.stderr.isatty() and sys.stdout.isatty()),
                bar_format="{desc} |{bar:20}| {n_fmt}/{total_fmt} {postfix}")
-    products = itertools.count(1)
 
-    def timed(name, function, *arguments, **options):
+    @contextlib.contextmanager
+    def stage(name):
         bar.set_postfix_str(name)
         clock = time.monotonic()
-        result = function(model, x, y, *arguments, memory_gb=memory_gb, **options)
+        yield
         seconds[name] = round(time.monotonic() - clock, 3)
         bar.update()
         if bar.disable:
             print(f"{label} {name}: {seconds[name]:.1f} s", flush=True)
-        return result
 
     def tick():
         bar.set_postfix_str(f"{next(products)} Hessian-vector products")
-
-    def walk(model, x, y, memory_gb):
-        losses = [flatness.line_loss(model, x, y, v, memory_gb) for v in pairs["eigenvectors"][:flatness.LINES]]
-        return ([floats(map(loss, flatness.LINE)) for loss in losses],
-                [flatness.first_rise(loss, flatness.RISE) for loss in losses])
 
     with bar:
         with torch.no_grad():
             logits = torch.cat([model(part) for part in x.split(128)])
         loss, accuracy = float(F.cross_entropy(logits, y)), 100 * float((logits.argmax(1) == y).double().mean())
         train.require(math.isfinite(loss), f"{run_dir}: the loss of {source['checkpoint']} is {loss}")
-        pairs = timed("eigs", flatness.hessian_eigs, eigs, eig, seed=seed, tick=tick)
-        trace, trace_se = timed("trace", flatness.hessian_trace, seed=seed, tick=tick)
-        tr_c = timed("covariance", flatness.gradient_covariance_trace)
-        tr_f, tr_f_se = timed("fisher", flatness.fisher_trace, seed=seed)
-        lines, rises = timed("line", walk)
-    parameters, trace_eigs = sum(p.numel() for p in model.parameters()), float(pairs["eigenvalues"].sum())
-    result = settings | {
-        **{k: pairs[k].tolist() for k in ("eigenvalues", "residuals", "converged")}, "eig_products": pairs["products"],
-        "trace_eigs": trace_eigs, "trace": trace, "trace_se": trace_se,
-        "trace_products": 3 * min(flatness.TRACE_PRODUCTS // 3, parameters),
-        "tr_c": tr_c, "tr_f": tr_f, "tr_f_se": tr_f_se,
-        **{name: tr_c / by if by else None for name, by in (("tic", trace_eigs), ("tic_trace", trace),
-                                                            ("c_over_f", tr_f))},
-        "loss": loss, "accuracy": accuracy, "line": {"epsilon": flatness.LINE, "loss": lines}, "rise": flatness.RISE,
-        "epsilon": rises,
-        "epsilon_min": min((e for e in rises if e is not None), default=None), "seconds": seconds,
-        "products_per_second": pairs["products"] / seconds["eigs"], "parameters": parameters, "memory_gb": memory_gb,
+        options = {"eigs": args.eigs, "method": args.eig, "seed": seed, "memory_gb": args.memory_gb, "tick": tick,
+                   "stage": stage}
+        try:
+            found = flatness.measures(model, x, y, full=True, **options)
+            found["control"] = flatness.control(model, x, y, **options)
+        except ValueError as error:
+            raise train.UserError(f"{run_dir}: {error}") from None
+    result = settings | found | {
+        "loss": loss, "accuracy": accuracy, "rise": flatness.RISE, "seconds": seconds, "memory_gb": args.memory_gb,
+        "parameters": sum(p.numel() for p in model.parameters()),
         "versions": {"python": platform.python_version(),
                      **{module.__name__: module.__version__ for module in (torch, np, scipy)}},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads()}
     train.write_json(path, result)
-    print(f"{label}: λ1 {pairs['eigenvalues'][0]:.4g}, {pairs['converged'].sum()} of {len(pairs['converged'])} pairs "
-          f"converged, Tr(H) {trace:.4g} ± {trace_se:.2g}, Tr(C) {tr_c:.4g}, Tr(C)/Tr(H) "
-          f"{result['tic'] or math.nan:.4g}", flush=True)
+    print(f"{label}: λ1 {max(result['eigenvalues'], key=abs, default=math.nan):.4g}, {sum(result['converged'])} of "
+          f"{args.eigs} pairs converged, Tr(H) {result['trace']:.4g} ± {result['trace_se']:.2g}, Tr(C) "
+          f"{result['tr_c']:.4g}, Tr(C)/Tr(H) {result['tic'] or math.nan:.4g}", flush=True)
     return result
 
 
@@ -478,15 +470,14 @@ def with_flatness(runs, left_out, args):
     """Copies of the runs with what their flatness.json adds, measured now where there is none; the others go to
     left_out of this figure, not of others."""
     for run in (run for run in runs if "flatness" not in run):  # kept for the next figure
-        path = pathlib.Path(run["dir"], "flatness.json")
+        path = flatness_file(run["dir"], args.split)
         try:
-            flat = json.loads(path.read_text()) if path.exists() else measure_flatness(
-                run["dir"], args.eigs, args.images, args.eig, args.memory_gb, data_dir=args.data_dir)
+            flat = json.loads(path.read_text()) if path.exists() else measure_flatness(run["dir"], args)
             run["flatness"] = {**{k: flat[k] for k in LABELS if k in flat}, "flat": flat, "top": flat["eigenvalues"][0]}
         except train.UserError as error:
             run["flatness"] = {"problem": str(error)}
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            run["flatness"] = {"problem": f"flatness.json is damaged ({type(error).__name__}): delete it to measure "
+            run["flatness"] = {"problem": f"{path.name} is damaged ({type(error).__name__}): delete it to measure "
                                "again"}
     runs = [{**run, **run["flatness"]} for run in runs]
     name_mixed(runs, lambda run: "", lambda run: {k: run["flat"].get(k) for k in ("images", "eig", "epoch", "eigs")})
@@ -1064,10 +1055,13 @@ def main(argv=None):
     add("--live", action="store_true", help="with --figure 2: redraw every 20 s while runs go on")
     add = parser.add_argument_group("flatness, of the runs named or those of a figure").add_argument
     add("--eigs", type=int, default=100, help="eigenvalues of the Hessian (default: 100)")
-    add("--images", type=int, default=512, help="test images, the first ones (default: 512)")
+    add("--images", type=int, default=512, help="images of the split, the first ones (default: 512)")
+    add("--split", choices=("test", "train"), default="test", help="the paper: test; train goes to flatness-train.json "
+        "(default: test)")
     add("--eig", choices=("lanczos", "power"), default="lanczos",
         help="power is the paper's method, slower and less precise (default: lanczos)")
-    add("--memory-gb", type=float, default=4, help="for graphs and activations (default: 4)")
+    add("--memory-gb", type=float, default=4, help="for graphs and activations; the eigenvectors need 3 * eigs + 1 "
+        "copies of the network beside that (default: 4)")
     add = parser.add_argument_group("files").add_argument
     add("--log-dir", default="logs", help="(default: logs)")
     add("--fig-dir", default="figures", help="(default: figures)")
@@ -1083,7 +1077,7 @@ def main(argv=None):
         if args.list:
             list_figures(args.log_dir)
         for run_dir in args.flatness:
-            measure_flatness(run_dir, args.eigs, args.images, args.eig, args.memory_gb, data_dir=args.data_dir)
+            measure_flatness(run_dir, args)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=scipy.stats.ConstantInputWarning)
             if args.live:
