@@ -94,7 +94,7 @@ MEASURES = {  # of flatness
     "trace_eigs": "Tr(H), sum of the leading eigenvalues", "trace": "Tr(H), Hutch++", "tr_c": "Tr(C)",
     "tic": "TIC proxy Tr(C)/Tr(H)", "tic_trace": "Tr(C)/Tr(H), Hutch++", "c_over_f": "Tr(C)/Tr(F)",
     "epsilon_min": "|ε| at a loss rise of 0.1", "top": "Largest eigenvalue"}
-OF_EIGENPAIRS = ("trace_eigs", "tic", "epsilon_min", "top")  # which need these to have converged
+FORMS = ("", "adaptive_")
 EVENTS = {
     "mean_stability": "Mean stability (%)", "loss_rise": "Rise in test loss at an event (nats)",
     "churn": "Churn at an event (%)", "min_stability": "Smallest stability (%)",
@@ -111,7 +111,7 @@ SCATTERS = {  # figure: (columns, the (x, y) of its panels)
     "E3": (2, [("mean_stability", "epsilon_min"), ("epsilon_min", "best_acc")]),
     "E5": (2, [("mean_stability", "tic"), ("tic", "best_acc")]),
     "E6": (2, [("mean_stability", "best_acc")]),
-    "flatness": (4, [(form + x, "best_acc") for x in MEASURES for form in ("", "adaptive_")]),
+    "flatness": (4, [(form + x, "best_acc") for x in MEASURES for form in FORMS]),
     "stability": (5, [(x, y) for y in ("best_acc", "last_acc") for x in EVENTS]),
     "compute": (2, [("compute", "best_acc"), ("compute", "last_acc")]),
 }
@@ -235,18 +235,20 @@ def name_mixed(runs, group, content):
             run["problem"] = f"differs from {most[0]['dir']} in {', '.join(names)}"
 
 
-def is_wanted(name, run):
-    """Whether a run's method is one of a figure's, or for ANY, one that prunes or a baseline."""
-    methods = EVERYTHING[name][2]
-    return bool(re.match("none|scratch|[SLR]-", run["method"])) if methods is ANY else run["method"] in methods.get(
-        run["model"], ())
+def methods_of(name, runs):
+    """{model: the methods that a figure shows, in order}; for ANY, the baselines and what prunes among these runs."""
+    if EVERYTHING[name][2] is not ANY:
+        return EVERYTHING[name][2]
+    found = {(run["model"], run["method"]) for run in runs if re.match("none|scratch|[SLR]-", run.get("method", ""))}
+    found = sorted(found, key=lambda pair: (list(STYLES.values()).index(style(pair[1])), len(pair[1]), pair[1]))
+    return {model: [method for of, method in found if of == model] for model in train.PRUNABLE_BLOCKS}
 
 
 def runs_of(name, runs):
     """(what a figure or table is drawn from, {(dataset, setting): [run …]}; what is left out of it, [run …])."""
-    sgd, found, left_out = name in ("4", "C3"), {}, []
+    methods, sgd, found, left_out = methods_of(name, runs), name in ("4", "C3"), {}, []
     for run in runs:
-        if "method" in run and not is_wanted(name, run):
+        if "method" in run and run["method"] not in methods.get(run["model"], ()):
             continue
         if sgd and run.get("model") == "resnet18" and not run["setting"].startswith("sgd"):
             continue  # Adam is ResNet18's own; the other two always train by SGD, and do not say so
@@ -257,20 +259,6 @@ def runs_of(name, runs):
             found.setdefault((run["dataset"], setting), []).append(run)
     # A baseline alone makes no figure but B1: it belongs to every figure of its setting.
     return {k: v for k, v in found.items() if name == "B1" or any(r["method"] != "none" for r in v)}, left_out
-
-
-def grouped(name, runs):
-    """{model: {method: [run …]}} of a figure's runs, in the order in which it shows them."""
-    groups = {}
-    for model in train.PRUNABLE_BLOCKS:
-        own = [run for run in runs if run["model"] == model]
-        methods = {run["method"] for run in own}
-        order = list(methods) if EVERYTHING[name][2] is ANY else EVERYTHING[name][2].get(model, ())
-        if EVERYTHING[name][2] is ANY:
-            order.sort(key=lambda m: (list(STYLES.values()).index(style(m)), len(m), m))
-        if methods - {"none"} or methods and name == "B1":
-            groups[model] = {m: [run for run in own if run["method"] == m] for m in order if m in methods}
-    return groups
 
 
 def is_papers(name, dataset, setting):
@@ -395,18 +383,23 @@ def load_network(run_dir, data_dir, device, checkpoint=None):
     return model.to(device).eval(), train.put_on_device(arrays, device, *kept), source
 
 
-def measure_flatness(run_dir, eigs=100, images=512, eig="lanczos", memory_gb=4, checkpoint=None, data_dir="data"):
-    """All flatness measures of a run's checkpoint (load_network) on the first `images` test images, in float32.
+def flatness_file(run_dir, split):
+    return pathlib.Path(run_dir, "flatness.json" if split == "test" else f"flatness-{split}.json")
 
-    Returns what it writes to <run_dir>/flatness.json (README, "Flatness"); if that file holds the same measurement
-    already, only reads it. Raises files.UserError for missing or damaged files, too few images, or an infinite loss.
+
+def measure_flatness(run_dir, args, checkpoint=None):
+    """All flatness measures of a run's checkpoint (load_network) on the split's first images, in float32.
+
+    args: what main parses; split, images, eigs, eig, memory_gb and data_dir are read. Returns what it writes to
+    flatness_file (docs/flatness.md); if that file holds the same measurement already, only reads it. Raises
+    files.UserError for missing or damaged files, too few images, or an infinite loss.
     """
-    path, seed = pathlib.Path(run_dir, "flatness.json"), 0
+    path, seed, images, seconds = flatness_file(run_dir, args.split), 0, args.images, {}
     label = "/".join(path.absolute().parts[-4:-1])
     device = train.choose_device(argparse.Namespace(device="auto", precision="fp32", deterministic=False))
-    model, data, source = load_network(run_dir, data_dir, device, checkpoint)
-    settings = {"version": 1, **source, "mode": "eval", "split": "test", "images": images, "dtype": "float32",
-                "seed": seed, "eig": eig, "eigs": eigs, "tol": flatness.EIGEN_TOLERANCE}
+    model, data, source = load_network(run_dir, args.data_dir, device, checkpoint)
+    settings = {"version": 2, **source, "mode": "eval", "split": args.split, "images": images, "dtype": "float32",
+                "seed": seed, "eig": args.eig, "eigs": args.eigs, "tol": flatness.EIGEN_TOLERANCE}
     try:
         old = json.loads(path.read_text())
         if {k: old.get(k) for k in settings} == settings:
@@ -414,61 +407,48 @@ def measure_flatness(run_dir, eigs=100, images=512, eig="lanczos", memory_gb=4, 
             return old
     except (OSError, ValueError, AttributeError):
         pass  # measure it (again)
-    x, y = (tensor[:images] for tensor in data["test"])
-    files.require(len(x) == images, f"--images {images}, but there are {len(x)} test images: give fewer")
-    x, seconds = train.normalise(x, data), {}
-    bar = tqdm(total=5, desc=label, disable=not (sys.stderr.isatty() and sys.stdout.isatty()),
+    x, y = (tensor[:images] for tensor in data[args.split])
+    files.require(len(x) == images, f"--images {images}, but there are {len(x)} {args.split} images: give fewer")
+    x, products = train.normalise(x, data), itertools.count(1)
+    bar = tqdm(total=12, desc=label, disable=not (sys.stderr.isatty() and sys.stdout.isatty()),
                bar_format="{desc} |{bar:20}| {n_fmt}/{total_fmt} {postfix}")
-    products = itertools.count(1)
 
-    def timed(name, function, *arguments, **options):
+    @contextlib.contextmanager
+    def stage(name):
         bar.set_postfix_str(name)
         clock = time.monotonic()
-        result = function(model, x, y, *arguments, memory_gb=memory_gb, **options)
+        yield
         seconds[name] = round(time.monotonic() - clock, 3)
         bar.update()
         if bar.disable:
             print(f"{label} {name}: {seconds[name]:.1f} s", flush=True)
-        return result
 
     def tick():
         bar.set_postfix_str(f"{next(products)} Hessian-vector products")
-
-    def walk(model, x, y, memory_gb):
-        losses = [flatness.line_loss(model, x, y, v, memory_gb) for v in pairs["eigenvectors"][:flatness.LINES]]
-        return ([floats(map(loss, flatness.LINE)) for loss in losses],
-                [flatness.first_rise(loss, flatness.RISE) for loss in losses])
 
     with bar:
         with torch.no_grad():
             logits = torch.cat([model(part) for part in x.split(128)])
         loss, accuracy = float(F.cross_entropy(logits, y)), 100 * float((logits.argmax(1) == y).double().mean())
         files.require(math.isfinite(loss), f"{run_dir}: the loss of {source['checkpoint']} is {loss}")
-        pairs = timed("eigs", flatness.hessian_eigs, eigs, eig, seed=seed, tick=tick)
-        trace, trace_se = timed("trace", flatness.hessian_trace, seed=seed, tick=tick)
-        tr_c = timed("covariance", flatness.gradient_covariance_trace)
-        tr_f, tr_f_se = timed("fisher", flatness.fisher_trace, seed=seed)
-        lines, rises = timed("line", walk)
-    parameters, trace_eigs = sum(p.numel() for p in model.parameters()), float(pairs["eigenvalues"].sum())
-    result = settings | {
-        **{k: pairs[k].tolist() for k in ("eigenvalues", "residuals", "converged")}, "eig_products": pairs["products"],
-        "trace_eigs": trace_eigs, "trace": trace, "trace_se": trace_se,
-        "trace_products": 3 * min(flatness.TRACE_PRODUCTS // 3, parameters),
-        "tr_c": tr_c, "tr_f": tr_f, "tr_f_se": tr_f_se,
-        **{name: tr_c / by if by else None for name, by in (("tic", trace_eigs), ("tic_trace", trace),
-                                                            ("c_over_f", tr_f))},
-        "loss": loss, "accuracy": accuracy, "line": {"epsilon": flatness.LINE, "loss": lines}, "rise": flatness.RISE,
-        "epsilon": rises,
-        "epsilon_min": min((e for e in rises if e is not None), default=None), "seconds": seconds,
-        "products_per_second": pairs["products"] / seconds["eigs"], "parameters": parameters, "memory_gb": memory_gb,
+        options = {"eigs": args.eigs, "method": args.eig, "seed": seed, "memory_gb": args.memory_gb, "tick": tick,
+                   "stage": stage}
+        try:
+            found = flatness.measures(model, x, y, full=True, **options)
+            found["control"] = flatness.control(model, x, y, **options)
+        except ValueError as error:
+            raise files.UserError(f"{run_dir}: {error}") from None
+    result = settings | found | {
+        "loss": loss, "accuracy": accuracy, "rise": flatness.RISE, "seconds": seconds, "memory_gb": args.memory_gb,
+        "parameters": sum(p.numel() for p in model.parameters()),
         "versions": {"python": platform.python_version(),
                      **{module.__name__: module.__version__ for module in (torch, np, scipy)}},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads()}
     files.write_json(path, result)
-    print(f"{label}: λ1 {pairs['eigenvalues'][0]:.4g}, {pairs['converged'].sum()} of {len(pairs['converged'])} pairs "
-          f"converged, Tr(H) {trace:.4g} ± {trace_se:.2g}, Tr(C) {tr_c:.4g}, Tr(C)/Tr(H) "
-          f"{result['tic'] or math.nan:.4g}", flush=True)
+    print(f"{label}: λ1 {max(result['eigenvalues'], key=abs, default=math.nan):.4g}, {sum(result['converged'])} of "
+          f"{args.eigs} pairs converged, Tr(H) {result['trace']:.4g} ± {result['trace_se']:.2g}, Tr(C) "
+          f"{result['tr_c']:.4g}, Tr(C)/Tr(H) {result['tic'] or math.nan:.4g}", flush=True)
     return result
 
 
@@ -476,42 +456,21 @@ def with_flatness(runs, left_out, args):
     """Copies of the runs with what their flatness.json adds, measured now where there is none; the others go to
     left_out of this figure, not of others."""
     for run in (run for run in runs if "flatness" not in run):  # kept for the next figure
-        path = pathlib.Path(run["dir"], "flatness.json")
+        path = flatness_file(run["dir"], args.split)
         try:
-            flat = json.loads(path.read_text()) if path.exists() else measure_flatness(
-                run["dir"], args.eigs, args.images, args.eig, args.memory_gb, data_dir=args.data_dir)
-            found = measures_of(flat) | {"converged": sum(flat["converged"]) / len(flat["converged"])}
-            unfit = not found["converged"] and f"none of {path.name}'s eigenpairs converged: measure it again"
-            run["flatness"] = {**found, "flat": flat, **({"problem": unfit} if unfit else {})}
+            flat = json.loads(path.read_text()) if path.exists() else measure_flatness(run["dir"], args)
+            files.require(any(flat["converged"]), f"none of the eigenpairs in {path.name} converged: measure it again")
+            run["flatness"] = {"flat": flat, "converged": sum(flat["converged"]) / len(flat["converged"]),
+                               **{form + k: flatness.measure_of(flat, form + k) for k in MEASURES for form in FORMS}}
         except files.UserError as error:
             run["flatness"] = {"problem": str(error)}
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            run["flatness"] = {"problem": f"flatness.json is damaged ({type(error).__name__}): delete it to measure "
+            run["flatness"] = {"problem": f"{path.name} is damaged ({type(error).__name__}): delete it to measure "
                                "again"}
     runs = [{**run, **run["flatness"]} for run in runs]
     name_mixed(runs, lambda run: "", lambda run: {k: run["flat"].get(k) for k in ("images", "eig", "epoch", "eigs")})
     left_out += [run for run in runs if run["problem"]]
     return [run for run in runs if not run["problem"]]
-
-
-def measures_of(flat):
-    """The measures of a flatness.json by the names in LABELS, the adaptive ones' beginning with "adaptive_"."""
-    return {prefix + k: found["eigenvalues"][0] if k == "top" else found.get(k)
-            for prefix, found in (("", flat), ("adaptive_", flat.get("adaptive"))) if found for k in MEASURES}
-
-
-def converged(run, measure):
-    """The share of converged pairs among those that a flatness measure is made of; 1 for what is made of none."""
-    kind, flat = measure.removeprefix("adaptive_"), run.get("flat", {})
-    pairs = (flat if kind == measure else flat["adaptive"])["converged"] if kind in OF_EIGENPAIRS else [True]
-    return sum(pairs) / len(pairs)
-
-
-def moved_by_rescaling(run, measure):
-    """The largest relative change of a flatness measure when the same network is written in other scales, or None."""
-    found = {a: measures_of(flat).get(measure) for a, flat in run.get("flat", {}).get("control", {}).items()}
-    own = found.pop("1", run.get(measure))
-    return max((abs(other / own - 1) for other in found.values() if other is not None and own), default=None)
 
 
 def what_was_measured(runs, args):
@@ -593,14 +552,14 @@ def draw_scatter(axis, groups, x="mean_stability", y="best_acc", baseline=False,
     if given:
         partial = result[f"given {given}"] = partial_correlation(*([run[k] for run in points] for k in (x, y, given)))
         text.append(f"given {given}: {stated(partial, 'pearson', True) if partial else 'undefined'}")
-    doubtful = [run for run in points if converged(run, x) < 1]
+    flat = [run for run in points if "flat" in run]
+    doubtful = [run for run in flat if any(flatness.share_converged(run["flat"], k) < 1 for k in (x, y))]
     if doubtful:
         axis.plot(*place(doubtful), "o", color="white", ms=1.5, mew=0)
         text.append("white dot: not all eigenpairs converged")
-    moved = [moved_by_rescaling(run, x) for run in points]
+    moved = [flatness.moved_by_rescaling(run["flat"], x) for run in flat]
     if any(moved):
-        result["moved_by_rescaling"] = moved
-        largest = max(change for change in moved if change is not None)
+        result["moved_by_rescaling"], largest = moved, max(filter(None, moved))
         text += [f"† moved by {100 * largest:.0f}% by rescaling"] if largest > MOVED else []
     axis.set_title("\n".join(filter(None, text)))
     axis.set(xlabel=LABELS[x], ylabel=LABELS[y])
@@ -971,7 +930,11 @@ def draw(name, runs, args):
     files.require(settings, f"no finished runs of {label} under {args.log_dir}/: train them with 'bash runs.sh "
                   f"{EVERYTHING[name][1]}', or name another --log-dir")
     for (dataset, setting), found in settings.items():
-        models, args.papers = grouped(name, found), is_papers(name, dataset, setting)
+        models = {model: {m: [r for r in found if (r["model"], r["method"]) == (model, m)] for m in wanted}
+                  for model, wanted in methods_of(name, found).items()}
+        models = {model: {m: g for m, g in groups.items() if g} for model, groups in models.items()}
+        models = {model: g for model, g in models.items() if set(g) - {"none"} or g and name == "B1"}
+        args.papers = is_papers(name, dataset, setting)
         with matplotlib.rc_context(drawing.LOOK):
             canvas, numbers = DRAW[name](name, models, args)
             title = " ".join(filter(None, (dataset, setting)))
@@ -1071,10 +1034,13 @@ def main(argv=None):
     add("--live", action="store_true", help="with --figure 2: redraw every 20 s while runs go on")
     add = parser.add_argument_group("flatness, of the runs named or those of a figure").add_argument
     add("--eigs", type=int, default=100, help="eigenvalues of the Hessian (default: 100)")
-    add("--images", type=int, default=512, help="test images, the first ones (default: 512)")
+    add("--images", type=int, default=512, help="images of the split, the first ones (default: 512)")
+    add("--split", choices=("test", "train"), default="test", help="the paper: test; train goes to flatness-train.json "
+        "(default: test)")
     add("--eig", choices=("lanczos", "power"), default="lanczos",
         help="power is the paper's method, slower and less precise (default: lanczos)")
-    add("--memory-gb", type=float, default=4, help="for graphs and activations (default: 4)")
+    add("--memory-gb", type=float, default=4, help="for graphs and activations; the eigenvectors need 3 * eigs + 1 "
+        "copies of the network beside that (default: 4)")
     add = parser.add_argument_group("files").add_argument
     add("--log-dir", default="logs", help="(default: logs)")
     add("--fig-dir", default="figures", help="(default: figures)")
@@ -1090,7 +1056,7 @@ def main(argv=None):
         if args.list:
             list_figures(args.log_dir)
         for run_dir in args.flatness:
-            measure_flatness(run_dir, args.eigs, args.images, args.eig, args.memory_gb, data_dir=args.data_dir)
+            measure_flatness(run_dir, args)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=scipy.stats.ConstantInputWarning)
             if args.live:
