@@ -25,7 +25,6 @@ import shlex
 import sys
 import textwrap
 import time
-import warnings
 import zlib
 
 import numpy as np
@@ -81,8 +80,8 @@ FIGURES = {  # name: (what it shows, runs.sh target, {model: the methods drawn})
         "E6": "accuracy against stability for the runs of the flatness figures",
         "flatness": "accuracy against every flatness measure, plain and adaptive, with rank correlations",
         "density": "the spectral density of the Hessian"}.items()},
-    "stability": ("accuracy, best and last, against what pruning events do to the network", "fig2", ANY),
-    "compute": ("accuracy, best and last, against the multiply-adds of the training", "fig2", ANY),
+    "stability": ("all runs' accuracy, best and last, against what pruning events do", "fig2", ANY),
+    "compute": ("all runs' accuracy, best and last, against the multiply-adds spent", "fig2", ANY),
 }
 TABLES = {
     "C1": ("accuracy and stability at 46% and 59% total pruning", "tabC1",
@@ -137,9 +136,8 @@ PAPER = {  # what the appendix reports; accuracies and stabilities in %
                       "pearson": [-0.88, 1.2e-10], "kendall": [-0.64, 8.4e-07]},
     ("B2", "resnet18"): {"S-r4": {"stability": 99.96}, "S-r40": {"stability": 98.14}, "L-r40": {"stability": 96.66},
                          "pearson": [-0.65, 5e-05], "kendall": [-0.43, 0.00061]},
-    ("C3", "resnet18"): {"none": {"best_acc": 94.35},
-                         "S-r1-s24x16-p0.06x16": {"best_acc": 94.25, "stability": 99.96},
-                         "S-r1-s24x16": {"best_acc": 94.41, "stability": 99.93}},
+    ("C3", "resnet18"): {"none": {"best_acc": 94.35}, "S-r1-s24x16": {"best_acc": 94.41, "stability": 99.93},
+                         "S-r1-s24x16-p0.06x16": {"best_acc": 94.25, "stability": 99.96}},
     ("table C1", "resnet18"): {  # method: (total pruning, accuracy, deviation, stability, deviation)
         "S-r4": (46, 87.65, 0.26, 99.957, 0.006), "S-r4" + HIGH: (59, 87.52, 0.11, 99.935, 0.012),
         "S-r40": (46, 87.72, 0.18, 99.470, 0.203), "S-r40" + HIGH: (59, 87.95, 0.18, 98.912, 0.303),
@@ -152,7 +150,7 @@ SUMMARY = (("best accuracy", "best_acc", 2), ("last accuracy", "last_acc", 2), (
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
-# | Runs: reading logs, and saying what is wrong with them                                                             |
+# | Runs: what their logs say, what is wrong with them, and their statistics                                           |
 # +--------------------------------------------------------------------------------------------------------------------+
 
 def exact(record, images):
@@ -174,8 +172,8 @@ def summarize(run_dir):
     Raises nothing for a bad log.
     """
     run_dir = pathlib.Path(run_dir)
-    run, records = {"dir": str(run_dir), "problem": None, "curve": np.empty(0)}, []
-    wrong = "config.json is missing or damaged"
+    run = {"dir": str(run_dir), "problem": None, "curve": np.empty(0)}
+    records, wrong = [], "config.json is missing or damaged"
     try:
         config = json.loads((run_dir / "config.json").read_text())
         options, epochs, images = config["options"], config["schedule"]["epochs"], config.get("data", {})
@@ -285,12 +283,11 @@ def rest_command(name, dataset, setting, found):
         more = ["--preset", preset] * bool(preset) + ["--"] * bool(different)
         for k, value in different.items():
             values = value if isinstance(value, list) else [] if isinstance(value, bool) else [value]
-            words = [shlex.quote(train.short(value)) for value in values]
-            more += [f"--{'no-' if value is False else ''}{k.replace('_', '-')}", *words]
+            more += [f"--{'no-' * (value is False)}{k.replace('_', '-')}", *(train.short(value) for value in values)]
     wanted = {(model, method, seed) for model, methods in models.items() for method in methods for seed in seeds}
     there = wanted & {(run["model"], run["method"], run["seed"]) for run in found}
     span = f"{seeds[0]}-{seeds[-1]}" if seeds[-1] - seeds[0] == len(seeds) - 1 else ",".join(map(str, seeds))
-    return len(there), len(wanted), " ".join(["bash runs.sh", target, "--seeds", span, *more])
+    return len(there), len(wanted), shlex.join(["bash", "runs.sh", target, "--seeds", span, *more])
 
 
 def total_pruned(run):
@@ -306,10 +303,6 @@ def total_pruned(run):
         gone += weight.numel() * (1 - kept)
     return 100 * gone / run["config"]["parameters"]
 
-
-# +--------------------------------------------------------------------------------------------------------------------+
-# | Statistics                                                                                                         |
-# +--------------------------------------------------------------------------------------------------------------------+
 
 def accuracy_correlations(runs, x, y="best_acc"):
     """correlations of the runs' x and y; where y is the best accuracy, also of the last epoch's ("by last_acc") and the
@@ -473,16 +466,8 @@ def with_flatness(runs, left_out, args):
     return [run for run in runs if not run["problem"]]
 
 
-def what_was_measured(runs, args):
-    """A line on flatness for a figure's title."""
-    flat, asked = runs[0]["flat"], args.eigs
-    pairs = [ok for run in runs for ok in run["flat"]["converged"]]
-    return (f"{len(flat['eigenvalues'])} eigenpairs" + f" ({asked} asked)" * (asked != len(flat["eigenvalues"])) +
-            f", {100 * sum(pairs) / len(pairs):.3g}% converged, on {flat['images']} {flat.get('split', 'test')} images")
-
-
 # +--------------------------------------------------------------------------------------------------------------------+
-# | Panels                                                                                                             |
+# | Panels; figures and tables, each {model: {method: runs}} → the canvas and, by model, the numbers drawn             |
 # +--------------------------------------------------------------------------------------------------------------------+
 
 def style(method):
@@ -562,22 +547,15 @@ def draw_scatter(axis, groups, x="mean_stability", y="best_acc", baseline=False,
         result["moved_by_rescaling"], largest = moved, max(filter(None, moved))
         text += [f"† moved by {100 * largest:.0f}% by rescaling"] if largest > MOVED else []
     axis.set_title("\n".join(filter(None, text)))
-    axis.set(xlabel=LABELS[x], ylabel=LABELS[y])
     axis.ticklabel_format(useOffset=False)
     axis.locator_params(axis="x", nbins=5)
-    if not points:
-        axis.set(xticks=[], yticks=[])
+    axis.set(xlabel=LABELS[x], ylabel=LABELS[y], **({} if points else {"xticks": [], "yticks": []}))
     return result
 
 
-# +--------------------------------------------------------------------------------------------------------------------+
-# | Figures and tables: each takes {model: {method: runs}} and returns the canvas and, by model, the numbers drawn     |
-# +--------------------------------------------------------------------------------------------------------------------+
-
 def dynamics_and_scatter(name, models, args):
     """Figures 2 and B2. The unfinished runs that --live adds are in the curves only."""
-    canvas, axes = drawing.panels(2 * len(models))
-    numbers = {}
+    (canvas, axes), numbers = drawing.panels(2 * len(models)), {}
     for left, right, (model, groups) in zip(axes[::2], axes[1::2], models.items()):
         numbers[model] = {"dynamics": draw_dynamics(left, groups, model),
                           "scatters": [draw_scatter(right, finished(groups))]}
@@ -587,8 +565,7 @@ def dynamics_and_scatter(name, models, args):
 
 def noise_dynamics(name, models, args):
     """Figures 5 and D2: a panel for each kind of noise there is, each beside pruning and the baseline."""
-    groups, dynamics = models["vgg11"], {}
-    titles = {"zero": "Zeroing noise", "gauss": "Gaussian noise"}
+    groups, dynamics, titles = models["vgg11"], {}, {"zero": "Zeroing noise", "gauss": "Gaussian noise"}
     kinds = [kind for kind in titles if any(m.startswith(kind) for m in groups)] or ["none"]
     canvas, axes = drawing.panels(len(kinds), 2, 4.0, 6.75 / len(kinds))
     for axis, kind in zip(axes, kinds):
@@ -706,8 +683,7 @@ def eigenvalues(name, models, args):
     groups, first_ten, numbers = models["vgg11"], name == "E1", {}
     canvas, (axis,) = drawing.panels(1, height=3.6, width=5.0)
     for i, (method, runs) in enumerate(groups.items()):
-        count = min(len(run["flat"]["eigenvalues"]) for run in runs)
-        count = min(count, 10) if first_ten else count
+        count = min(10 if first_ten else math.inf, *(len(run["flat"]["eigenvalues"]) for run in runs))
         values = np.array([run["flat"]["eigenvalues"][:count] for run in runs])
         x = np.arange(1, count + 1) + (0.12 * (i - (len(groups) - 1) / 2) if first_ten else 0)
         numbers[method] = {
@@ -730,7 +706,8 @@ def loss_along_eigenvectors(name, models, args):
         mean = np.array([run["flat"]["line"]["loss"] for run in runs], float).mean(0)  # NaN where one is not finite
         for i, loss in enumerate(mean):
             axis.plot(epsilon, loss, color=colours(i / 10), lw=0.9)
-        axis.set(title=f"{method_label(runs[0])}, n = {len(runs)}", yscale="log", xlabel="ε", ylabel="Test loss")
+        axis.set(title=f"{method_label(runs[0])}, n = {len(runs)}", yscale="log", xlabel="ε",
+                 ylabel=f"{args.split.title()} loss")
         axis.label_outer()
         numbers[method] = {"n": len(runs), "epsilon": epsilon, "loss": [floats(loss) for loss in mean]}
     scale = matplotlib.cm.ScalarMappable(matplotlib.colors.BoundaryNorm(np.arange(0.5, 11), 256), colours)
@@ -756,9 +733,8 @@ def spectra(name, models, args):
 
 @torch.no_grad()
 def normalised_activations(model, layers, images):
-    """The convolutions' outputs, each feature map normalised by its own mean and deviation over the batch, as batch
-    normalisation does in training mode: a flat array for each of `layers` (train.Block or nn.Conv2d), without the maps
-    that are constant."""
+    """The convolutions' outputs, each feature map normalised over the batch as batch norm does in training: a flat
+    array for each of `layers` (train.Block or nn.Conv2d), without the maps that are constant."""
     result = []
 
     def take(layer, inputs, output):
@@ -837,11 +813,10 @@ def weight_path(kind):
         "--device cpu" + (f" --noise {kind} --noise-batches 15" if kind != "prune" else "")).split())
     data = train.put_on_device(train.load_data("digits"), torch.device("cpu"))
     run, seen, records = train.new_run(options, 10, torch.device("cpu")), [], []
-    block, noise_first = run.model.prunable[run.plan[0][0]], run.hooks.get("before_batch")
+    block, noise = run.model.prunable[run.plan[0][0]], run.hooks.get("before_batch", lambda training: None)
 
     def before_batch(training):
-        if noise_first:
-            noise_first(training)
+        noise(training)
         if training:
             seen.append(block.conv.weight.detach()[:, 0, 1, 1].clone())
 
@@ -881,7 +856,7 @@ def table(name, models, args):
             best, last = (t_test([run[k] for run in runs], [run[k] for run in groups[other]])
                           for k in ("best_acc", "last_acc"))
             disagrees = best["difference"] * last["difference"] < 0
-            t_tests[f"{method} against {other}"] = {**best, "by last_acc": last, "disagrees": disagrees}
+            t_tests[f"{method} against {other}"] = {**best, "by last_acc": last}
             if best["student"]:
                 tests.append(f"{method_label(groups[other][0])}: {best['student'][1]:.2g}" + disagrees * (
                     f" ({best['difference']:+.2f}; last epoch {last['difference']:+.2f})"))
@@ -919,8 +894,7 @@ def draw(name, runs, args):
         if len(run["curve"]):
             settings.setdefault((run["dataset"], run["setting"]), []).append(run)
     if name in NEEDS_FLATNESS:
-        settings = {key: with_flatness(found, left_out, args) for key, found in settings.items()}
-        settings = {key: found for key, found in settings.items() if found}
+        settings = {key: fit for key, found in settings.items() if (fit := with_flatness(found, left_out, args))}
     for run in left_out:
         if run not in going_on:
             print(f"left out: {run['dir']}: {run['problem']}")
@@ -930,15 +904,17 @@ def draw(name, runs, args):
     files.require(settings, f"no finished runs of {label} under {args.log_dir}/: train them with 'bash runs.sh "
                   f"{EVERYTHING[name][1]}', or name another --log-dir")
     for (dataset, setting), found in settings.items():
-        models = {model: {m: [r for r in found if (r["model"], r["method"]) == (model, m)] for m in wanted}
+        models = {model: {m: own for m in wanted
+                          if (own := [run for run in found if (run["model"], run["method"]) == (model, m)])}
                   for model, wanted in methods_of(name, found).items()}
-        models = {model: {m: g for m, g in groups.items() if g} for model, groups in models.items()}
         models = {model: g for model, g in models.items() if set(g) - {"none"} or g and name == "B1"}
         args.papers = is_papers(name, dataset, setting)
         with matplotlib.rc_context(drawing.LOOK):
             canvas, numbers = DRAW[name](name, models, args)
             title = " ".join(filter(None, (dataset, setting)))
-            notes = [title, *([what_was_measured(found, args)] if name in NEEDS_FLATNESS else [])]
+            notes = [title]
+            if name in NEEDS_FLATNESS:
+                notes.append(flatness.in_words([run["flat"] for run in found], args.eigs))
             for model, panel in numbers.items():
                 numbers[model] = {**(method_numbers(finished(models[model])) if model in models else {}), **panel,
                                   "paper": PAPER.get((name, model)) if args.papers else None}
@@ -946,10 +922,11 @@ def draw(name, runs, args):
                 pairs = numbers[model].get("disagree")
                 notes += [f"{model}, best and last accuracy differ in sign: {', '.join(pairs[:3])}" +
                           f" and {len(pairs) - 3} more" * (len(pairs) > 3)] if pairs else []
-            width = int(13 * canvas.get_figwidth())
-            canvas.suptitle("\n".join(textwrap.fill(note, width) for note in notes), fontsize=8, parse_math=False)
+            title = "\n".join(textwrap.fill(note, int(13 * canvas.get_figwidth())) for note in notes)
+            canvas.suptitle(title, fontsize=8, parse_math=False)
             file = "-".join([f"fig{name}" if name in FIGURES else name.replace("table ", "tab"),
-                             *([] if args.papers or name == "D1" else title.split())])
+                             *([] if args.papers or name == "D1" else notes[0].split()),
+                             *(["train"] if name in NEEDS_FLATNESS and args.split == "train" else [])])
             drawing.save(canvas, pathlib.Path(args.fig_dir, file), {
                 "figure": name, "dataset": dataset, "setting": setting, "notes": notes[1:], "models": numbers,
                 "left_out": {run["dir"]: run["problem"] for run in left_out}})
@@ -977,16 +954,14 @@ def print_numbers(title, panel):
             print("    by last accuracy: " + ", ".join(stated(c["by last_acc"], kind) for kind in KINDS))
     for pair, test in panel.get("t_tests", {}).items():
         p = f"p = {test['student'][1]:.2g}" if test["student"] else "no test: too few runs"
-        print(f"  best accuracy, {pair}: {test['difference']:+.2f} points, {p}" + test["disagrees"] * (
-            f"; last {test['by last_acc']['difference']:+.2f}: they disagree"))
+        print(f"  {pair}: best {test['difference']:+.2f} points, {p}; last {test['by last_acc']['difference']:+.2f}")
 
 
 def list_figures(log_dir):
     runs = find_runs(log_dir)
     for name, (what, target, models) in EVERYTHING.items():
-        option = f"--figure {name}" if name in FIGURES else f"--{name}"
-        print(f"{option}: {what}; " + ("from all runs that prune" if models is ANY else
-                                       f"from 'bash runs.sh {target}'" if models else "needs no runs"))
+        source = f"'bash runs.sh {target}'" if target else "no runs"
+        print(f"--{'figure ' * (name in FIGURES)}{name}: {what}; from {source}")
         settings, left_out = runs_of(name, runs) if models != {} else ({}, [])
         for (dataset, setting), found in settings.items():
             there, wanted, _ = rest_command(name, dataset, setting, found)
@@ -1035,8 +1010,7 @@ def main(argv=None):
     add = parser.add_argument_group("flatness, of the runs named or those of a figure").add_argument
     add("--eigs", type=int, default=100, help="eigenvalues of the Hessian (default: 100)")
     add("--images", type=int, default=512, help="images of the split, the first ones (default: 512)")
-    add("--split", choices=("test", "train"), default="test", help="the paper: test; train goes to flatness-train.json "
-        "(default: test)")
+    add("--split", choices=("test", "train"), default="test", help="train goes to flatness-train.json (default: test)")
     add("--eig", choices=("lanczos", "power"), default="lanczos",
         help="power is the paper's method, slower and less precise (default: lanczos)")
     add("--memory-gb", type=float, default=4, help="for graphs and activations; the eigenvectors need 3 * eigs + 1 "
@@ -1057,13 +1031,11 @@ def main(argv=None):
             list_figures(args.log_dir)
         for run_dir in args.flatness:
             measure_flatness(run_dir, args)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=scipy.stats.ConstantInputWarning)
-            if args.live:
-                draw_live(args)
-            elif args.figure or args.table:
-                names = args.figure + [f"table {name}" for name in args.table]
-                draw_all(list(EVERYTHING) if "all" in names else names, args)
+        if args.live:
+            draw_live(args)
+        elif args.figure or args.table:
+            names = args.figure + [f"table {name}" for name in args.table]
+            draw_all(list(EVERYTHING) if "all" in names else names, args)
         return 0
     except files.UserError as error:
         print(f"analyze.py: {error}", file=sys.stderr)

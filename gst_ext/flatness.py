@@ -704,3 +704,11 @@ def moved_by_rescaling(found, name):
     values = {a: measure_of(other, name) for a, other in found.get("control", {}).items()}
     own = values.pop("1", None)
     return max((abs(value / own - 1) for value in values.values() if own and value is not None), default=None)
+
+
+def in_words(found, asked):
+    """A line on dicts that `measures` gave of several networks, and `asked` eigenpairs were wanted of."""
+    first, pairs = found[0], [ok for each in found for ok in each["converged"]]
+    k, share, split = len(first["eigenvalues"]), 100 * sum(pairs) / len(pairs), first.get("split", "test")
+    return (f"{k} eigenpairs" + f" ({asked} asked)" * (asked != k) +
+            f", {share:.3g}% converged, on {first['images']} {split} images")

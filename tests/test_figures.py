@@ -98,7 +98,8 @@ def test_every_figure_and_table_is_drawn_complete_and_readable(tmp_path, canvase
             assert method["best_acc"]["n"] == 3 == len(method["best_acc"]["values"]) == len(method["runs"])
     for kind in ("pdf", "png"):
         assert (tmp_path / f"{file_of(name)}.{kind}").stat().st_size > 5_000
-    canvas.draw_without_rendering()
+    with analyze.matplotlib.rc_context(analyze.drawing.LOOK):  # ticks are made while drawing
+        canvas.draw_without_rendering()
     edges = canvas.get_window_extent()
     for text in canvas.findobj(analyze.matplotlib.text.Text):
         if text.get_visible() and text.get_text().strip():
