@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from gst_ext import files
+from gst_ext.runs import choose_device
 import train
 
 matplotlib.use("Agg")
@@ -252,7 +253,7 @@ def rest_command(name, dataset, setting, found):
         more = ["--preset", preset] * bool(preset) + ["--"] * bool(different)
         for k, value in different.items():
             values = value if isinstance(value, list) else [] if isinstance(value, bool) else [value]
-            more += [f"--{'no-' if value is False else ''}{k.replace('_', '-')}", *map(train.short, values)]
+            more += [f"--{'no-' if value is False else ''}{k.replace('_', '-')}", *map(files.short, values)]
     wanted = {(model, method, seed) for model, methods in models.items() for method in methods for seed in seeds}
     there = wanted & {(run["model"], run["method"], run["seed"]) for run in found}
     span = f"{seeds[0]}-{seeds[-1]}" if seeds[-1] - seeds[0] == len(seeds) - 1 else ",".join(map(str, seeds))
@@ -790,7 +791,7 @@ def measure_flatness(run_dir, eigs=100, images=512, eig="lanczos", memory_gb=4, 
     """
     path, seed = pathlib.Path(run_dir, "flatness.json"), 0
     label = "/".join(path.absolute().parts[-4:-1])
-    device = train.choose_device(argparse.Namespace(device="auto", precision="fp32", deterministic=False))
+    device = choose_device(argparse.Namespace(device="auto", precision="fp32", deterministic=False))
     model, data, source = load_network(run_dir, data_dir, device, checkpoint)
     settings = {"version": 1, **source, "mode": "eval", "split": "test", "images": images, "dtype": "float32",
                 "seed": seed, "eig": eig, "eigs": eigs, "tol": EIGEN_TOLERANCE}
@@ -1461,7 +1462,7 @@ def main(argv=None):
         files.require(not args.live or args.figure == ["2"], "--live is for --figure 2")
         for name in ("eigs", "images", "memory_gb"):
             value = getattr(args, name)
-            files.require(0 < value < 1e6, f"--{name.replace('_', '-')} {train.short(value)}: give a number above 0")
+            files.require(0 < value < 1e6, f"--{name.replace('_', '-')} {files.short(value)}: give a number above 0")
         if args.list:
             list_figures(args.log_dir)
         for run_dir in args.flatness:

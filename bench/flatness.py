@@ -100,7 +100,7 @@ def main():
         "--model", "vgg11", "--width", str(cli.width), "--epochs", str(cli.epochs), "--lrs", "--device", "cpu",
         "--data-dir", cli.data_dir, "--log-dir", str(ROOT / "logs" / "bench")])
     runs.keep_freed_memory()
-    train.train(options)
+    runs.train_one(options, train)
     model, data, source = analyze.load_network(train.run_directory(options), cli.data_dir, torch.device("cpu"))
 
     def images(n):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from test_ext import DEVICES
 
-from gst_ext import files, ops
+from gst_ext import files, ops, runs
 import train
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -630,7 +630,7 @@ def digits_run(tmp_path, backend, *options):
     args = train.parse_options([*"--dataset digits --width 0.1 --epochs 30 --lrs 20 --batch-size 50 --s 1 2 3 4 --e 13 "
                                  "14 15 16 --p 0.3 0.3 0.3 0.6 --r 4 --device cpu".split(), "--backend", backend,
                                 "--log-dir", str(tmp_path / backend), *options])
-    assert train.train(args)
+    assert runs.train_one(args, train)
     return [json.loads(line) for line in open(train.run_directory(args) / "epochs.jsonl")]
 
 
@@ -653,13 +653,13 @@ SHORT = "--dataset digits --width 0.05 --epochs 1 --lrs 1 --save-epoch 0 --devic
 @pytest.mark.parametrize("backend", ["ext", "eager"])
 def test_a_run_logs_its_backend_and_may_be_continued_by_the_other(tmp_path, backend, monkeypatch):
     args = train.parse_options([*SHORT, "--backend", backend, "--log-dir", str(tmp_path)])
-    train.train(args)
+    runs.train_one(args, train)
     directory = train.run_directory(args)
     assert json.loads((directory / "config.json").read_text())["backend"] == backend
     (directory / "done.json").unlink()
     other = train.parse_options([*SHORT, "--backend", "ext" if backend == "eager" else "eager", "--log-dir",
                                  str(tmp_path)])
-    assert train.train(other)["epochs"] == 1  # finished, by its checkpoint
+    assert runs.train_one(other, train)["epochs"] == 1  # finished, by its checkpoint
 
 
 def test_without_the_build_auto_says_so_once_and_ext_is_refused(monkeypatch, capsys):
