@@ -74,10 +74,10 @@ def instead(old, new):
 BARRIER = "  __syncthreads();\n"
 FAULTS = {
     "the first reduction is overwritten while it is read": (
-        without("  __syncthreads();  // an earlier reduction may still be read\n"), "read, then written"),
+        without("  __syncthreads();  // an earlier reduction may still be read\n"), "a race"),
     "a reduction is read before it is there": (without(BARRIER, 0), "a race|before it is written"),
     "the first total is overwritten while it is read": (
-        without("  __syncthreads();  // an earlier total may still be read\n"), "read, then written"),
+        without("  __syncthreads();  // an earlier total may still be read\n"), "a race"),
     "a total is read before it is there": (without(BARRIER, 1), "a race|before it is written"),
     "idle columns leave before a barrier": (
         instead("A sum[V] = {}, sum2[V] = {}", "if (!part.any) return;\n  A sum[V] = {}, sum2[V] = {}"), "a barrier"),
