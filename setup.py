@@ -1,4 +1,4 @@
-"""Builds gst_ext: `pip install .` or `python setup.py build_ext --inplace`.
+"""Builds gst_ext: `pip install --no-build-isolation .` or `python setup.py build_ext --inplace`.
 
 The CPU kernels always; the CUDA kernels too where nvcc and a CUDA build of PyTorch are found, whether or not a GPU is.
 GST_CUDA=0 leaves them out, GST_CUDA=1 fails if they cannot be built. They are built for the GPUs in the machine, or
@@ -80,5 +80,4 @@ with_cuda = f" and the CUDA kernels for {os.environ.get('TORCH_CUDA_ARCH_LIST')}
 print(f"gst_ext: the CPU kernels{with_cuda if cuda else ' only: ' + (problem or 'GST_CUDA=0')}")
 
 extension = (CUDAExtension if cuda else CppExtension)("gst_ext._C", sources, extra_compile_args=flags, **options)
-setup(name="gst_ext", version="0.1.0", packages=["gst_ext"], python_requires=">=3.10", ext_modules=[extension],
-      cmdclass={"build_ext": BuildExtension})
+setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})  # all else is in pyproject.toml

@@ -1,13 +1,14 @@
 """gst_ext's masked convolution, bn_act and the fused block: against their references, alone and in whole networks."""
 import copy
 import itertools
+import json
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_ext import DEVICES
 
-from gst_ext import ops
+from gst_ext import files, ops
 import train
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -631,7 +632,7 @@ def digits_run(tmp_path, backend, *options):
                                  "14 15 16 --p 0.3 0.3 0.3 0.6 --r 4 --device cpu".split(), "--backend", backend,
                                 "--log-dir", str(tmp_path / backend), *options])
     assert train.train(args)
-    return [train.json.loads(line) for line in open(train.run_directory(args) / "epochs.jsonl")]
+    return [json.loads(line) for line in open(train.run_directory(args) / "epochs.jsonl")]
 
 
 @pytest.mark.parametrize("options", ["--target S --score l2", "--model resnet18 --target L --score act --lr 0.0003"])
@@ -655,7 +656,7 @@ def test_a_run_logs_its_backend_and_may_be_continued_by_the_other(tmp_path, back
     args = train.parse_options([*SHORT, "--backend", backend, "--log-dir", str(tmp_path)])
     train.train(args)
     directory = train.run_directory(args)
-    assert train.json.loads((directory / "config.json").read_text())["backend"] == backend
+    assert json.loads((directory / "config.json").read_text())["backend"] == backend
     (directory / "done.json").unlink()
     other = train.parse_options([*SHORT, "--backend", "ext" if backend == "eager" else "eager", "--log-dir",
                                  str(tmp_path)])
@@ -669,5 +670,5 @@ def test_without_the_build_auto_says_so_once_and_ext_is_refused(monkeypatch, cap
     for _ in range(2):
         assert train.choose_backend(train.parse_options(SHORT)) == "eager"
     assert capsys.readouterr().err.count("\n") == 1
-    with pytest.raises(train.UserError, match="--backend eager"):
+    with pytest.raises(files.UserError, match="--backend eager"):
         train.choose_backend(train.parse_options([*SHORT, "--backend", "ext"]))
