@@ -426,5 +426,5 @@ def test_all_labels_noised_are_uniform():
 
 @pytest.mark.parametrize("options", ({"train_images": 61}, {"val_split": 30, "train_images": 31}, {"test_images": 41}))
 def test_more_images_than_there_are_is_an_error(options):
-    with pytest.raises(train.UserError, match="give fewer"):
+    with pytest.raises(files.UserError, match="give fewer"):
         train.put_on_device(make_arrays(60, 40), CPU, **options)

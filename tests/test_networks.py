@@ -309,3 +309,23 @@ def test_cost_of_pruned_residual_blocks():
     assert whole[0] - less[0] == 2 * 16 * 9 + 2 and whole[1] - less[1] == 2 * 16 * 9 * 32 * 32
     train.prune_block(model.prunable[1], torch.tensor([5]))
     assert less[0] - train.cost(model, (32, 32, 3))[0] == 15 * 9 + 2 + 16 * 9, "the next block reads its map"
+
+
+def test_a_projection_reads_every_second_pixel():
+    """Of a whole stage: against the stride taken by the convolution itself."""
+    model = train.build_model("resnet18", width=0.25).eval()
+    (first, second), shortcut, x = model.pairs[2], model.shortcuts[2], torch.randn(4, 16, 10, 10)
+    conv, bn = shortcut
+    expected = second(first(x), bn(F.conv2d(x, conv.weight, stride=2)))
+    model.stem, model.linear = torch.nn.Identity(), torch.nn.Identity()
+    model.pairs, model.shortcuts = [(first, second)], [shortcut]
+    model.linear.weight, model.linear.bias = torch.eye(32), torch.zeros(32)
+    torch.testing.assert_close(model(x), expected.mean((2, 3)))
+
+
+def test_the_gradient_of_a_narrow_projection_stays_in_its_memory():
+    """oneDNN's own of a strided one with so few channels ends the process, sooner or later."""
+    model = train.build_model("resnet18", width=0.06)
+    for _ in range(20):
+        model(torch.randn(8, 3, 32, 32)).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())

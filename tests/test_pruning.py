@@ -551,5 +551,5 @@ def test_losses_churn_and_stability_of_an_event_by_hand():
     for broken in (dict(trained=trained * math.nan), dict(after=(after[0] - torch.tensor([0, 0, 1]), after[1])),
                    dict(val=(val[0] - torch.tensor([0, 0, 1]), val[1]))):
         call = dict(trained=trained, before=before, after=after, val=val) | broken
-        with pytest.raises(train.UserError, match="here.*lower --lr"):
+        with pytest.raises(files.UserError, match="here.*lower --lr"):
             train.measured("here", data, **call)
