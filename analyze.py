@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import train
-from gst_ext import flatness
+from gst_ext import files, flatness
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of backend)
@@ -170,7 +170,7 @@ def summarize(run_dir):
             if records[-1]["epoch"] != number - 1:
                 return {**run, "problem": f"line {number} of epochs.jsonl is of epoch {records[-1]['epoch']}"}
         wrong = "epochs.jsonl is damaged"
-        run.update(train.summarize_epochs(records), live=records[-1].get("live"),
+        run.update(train.summarize_epochs(records, config), live=records[-1].get("live"),
                    curve=np.array([record["test_acc"] for record in records], float))
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         return {**run, "problem": f"{wrong} ({type(error).__name__})"}
@@ -241,13 +241,13 @@ def rest_command(name, dataset, setting, found):
         seeds = list(range(1, {"tabF1": 4, "figB1": 2}.get(target, 11)))
     else:
         options = found[0]["config"]["options"]
-        defaults = train.paper_settings(options["model"], options.get("optimizer")) | train.DEFAULTS
+        preset = setting.split("-")[0] if setting.split("-")[0] in train.PRESETS else None
+        defaults = train.usual_settings(options["model"], options.get("optimizer"), preset)
         different = {k: options[k] for k, default in defaults.items() if options.get(k, default) != default
                      and k not in ("optimizer", "s", "e", "p", "r", "score", "save_epoch",
                                    "test_batch_size")}  # those are the method's
-        quick = {"dataset": "digits", "width": 0.25, "val_split": 300}
-        more = ["--quick"] if quick.items() <= different.items() else ["--"]
-        for k, value in different.items() if more == ["--"] else ():
+        more = ["--preset", preset] * bool(preset) + ["--"] * bool(different)
+        for k, value in different.items():
             values = value if isinstance(value, list) else [] if isinstance(value, bool) else [value]
             more += [f"--{'no-' if value is False else ''}{k.replace('_', '-')}", *map(train.short, values)]
     wanted = {(model, method, seed) for model, methods in models.items() for method in methods for seed in seeds}
@@ -365,7 +365,7 @@ def method_numbers(groups):
 # +--------------------------------------------------------------------------------------------------------------------+
 
 def load_network(run_dir, data_dir, device, checkpoint=None):
-    """(network in eval mode, data on the device, what the checkpoint is) of a run; train.UserError where it cannot be.
+    """(network in eval mode, data on the device, what the checkpoint is) of a run; files.UserError where it cannot be.
 
     checkpoint: a file's name in run_dir; by default epoch<N>.pt, N the run's save_epoch, or a finished run's last.
     """
@@ -375,26 +375,27 @@ def load_network(run_dir, data_dir, device, checkpoint=None):
         options, saved = config["options"], config["schedule"]["save_epoch"]
         crc, dataset = config["data"]["crc32"], options["dataset"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise train.UserError(f"{run_dir}/config.json is missing or damaged ({type(error).__name__}): name the "
+        raise files.UserError(f"{run_dir}/config.json is missing or damaged ({type(error).__name__}): name the "
                               "directory of a run") from None
     if not checkpoint:
         kept, finished = saved and (run_dir / f"epoch{saved}.pt").exists(), (run_dir / "done.json").exists()
-        train.require(kept or finished, f"{run_dir} is not finished" + f", and has no epoch{saved}.pt" * bool(saved) +
+        files.require(kept or finished, f"{run_dir} is not finished" + f", and has no epoch{saved}.pt" * bool(saved) +
                       ": continue the run first")
         checkpoint = f"epoch{saved}.pt" if kept else "checkpoint.pt"
     arrays = train.load_data(dataset, data_dir)
-    train.require(crc == {k: zlib.crc32(np.ascontiguousarray(arrays[k])) for k in crc},
+    files.require(crc == {k: zlib.crc32(np.ascontiguousarray(arrays[k])) for k in crc},
                   f"{run_dir} was trained on other data than {dataset} is now: put its own back, or see --data-dir")
     try:
-        state = train.read_checkpoint(run_dir / checkpoint, mmap=True)
+        state = files.read_checkpoint(run_dir / checkpoint, mmap=True)
         model = train.build_model(options["model"], len(arrays["classes"]), options["width"])
         model.load_state_dict(state["model"], assign=True)
         source = {"checkpoint": checkpoint, "crc32": zlib.crc32(np.memmap(run_dir / checkpoint)),
                   "epoch": int(state["epoch"])}
     except Exception as error:  # zip, pickle and torch each have their own for a damaged file
-        raise train.UserError(f"{run_dir / checkpoint} is missing or damaged ({train.reason(error)}): train the run "
+        raise files.UserError(f"{run_dir / checkpoint} is missing or damaged ({files.reason(error)}): train the run "
                               "again") from None
-    return model.to(device).eval(), train.put_on_device(arrays, device, options["val_split"]), source
+    kept = (options[k] for k in ("val_split", "train_images", "test_images", "label_noise"))
+    return model.to(device).eval(), train.put_on_device(arrays, device, *kept), source
 
 
 def flatness_file(run_dir, split):
@@ -406,7 +407,7 @@ def measure_flatness(run_dir, args, checkpoint=None):
 
     args: what main parses; split, images, eigs, eig, memory_gb and data_dir are read. Returns what it writes to
     flatness_file (docs/flatness.md); if that file holds the same measurement already, only reads it. Raises
-    train.UserError for missing or damaged files, too few images, or an infinite loss.
+    files.UserError for missing or damaged files, too few images, or an infinite loss.
     """
     path, seed, images, seconds = flatness_file(run_dir, args.split), 0, args.images, {}
     label = "/".join(path.absolute().parts[-4:-1])
@@ -422,7 +423,7 @@ def measure_flatness(run_dir, args, checkpoint=None):
     except (OSError, ValueError, AttributeError):
         pass  # measure it (again)
     x, y = (tensor[:images] for tensor in data[args.split])
-    train.require(len(x) == images, f"--images {images}, but there are {len(x)} {args.split} images: give fewer")
+    files.require(len(x) == images, f"--images {images}, but there are {len(x)} {args.split} images: give fewer")
     x, products = train.normalise(x, data), itertools.count(1)
     bar = tqdm(total=12, desc=label, disable=not (sys.stderr.isatty() and sys.stdout.isatty()),
                bar_format="{desc} |{bar:20}| {n_fmt}/{total_fmt} {postfix}")
@@ -444,14 +445,14 @@ def measure_flatness(run_dir, args, checkpoint=None):
         with torch.no_grad():
             logits = torch.cat([model(part) for part in x.split(128)])
         loss, accuracy = float(F.cross_entropy(logits, y)), 100 * float((logits.argmax(1) == y).double().mean())
-        train.require(math.isfinite(loss), f"{run_dir}: the loss of {source['checkpoint']} is {loss}")
+        files.require(math.isfinite(loss), f"{run_dir}: the loss of {source['checkpoint']} is {loss}")
         options = {"eigs": args.eigs, "method": args.eig, "seed": seed, "memory_gb": args.memory_gb, "tick": tick,
                    "stage": stage}
         try:
             found = flatness.measures(model, x, y, full=True, **options)
             found["control"] = flatness.control(model, x, y, **options)
         except ValueError as error:
-            raise train.UserError(f"{run_dir}: {error}") from None
+            raise files.UserError(f"{run_dir}: {error}") from None
     result = settings | found | {
         "loss": loss, "accuracy": accuracy, "rise": flatness.RISE, "seconds": seconds, "memory_gb": args.memory_gb,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -459,7 +460,7 @@ def measure_flatness(run_dir, args, checkpoint=None):
                      **{module.__name__: module.__version__ for module in (torch, np, scipy)}},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads()}
-    train.write_json(path, result)
+    files.write_json(path, result)
     print(f"{label}: λ1 {max(result['eigenvalues'], key=abs, default=math.nan):.4g}, {sum(result['converged'])} of "
           f"{args.eigs} pairs converged, Tr(H) {result['trace']:.4g} ± {result['trace_se']:.2g}, Tr(C) "
           f"{result['tr_c']:.4g}, Tr(C)/Tr(H) {result['tic'] or math.nan:.4g}", flush=True)
@@ -474,7 +475,7 @@ def with_flatness(runs, left_out, args):
         try:
             flat = json.loads(path.read_text()) if path.exists() else measure_flatness(run["dir"], args)
             run["flatness"] = {**{k: flat[k] for k in LABELS if k in flat}, "flat": flat, "top": flat["eigenvalues"][0]}
-        except train.UserError as error:
+        except files.UserError as error:
             run["flatness"] = {"problem": str(error)}
         except (ValueError, KeyError, TypeError, IndexError) as error:
             run["flatness"] = {"problem": f"{path.name} is damaged ({type(error).__name__}): delete it to measure "
@@ -773,8 +774,8 @@ def vgg19_from_torchvision(args):
     try:
         trained = torchvision.models.vgg19_bn(weights="IMAGENET1K_V1")
     except Exception as error:
-        raise train.UserError(f"no finished VGG19 run under {args.log_dir}/, and torchvision's weights cannot be had "
-                              f"({train.reason(error)}): train one with 'bash runs.sh figB1 --quick'") from None
+        raise files.UserError(f"no finished VGG19 run under {args.log_dir}/, and torchvision's weights cannot be had "
+                              f"({files.reason(error)}): train one with 'bash runs.sh figB1 --quick'") from None
     torch.manual_seed(0)
     x = torch.from_numpy(train.load_data("cifar10", args.data_dir)["test_x"][:32]).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -928,7 +929,7 @@ def finished(groups):
 
 
 def draw(name, runs, args):
-    """Draws a figure or "table <name>" for every data set and setting found; raises train.UserError without any."""
+    """Draws a figure or "table <name>" for every data set and setting found; raises files.UserError without any."""
     _, target, methods = EVERYTHING[name]
     settings, left_out = runs_of(name, runs)
     going_on = [run for run in left_out if args.live and run.get("unfinished")]
@@ -944,7 +945,7 @@ def draw(name, runs, args):
     if name == "B1" and not settings or name == "D1":
         settings = {("imagenet" if name == "B1" else "digits", ""): []}
     label = f"{'Figure ' * (name in FIGURES)}{name}"
-    train.require(settings, f"no finished runs of {label} under {args.log_dir}/: train them with 'bash runs.sh "
+    files.require(settings, f"no finished runs of {label} under {args.log_dir}/: train them with 'bash runs.sh "
                   f"{target}', or name another --log-dir")
     for (dataset, setting), found in settings.items():
         models = {model: {m: [r for r in found if r["model"] == model and r["method"] == m] for m in wanted}
@@ -997,10 +998,10 @@ def save(canvas, name, numbers):
             canvas.savefig(partial, dpi=200, metadata={"CreationDate": None} if kind == "pdf" else None)
             partial.replace(name.with_name(f"{name.name}.{kind}"))
         except OSError as error:
-            raise train.UserError(f"cannot write {name}.{kind} ({error.strerror}): make room or name another --fig-dir",
+            raise files.UserError(f"cannot write {name}.{kind} ({error.strerror}): make room or name another --fig-dir",
                                   1) from None
     plt.close(canvas)
-    train.write_json(name.with_name(f"{name.name}.json"), numbers)
+    files.write_json(name.with_name(f"{name.name}.json"), numbers)
 
 
 def list_figures(log_dir):
@@ -1020,7 +1021,7 @@ def draw_live(args):
     """--live: redraws Figure 2 every 20 seconds until no run of it is unfinished."""
     while True:
         runs = find_runs(args.log_dir)
-        with contextlib.suppress(train.UserError) if runs_of("2", runs)[1] else contextlib.nullcontext():
+        with contextlib.suppress(files.UserError) if runs_of("2", runs)[1] else contextlib.nullcontext():
             draw("2", runs, args)
         if not any(run.get("unfinished") for run in runs_of("2", runs)[1]):
             return
@@ -1033,17 +1034,17 @@ def draw_all(names, args):
     for name in names:
         try:
             draw(name, runs, args)
-        except train.UserError as error:
+        except files.UserError as error:
             errors.append(error)
             if len(names) > 1:
                 print(f"{name}: {error}", file=sys.stderr)
     if len(names) == 1 == len(errors):
         raise errors[0]
-    train.require(len(errors) < len(names), "nothing could be drawn")
+    files.require(len(errors) < len(names), "nothing could be drawn")
 
 
 def main(argv=None):
-    parser = train.OneLineParser(prog="analyze.py", description=__doc__, allow_abbrev=False,
+    parser = files.OneLineParser(prog="analyze.py", description=__doc__, allow_abbrev=False,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what to do").add_argument
     add("--figure", choices=[*FIGURES, "all"], nargs="+", default=[], metavar="NAME",
@@ -1068,12 +1069,12 @@ def main(argv=None):
     add("--data-dir", default="data", help="where <dataset>.npz lies or is put (default: data)")
     try:
         args = parser.parse_args(argv)
-        train.require(args.figure or args.table or args.list or args.flatness,
+        files.require(args.figure or args.table or args.list or args.flatness,
                       "nothing to do: give --figure, --table, --flatness or --list")
-        train.require(not args.live or args.figure == ["2"], "--live is for --figure 2")
+        files.require(not args.live or args.figure == ["2"], "--live is for --figure 2")
         for name in ("eigs", "images", "memory_gb"):
             value = getattr(args, name)
-            train.require(0 < value < 1e6, f"--{name.replace('_', '-')} {train.short(value)}: give a number above 0")
+            files.require(0 < value < 1e6, f"--{name.replace('_', '-')} {train.short(value)}: give a number above 0")
         if args.list:
             list_figures(args.log_dir)
         for run_dir in args.flatness:
@@ -1086,7 +1087,7 @@ def main(argv=None):
                 names = args.figure + [f"table {name}" for name in args.table]
                 draw_all(list(EVERYTHING) if "all" in names else names, args)
         return 0
-    except train.UserError as error:
+    except files.UserError as error:
         print(f"analyze.py: {error}", file=sys.stderr)
         return error.code
     except KeyboardInterrupt:

@@ -2,28 +2,29 @@
 # Every experiment of the paper as a list of train.py commands, and what runs them.
 #
 #   bash runs.sh fig2 --quick          Figure 2 in minutes: handwritten digits, narrow networks, two seeds
+#   bash runs.sh fig2 --preset small   the same on a laptop in hours: few images of CIFAR-10, narrow networks
 #   bash runs.sh fig2                  Figure 2 itself: CIFAR-10, 2 networks x 4 methods x 10 seeds, 325 epochs each
 #   bash runs.sh fig2 --seeds 1-3 --jobs 2 -- --device cpu --scale-epochs 0.08
-#   bash runs.sh fig3 --slurm "--partition gpu --gres=gpu:1 --time 8:00:00"    the same on a cluster (README)
+#   bash runs.sh fig3 --slurm "--partition gpu --gres=gpu:1 --time 8:00:00"    on a cluster (docs/cluster.md)
 #   bash runs.sh status                every target's runs: done, running, failed and why, waiting, time left
-#   bash runs.sh test                  the tests (options go to pytest)
+#   bash runs.sh test                  ruff, then the tests (options go to pytest)
 #   bash runs.sh bench                 what a training step costs, against plain PyTorch (options: bench/step.py), and
 #                                      where there is a GPU, what an epoch costs (bench/epoch.py)
 #   bash runs.sh setup                 only the set-up, which every other target does by itself
 #
 #   targets   fig2 fig3 fig4 fig5 fig6 figB1 figB2 tabC1 figC3 figD1 figD2 tabF1
 #   --seeds   1-10, or 1,4,7            (default: the paper's number)
-#   --jobs    N processes at once      (default: 1; with --quick one per core, at most 4; with --slurm no limit)
+#   --preset  quick or small, a setting of train.py's that fits a CPU; --quick is --preset quick with seeds 1-2
+#   --jobs    N processes at once      (default: 1; with a preset one per core, at most 4; with --slurm no limit)
 #   --devices 0,1,... one process for each of these GPUs, which its runs share
 #   --slurm   ["sbatch options"] submit the runs as a job array, of which --jobs tasks run at once, and a job that draws
 #   --group   N runs for each of Slurm's tasks, which share its device
 #             (default: 8 where the sbatch options ask for a GPU, else 1)
 #   --retry-failed   train failed runs again, too
 #   --print   print the train.py commands, or with --slurm all that would be submitted, and do nothing
-#   --quick   digits, width 0.25, two seeds, a scaled schedule
 #   -- ...    more options for every train.py command
 #
-# status takes --seeds, --quick and -- as a target does, to look at the same runs.
+# status takes --seeds, --preset, --quick and -- as a target does, to look at the same runs.
 # Finished runs are skipped and half-done ones continued, so the same command picks up after any interruption.
 # PYTHON=/path/to/python uses that interpreter as it is, without any set-up.
 set -euo pipefail
@@ -76,7 +77,7 @@ fig6() {  # E1 to E6 too
     run --model vgg11 --target S --scratch
 }
 
-figB1() { [ -z "$quick" ] || run --model vgg19 --target none; }  # else ImageNet's weights, or the runs there are
+figB1() { [ -z "$preset" ] || run --model vgg19 --target none; }  # else ImageNet's weights, or the runs there are
 
 figD1() { :; }
 
@@ -116,8 +117,13 @@ figD2() {
 }
 
 tabF1() {
-    local base="--dataset cifar100 --model resnet18 --lr 0.0001 --epochs 4000 --lrs 2000 --augment"
+    local base="--model resnet18 --lr 0.0001 --epochs 4000 --lrs 2000 --augment"
     local prune="--score ebn-signed --p 0 0 0 0.7"
+    case $preset in  # in about as many epochs as the preset makes of the other targets' 325
+        quick) base+=" --scale-epochs 0.004" ;;
+        small) base+=" --dataset cifar100 --scale-epochs 0.025" ;;
+        *) base+=" --dataset cifar100" ;;
+    esac
     run $base --target none
     run $base --target S --scratch $prune
     run $base --target S $prune --s 2500x4 --e 3250x4 --r 750
@@ -160,20 +166,14 @@ install() {
 # | Running a target                                                                                                 |
 # +------------------------------------------------------------------------------------------------------------------+
 
-quick_schedule() {  # a few epochs in all, the last of them after the last pruning event
-    case $1 in
-        fig4 | figC3) echo "--scale-epochs 0.08" ;;
-        tabF1) echo "--scale-epochs 0.004" ;;
-        *) echo "--epochs 350 --lrs 350 --lr 0.002 --scale-epochs 0.0375" ;;
-    esac
-}
-
 run() { echo "$* --seed $seed$more" >> "$list"; }
 
 seeds_of() {  # 1-3,7 -> 1 2 3 7
-    local part
-    for part in ${1//,/ }; do
-        [[ $part =~ ^[0-9]+(-[0-9]+)?$ ]] || fail "--seeds $1: give a range or a list, such as 1-10 or 1,4,7"
+    local part parts
+    IFS=, read -ra parts <<< "$1"
+    for part in "${parts[@]}"; do
+        [[ $part =~ ^[0-9]+(-[0-9]+)?$ && 10#${part%-*} -le 10#${part#*-} ]] ||
+            fail "--seeds $1: give a range or a list, such as 1-10 or 1,4,7"
         seq "${part%-*}" "${part#*-}"
     done
 }
@@ -181,17 +181,17 @@ seeds_of() {  # 1-3,7 -> 1 2 3 7
 read_options() {  # of a target or of status
     while [ $# -gt 0 ]; do
         case $1 in
-            --seeds | --jobs | --devices | --group)
+            --seeds | --preset | --jobs | --devices | --group)
                 [ $# -ge 2 ] || fail "$1 needs a value"
                 printf -v "${1#--}" %s "$2"
                 shift ;;
             --print) print=1 ;;
-            --quick) quick=1-2 ;;  # its seeds
+            --quick) preset=quick own=1-2 ;;
             --retry-failed) retry=$1 ;;
             --slurm)
                 slurm=" "
                 case ${2:-} in
-                    "" | --seeds | --jobs | --devices | --group | --print | --quick | --retry-failed | --) ;;
+                    "" | --seeds | --preset | --jobs | --devices | --group | --print | --quick | --retry-failed | --) ;;
                     *) slurm=$2; shift ;;
                 esac ;;
             --) shift; options=" $*"; break ;;
@@ -199,6 +199,7 @@ read_options() {  # of a target or of status
         esac
         shift
     done
+    [[ $preset =~ ^(|quick|small)$ ]] || fail "--preset $preset: give quick or small"
     [[ ${jobs:-1} =~ ^[1-9][0-9]*$ ]] || fail "--jobs $jobs: give a number of processes, 1 or more"
     [[ ${group:-1} =~ ^[1-9][0-9]*$ ]] || fail "--group $group: give a number of runs, 1 or more"
     [[ ${devices:-0} =~ ^[^,\ ]+(,[^,\ ]+)*$ ]] || fail "--devices $devices: give a list of GPUs, such as 0,1"
@@ -210,24 +211,21 @@ read_options() {  # of a target or of status
 }
 
 list_runs() {  # writes $work/<experiment>, a line of train.py options for each run
-    local experiment=$1 more=$options own=${quick:-1-10} all seed
+    local experiment=$1 more="${preset:+ --preset $preset}$options" usual=${own:-1-10} all seed
     case $1 in
-        tabF1) own=${quick:-1-3} ;;
-        figB1 | figD1) own=1 ;;
+        tabF1) usual=${own:-1-3} ;;
+        figB1 | figD1) usual=1 ;;
     esac
-    if [ "$quick" ]; then
-        more=" --dataset digits --width 0.25 --val-split 300 --batch-size 12 $(quick_schedule "$1")$options"
-    fi
     list=$work/$1
     : > "$list"
-    all=$(seeds_of "${seeds:-$own}")
+    all=$(seeds_of "${seeds:-$usual}")
     for seed in $all; do "$experiment"; done
 }
 
 status() {
-    local seeds="" jobs="" devices="" group="" print="" quick="" retry="" slurm="" options="" logs=logs lists=()
+    local seeds="" jobs="" devices="" group="" print="" preset="" own="" retry="" slurm="" options="" logs=logs lists=()
     read_options "$@"
-    [ -z "$jobs$devices$print$retry$slurm" ] || fail "status takes --seeds, --quick and -- only"
+    [ -z "$jobs$devices$print$retry$slurm" ] || fail "status takes --seeds, --preset, --quick and -- only"
     for name in $targets; do
         list_runs "$name"
         [ ! -s "$list" ] || lists+=("$list")
@@ -237,8 +235,8 @@ status() {
 }
 
 run_target() {
-    local experiment=$1 seeds="" jobs="" devices="" group="" print="" quick="" retry="" slurm="" options="" logs=logs
-    local flat left failed=0
+    local experiment=$1 seeds="" jobs="" devices="" group="" print="" preset="" own="" retry="" slurm="" options=""
+    local logs=logs flat="" left failed=0
     shift
     read_options "$@"
     list_runs "$experiment"
@@ -247,7 +245,11 @@ run_target() {
         return
     fi
     setup
-    left=$work/left flat=${quick:+--eigs 10 --images 128}
+    left=$work/left
+    case $preset in
+        quick) flat="--eigs 10 --images 128" ;;
+        small) flat="--eigs 30 --images 256" ;;
+    esac
     "$PYTHON" train.py --plan "$list" $retry > "$left" || exit $?
     if [ "$slurm" ]; then
         submit
@@ -261,7 +263,7 @@ run_target() {
 train_here() {
     local device=(${devices//,/ }) workers=${jobs:-1} worker runs
     [ -z "$devices" ] || workers=${#device[@]}
-    [ -z "$quick" ] || [ "$jobs$devices" ] || workers=$(($(cores) < 4 ? $(cores) : 4))
+    [ -z "$preset" ] || [ "$jobs$devices" ] || workers=$(($(cores) < 4 ? $(cores) : 4))
     runs=$(wc -l < "$left")
     workers=$((workers < runs ? workers : runs))
     [ "$workers" != 0 ] || return 0
@@ -336,7 +338,7 @@ draw_command() {  # target, log directory, options
     local names
     case $1 in
         fig3) names="--figure 3 C1 C2" ;;
-        fig6) names="--figure 6 E1 E2 E3 E4 E5 E6 flatness" ;;
+        fig6) names="--figure 6 E1 E2 E3 E4 E5 E6 flatness density" ;;
         fig*) names="--figure ${1#fig}" ;;
         tab*) names="--table ${1#tab}" ;;
     esac
@@ -352,7 +354,11 @@ case $target in
     fig[2-6] | figB[12] | tabC1 | figC3 | figD[12] | tabF1) run_target "$target" "$@" ;;
     status) status "$@" ;;
     setup) setup ;;
-    test) setup; exec $PYTHON -m pytest -q tests "$@" ;;
+    test)
+        setup
+        "$PYTHON" -m ruff check --quiet
+        exec "$PYTHON" -m pytest -q tests "$@"
+        ;;
     bench)
         setup
         $PYTHON bench/step.py "$@"

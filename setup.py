@@ -1,7 +1,9 @@
-"""Builds gst_ext: `pip install .` or `python setup.py build_ext --inplace`.
+"""Builds gst_ext: `pip install --no-build-isolation .` or `python setup.py build_ext --inplace`.
 
 The CPU kernels always; the CUDA kernels too where nvcc and a CUDA build of PyTorch are found, whether or not a GPU is.
-GST_CUDA=0 leaves them out, GST_CUDA=1 fails if they cannot be built. TORCH_CUDA_ARCH_LIST chooses the architectures.
+GST_CUDA=0 leaves them out, GST_CUDA=1 fails if they cannot be built. They are built for the GPUs in the machine, or
+where there is none for Turing (7.5), Ampere (8.0) and Hopper (9.0), and PTX for newer ones; TORCH_CUDA_ARCH_LIST
+chooses other architectures.
 """
 import glob
 import os
@@ -37,6 +39,13 @@ def missing_for_cuda(home):
     return None
 
 
+def architectures():
+    """TORCH_CUDA_ARCH_LIST as given; else what the GPUs here are, each once; else one of each kind in use, and PTX."""
+    here = {torch.cuda.get_device_capability(k) for k in range(torch.cuda.device_count())}
+    found = ";".join(f"{major}.{minor}" for major, minor in sorted(here))
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or found or "7.5;8.0;9.0+PTX"
+
+
 wanted = os.environ.get("GST_CUDA", "auto")
 if wanted not in ("0", "1", "auto"):
     sys.exit(f"setup.py: GST_CUDA={wanted}: give 0 or 1")
@@ -50,7 +59,7 @@ cuda = wanted != "0" and not problem
 if home:
     os.environ["CUDA_HOME"] = home
 if cuda:
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures()
 
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402  (reads CUDA_HOME)
 
@@ -67,8 +76,8 @@ if cuda:
     # PyTorch's headers want cusparse.h and its kind, which a toolkit may lack and the nvidia pip packages bring.
     folders = {*site.getsitepackages(), sysconfig.get_paths()["purelib"], str(pathlib.Path(torch.__file__).parents[1])}
     options["include_dirs"] = sorted(p for f in folders for p in glob.glob(f"{f}/nvidia/cu*/include"))
-print(f"gst_ext: the CPU kernels{' and the CUDA kernels' if cuda else ' only: ' + (problem or 'GST_CUDA=0')}")
+with_cuda = f" and the CUDA kernels for {os.environ.get('TORCH_CUDA_ARCH_LIST')}"
+print(f"gst_ext: the CPU kernels{with_cuda if cuda else ' only: ' + (problem or 'GST_CUDA=0')}")
 
 extension = (CUDAExtension if cuda else CppExtension)("gst_ext._C", sources, extra_compile_args=flags, **options)
-setup(name="gst_ext", version="0.1.0", packages=["gst_ext"], python_requires=">=3.10", ext_modules=[extension],
-      cmdclass={"build_ext": BuildExtension})
+setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})  # all else is in pyproject.toml

@@ -14,11 +14,23 @@ file are those of its appendix. Every default is the paper's setting for the mod
 
 A run leaves logs/<dataset>/<model>/<method>/seed<k>/ with config.json, epochs.jsonl, checkpoint.pt and, at its end,
 done.json. The same command again continues a half-done run and leaves a finished one alone.
+
+The experiment in ten lines; `experiment` below is these, with noise, learning rates, validation and CUDA graphs:
+
+    args = parse_options(["--preset", "quick", "--target", "L", "--device", "cpu"])
+    device, arrays = choose_device(args), load_data(args.dataset)
+    data, run = put_on_device(arrays, device, args.val_split), new_run(args, len(arrays["classes"]), device)
+    for epoch in range(run.times["epochs"]):
+        totals, run.step = train_epoch(run.model, data, run.optimizer, args, run.generators, run.step)
+        before = evaluate(run.model, data, "test", args)
+        due = filters_due(run.model, args, run.plan, epoch, run.noise)
+        gone = prune_now(run.model, run.optimizer, args, run.plan, due, run.noise, run.generators["target"])
+        after = evaluate(run.model, data, "test", args)
+        print(epoch, measured(f"epoch {epoch}", data, totals, before, after, event=bool(gone)))
 """
 import argparse
+import collections
 import contextlib
-import ctypes
-import fcntl
 import io
 import json
 import math
@@ -31,10 +43,8 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
-import uuid
+import types
 import warnings
-import zipfile
 import zlib
 from fractions import Fraction
 
@@ -42,19 +52,23 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils._pytree import tree_map
-from tqdm import tqdm
 
-from gst_ext import ops
-
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # before CUDA starts: as many streams at once as runs
+from gst_ext import files, ops, runs
+from gst_ext.files import UserError, reason, require
+from gst_ext.graphs import fed, hold_for, new_graphs, replayed, stream_of
 
 # +--------------------------------------------------------------------------------------------------------------------+
 # | Configuration: the paper's settings, the command line, the run's name                                              |
 # +--------------------------------------------------------------------------------------------------------------------+
 
 PRUNABLE_BLOCKS = {"vgg11": 8, "vgg19": 16, "resnet18": 16, "resnet20": 18, "resnet56": 54}
-SCORES = ("l1", "l2", "act", "ebn", "ebn-signed")
+SCORES = {  # name: the score of each filter of a block, (c_out,); of its weights (A.4), its map, its batch norm (B.2)
+    "l1": lambda block: block.conv.weight.detach().flatten(1).abs().sum(1),
+    "l2": lambda block: block.conv.weight.detach().flatten(1).square().sum(1).sqrt(),
+    "act": lambda block: block.act.clone(),
+    "ebn": lambda block: ops.ebn_score(block.bn.weight.double(), block.bn.bias.double()),
+    "ebn-signed": lambda block: ops.ebn_score(block.bn.weight.double(), block.bn.bias.double(), signed=True),
+}
 MOMENTUM, BN_MOMENTUM, BN_EPS = 0.9, 0.1, 1e-5
 ACT_KEEP, ACT_EVERY = 0.9, 10  # act score: 0.9 * old + 0.1 * new on every tenth training batch (A.4, footnote 4)
 CROP_PADDING = 4
@@ -68,33 +82,20 @@ ADAM_PRUNING = {  # B.1
     "resnet": dict(s=[7, 8, 9, 10], e=[150, 150, 170, 275], p=[0.25, 0.4, 0.25, 0.95], r=40, score="act", save_epoch=0),
 }
 DEFAULTS = dict(dataset="cifar10", width=1.0, scale_epochs=1.0, batch_size=128, test_batch_size=128, val_split=0,
-                precision="fp32", deterministic=False)  # of what else decides a result, for every model
+                train_images=0, test_images=0, label_noise=0.0, precision="fp32",
+                deterministic=False)  # of what else decides a result, for every model
+PRESETS = {  # --preset: by optimizer, what takes the place of the settings above
+    "quick": {"adam": dict(dataset="digits", width=0.25, val_split=300, batch_size=12, lr=0.002, epochs=350, lrs=[350],
+                           scale_epochs=0.0375),
+              "sgd": dict(dataset="digits", width=0.25, val_split=300, batch_size=12, scale_epochs=0.08)},
+    "small": dict.fromkeys(OPTIMIZERS, dict(train_images=2560, test_images=3000, width=0.25, batch_size=64,
+                                              scale_epochs=0.2)),
+}
 NOT_THE_RESULT = ("log_dir", "data_dir", "device", "backend", "save_epoch", "tensorboard", "seeds", "runs", "at_once",
-                  "plan", "retry_failed", "status")  # not what a run computes
-GRAPHED = ("cuda",)  # devices whose steps are captured in graphs
-WARM_UP = 3  # calls of a step before it becomes a graph: the libraries choose their algorithms in them
-SHAPE_STEPS = 20  # steps that are timed to choose the shapes of pruned layers
+                  "plan", "retry_failed", "status", "preset")  # not what a run computes
+BUILT_IN = ("cifar10", "cifar100", "digits")
+MULTIPLE = {"cpu": 1, "cuda": 32}  # a layer's live filters are computed as so many, rounded up: shapes a device likes
 CHECKPOINT_EVERY = {"cpu": 0, "cuda": 30}  # seconds at least; on a GPU, writing may take longer than an epoch
-AT_ONCE = 16  # runs in one process at most, unless --at-once says more
-BEAT, SILENCE = 30, 120  # seconds: how often a run's claim is refreshed, and when one that is not belongs to the dead
-
-
-class UserError(Exception):
-    """Something the user can mend: printed as one line. `code` is the exit code, 2 before the run and 1 during it."""
-
-    def __init__(self, message, code=2):
-        super().__init__(" ".join(message.splitlines()))  # a file's name may hold anything
-        self.code = code
-
-
-def require(ok, message, code=2):
-    if not ok:
-        raise UserError(message, code)
-
-
-def reason(error):
-    """The first line of an exception's message, or its name."""
-    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def paper_settings(model, optimizer=None):
@@ -105,6 +106,12 @@ def paper_settings(model, optimizer=None):
     if optimizer == "adam":
         pruning = ADAM_PRUNING[model.rstrip("0123456789")]
     return dict(optimizer=optimizer, **OPTIMIZERS[optimizer], **pruning)
+
+
+def usual_settings(model, optimizer=None, preset=None):
+    """What a run of `model` (str) uses where no option is given: the paper's settings, or a preset's in their place."""
+    settings = paper_settings(model, optimizer) | DEFAULTS
+    return settings | (PRESETS[preset][settings["optimizer"]] if preset else {})
 
 
 def short(value):
@@ -129,14 +136,12 @@ def seed_list(text):
     """An argparse type: 1-3,7 is [1, 2, 3, 7]."""
     parts = [[int(end) for end in part.split("-")] for part in text.split(",")]
     spans = [range(part[0], part[-1] + 1) for part in parts]
-    if not 1 <= sum(map(len, spans)) <= 10_000 or max(map(len, parts)) > 2 or max(map(max, parts)) >= 2**32:
-        raise ValueError
+    if not all(spans) or sum(map(len, spans)) > 10_000 or max(map(len, parts)) > 2 or max(map(max, parts)) >= 2**32:
+        raise ValueError  # a span that holds no seed, such as 3-1, too
     return [seed for span in spans for seed in span]
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} ({self.prog} --help lists every option)")
+seed_list.__name__ = "range or list of seeds"  # as argparse names it
 
 
 def make_parser():
@@ -145,16 +150,23 @@ def make_parser():
         options = paper_settings(model, optimizer)
         table.append(f"  {model}: " + " ".join(f"{name}={short(value)}" for name, value in options.items()))
     table.append("  vgg19 is as vgg11, resnet56 as resnet20; --optimizer brings the other settings of its kind along.")
-    parser = OneLineParser(prog="train.py", description=__doc__, epilog="\n".join(table), allow_abbrev=False,
+    parser = files.OneLineParser(prog="train.py", description=__doc__, epilog="\n".join(table), allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = argparse.BooleanOptionalAction
     add = parser.add_argument_group("network and data").add_argument
     add("--model", choices=PRUNABLE_BLOCKS, default="vgg11", help="(default: vgg11)")
+    add("--preset", choices=PRESETS, help="a named set of options: quick is a few epochs of digits, small is CIFAR-10 "
+        "with few images; an option given beside it counts (default: none, the paper's settings)")
     add("--width", type=float, help="multiplies every channel count (default: 1)")
     add("--dataset", help="cifar10, cifar100, digits, a .npz file, or a folder with train/ and test/ class folders of "
         "images (default: cifar10)")
     add("--data-dir", default="data", help="where <dataset>.npz lies or is put (default: data)")
     add("--val-split", type=int, metavar="N", help="hold N training images out to validate (default: 0)")
+    add("--train-images", type=int, metavar="N", help="train on N of the training images, after those held out; 0: all "
+        "(default: 0)")
+    add("--test-images", type=int, metavar="N", help="test on N of the test images; 0: all (default: 0)")
+    add("--label-noise", type=float, metavar="F", help="give a fraction F of the training images a random class, the "
+        "same ones for every seed and method (default: 0)")
     add("--augment", action=flag, help="random crop and flip (default: the paper's)")
 
     add = parser.add_argument_group("pruning (defaults: the paper's for the model, listed below)").add_argument
@@ -209,7 +221,6 @@ def make_parser():
         "data, and print their lines")
     add("--retry-failed", action=flag, default=False, help="count failed runs as left in --plan (default: no)")
     add("--status", metavar="FILE", nargs="+", help="train nothing: say what became of the runs listed in each FILE")
-    parser.set_defaults(**DEFAULTS)
     return parser
 
 
@@ -220,18 +231,19 @@ def parse_options(argv):
         if getattr(args, name) is not None:
             setattr(args, name, [value for values in getattr(args, name) for value in values])
     given = {name for name, value in vars(args).items() if value is not None}
-    for name, value in paper_settings(args.model, args.optimizer).items():
+    for name, value in usual_settings(args.model, args.optimizer, args.preset).items():
         if name not in given:
             setattr(args, name, value)
 
-    for name in ("epochs", "batch_size", "test_batch_size", "r", "noise_batches", "at_once", "seed", "val_split",
-                 "save_epoch"):
-        value, least = getattr(args, name), 0 if name in ("seed", "val_split", "save_epoch") else 1
+    from_0 = ("seed", "val_split", "train_images", "test_images", "save_epoch")
+    for name in ("epochs", "batch_size", "test_batch_size", "r", "noise_batches", "at_once", *from_0):
+        value, least = getattr(args, name), 0 if name in from_0 else 1
         require(value is None or least <= value < 2**32, f"--{name.replace('_', '-')} {value}: give {least} or more")
     for name in ("width", "scale_epochs", "lr", "weight_decay"):
         value = getattr(args, name)
         require(0 < value < 1e6 or value == 0 and name == "weight_decay",
                 f"--{name.replace('_', '-')} {short(value)}: give a number above 0")
+    require(0 <= args.label_noise <= 1, f"--label-noise {short(args.label_noise)}: give a fraction from 0 to 1")
     require(all(epoch >= 0 for epoch in args.lrs), f"--lrs {short(args.lrs)}: epochs count from 0")
 
     pruning, noise = args.target != "none", args.noise != "none"
@@ -274,7 +286,8 @@ def schedule(args):
         return math.floor(Fraction(str(args.scale_epochs)) * x + Fraction(1, 2))
 
     times = {name: getattr(args, name) and [scaled(x) for x in getattr(args, name)] for name in ("lrs", "s", "e")}
-    times["epochs"], times["save_epoch"] = max(1, scaled(args.epochs)), scaled(args.save_epoch)
+    times["epochs"] = max(1, scaled(args.epochs))
+    times["save_epoch"] = args.save_epoch and max(1, scaled(args.save_epoch))
     times["r"] = args.r and max(1, scaled(args.r))
     if times["e"]:  # rounding up must not carry the last pruning iteration past the end
         times["e"] = [min(e, times["epochs"] - 1) for e in times["e"]]
@@ -282,10 +295,29 @@ def schedule(args):
     return times
 
 
+def doubts_about_rate(args):
+    """What the user may not have meant of the learning rate's epochs, a list of lines. A fall at the very end that was
+    asked for is a way to say never."""
+    def spelled(epochs):
+        return " ".join(map(str, epochs))
+
+    times = schedule(args)
+    usual = args.lrs == paper_settings(args.model, args.optimizer)["lrs"]
+    late = [x for x in args.lrs if x > args.epochs - usual]
+    lines = [f"the learning rate never falls at --lrs {spelled(late)}, since epochs count from 0 to {args.epochs - 1}: "
+             "give --lrs that fit --epochs, or --lrs alone for none"] * bool(late)
+    kept, scaled = ([x for x in lrs if x < n] for lrs, n in ((args.lrs, args.epochs), (times["lrs"], times["epochs"])))
+    if len(set(scaled)) < len(set(kept)) or 0 in scaled and 0 not in kept:
+        lines.append(f"--scale-epochs {short(args.scale_epochs)} rounds --lrs {spelled(kept)} of {args.epochs} epochs "
+                     f"to {spelled(times['lrs'])} of {times['epochs']}, which loses a fall: give --epochs and --lrs")
+    return lines
+
+
 def run_name(args):
-    """(method, setting): what is done to the filters, and all else that differs from the paper's, "" if nothing."""
-    optimizer = paper_settings(args.model)["optimizer"]
-    usual = paper_settings(args.model, args.optimizer) | DEFAULTS | {"optimizer": optimizer}
+    """(method, setting): what is done to the filters, and all else: the preset and what differs from that (without
+    one, from the paper's settings), "" if nothing."""
+    usual = usual_settings(args.model, args.optimizer, args.preset)
+    usual["optimizer"] = paper_settings(args.model)["optimizer"]
 
     def differing(**labels):
         return [label + short(getattr(args, name)) for name, label in labels.items()
@@ -300,20 +332,35 @@ def run_name(args):
     else:
         method = [args.target] + [f"r{args.r}"] * (args.target != "none")
     method += differing(score="") + ["bnkeep"] * (args.prune_bn == "keep") + differing(s="s", e="e", p="p")
-    setting = differing(optimizer="", width="w", scale_epochs="x", epochs="epochs", lrs="lrs", lr="lr",
-                        weight_decay="wd", batch_size="batch", val_split="val", precision="")
+    setting = differing(optimizer="") + [args.preset] * bool(args.preset)
+    setting += differing(width="w", scale_epochs="x", epochs="epochs", lrs="lrs", lr="lr",
+                         weight_decay="wd", batch_size="batch", val_split="val", train_images="n", test_images="t",
+                         label_noise="noise", precision="")
     setting += ["augment" if args.augment else "noaugment"] * (args.augment != usual["augment"])
     return "-".join(method), "-".join(setting + ["deterministic"] * args.deterministic)
 
 
+def dataset_name(name):
+    """The data set's part of a path: the whole name of a file or folder, or a built-in name, which is nobody else's."""
+    if name in BUILT_IN:
+        return name
+    whole = os.path.basename(os.path.abspath(name))  # of "..", too
+    return f"own-{whole}" if whole.lower() in ("", *BUILT_IN) else whole
+
+
 def run_directory(args):
-    dataset = pathlib.Path(args.dataset).stem if "/" in args.dataset or "." in args.dataset else args.dataset
-    return pathlib.Path(args.log_dir, dataset, args.model, "-".join(filter(None, run_name(args))), f"seed{args.seed}")
+    return pathlib.Path(args.log_dir, dataset_name(args.dataset), args.model, "-".join(filter(None, run_name(args))),
+                        f"seed{args.seed}")
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
 # | Data: every source gives the same dict of arrays; the whole set lives on the device as uint8                       |
 # +--------------------------------------------------------------------------------------------------------------------+
+
+def data_path(name, data_dir):
+    """The file or folder of a data set; digits have none."""
+    return pathlib.Path(data_dir, f"{name}.npz") if name in ("cifar10", "cifar100") else pathlib.Path(name)
+
 
 def load_data(name, data_dir="data"):
     """Loads a data set by name or path, checked.
@@ -323,19 +370,18 @@ def load_data(name, data_dir="data"):
     with one folder of images per class (resized to 32x32). Returns a dict: train_x, test_x (n, height, width, 3)
     uint8; train_y, test_y (n,) int64, 0 … k-1; classes (k,) str. Raises UserError if that cannot be had.
     """
-    path = pathlib.Path(name)
+    path = data_path(name, data_dir)
     if name in ("cifar10", "cifar100"):
-        path = pathlib.Path(data_dir, f"{name}.npz")
         if not path.exists():
-            with lock_directory(path.parent, wait=True):
+            with files.lock_directory(path.parent, wait=True):
                 if not path.exists():
                     buffer = io.BytesIO()
                     np.savez(buffer, **download_cifar(name, data_dir))
-                    write_atomically(path, buffer.getbuffer())
+                    files.write_atomically(path, buffer.getbuffer())
     elif name != "digits":
         require(name.endswith(".npz") or path.is_dir(), f"--dataset {name}: no such thing; give cifar10, cifar100, "
                 "digits, a .npz file, or a folder with train/ and test/ class folders of images")
-    data = load_digits() if name == "digits" else read_image_folder(path) if path.is_dir() else read_npz(path)
+    data = load_digits() if name == "digits" else read_image_folder(path) if path.is_dir() else files.read_npz(path)
 
     missing = [k for k in ("train_x", "train_y", "test_x", "test_y", "classes") if k not in data]
     require(not missing, f"{path} lacks {', '.join(missing)}: it needs train_x, train_y, test_x, test_y and classes")
@@ -352,15 +398,6 @@ def load_data(name, data_dir="data"):
         data[f"{split}_y"] = y.astype(np.int64)
     require(data["train_x"].shape[1:] == data["test_x"].shape[1:], f"{path}: training and test images differ in size")
     return data
-
-
-def read_npz(path):
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
-        raise UserError(f"{path} cannot be read as .npz ({reason(error)}): make it again, or delete it if it came from "
-                        "a download") from None
 
 
 def download_cifar(name, data_dir):
@@ -390,40 +427,57 @@ def load_digits():
 
 
 def read_image_folder(folder):
-    from PIL import Image
-    classes = sorted(p.name for p in (folder / "train").glob("*") if p.is_dir())
-    unknown = {p.name for p in (folder / "test").glob("*") if p.is_dir()} - set(classes)
+    """The images of folder/train/<class>/ and folder/test/<class>/; what was made of them is said in one line."""
+    def seen(path):
+        return sorted(p for p in path.glob("*") if not p.name.startswith("."))  # .ipynb_checkpoints is no class
+
+    classes, notes = [p.name for p in seen(folder / "train") if p.is_dir()], collections.Counter()
+    unknown = {p.name for p in seen(folder / "test") if p.is_dir()} - set(classes)
     require(classes, f"{folder}/train has no class folders: lay the images out as train/<class>/<image>")
     require(not unknown, f"{folder}/test/{min(unknown, default='')} is no class of {folder}/train: rename or remove it")
     data = {"classes": np.array(classes)}
     for split in ("train", "test"):
-        x, y = [], []
-        for label, name in enumerate(classes):
-            for path in sorted(p for p in (folder / split / name).glob("*") if not p.name.startswith(".")):
-                try:
-                    x.append(np.asarray(Image.open(path).convert("RGB").resize((32, 32), Image.BILINEAR)))
-                except Exception:
-                    raise UserError(f"{path} is not a readable image: repair or remove it") from None
-                y.append(label)
-        data[f"{split}_x"] = np.stack(x) if x else np.empty((0, 32, 32, 3), np.uint8)
-        data[f"{split}_y"] = np.array(y, np.int64)
+        found = [(path, label) for label, name in enumerate(classes) for path in seen(folder / split / name)]
+        for label in set(range(len(classes))) - {label for _, label in found}:
+            raise UserError(f"{folder}/{split}/{classes[label]} has no images: put some there, or remove the class")
+        notes["beside the class folders left out"] += sum(not p.is_dir() for p in seen(folder / split))
+        data[f"{split}_x"] = np.stack([files.read_image(path, notes) for path, _ in found])
+        data[f"{split}_y"] = np.array([label for _, label in found], np.int64)
+    if +notes:
+        files.say_once(f"train.py: images of {folder}: " + ", ".join(f"{n} {what}" for what, n in (+notes).items()))
     return data
 
 
-def put_on_device(data, device, val_split=0):
+def subset(n, *counts):
+    """Disjoint ascending indices into n images, so many as each of counts says: the same for every seed and method."""
+    order, bounds = np.random.RandomState(0).permutation(n), np.cumsum([0, *counts])
+    return [np.sort(order[start:end]) for start, end in zip(bounds, bounds[1:])]
+
+
+def put_on_device(data, device, val_split=0, train_images=0, test_images=0, label_noise=0.0):
     """The arrays as tensors on `device`: {"train": (x uint8 NHWC, y), "test": …, "val": … if asked, "mean", "std"}.
 
-    mean and std (3,) are the training images' per-channel ones, in units of a uint8 pixel, exact. The validation
-    images are the same for every seed, so that runs differ in what they learn and not in what judges them.
+    mean and std (3,) are the training images' per-channel ones, in units of a uint8 pixel, exact. The options draw the
+    same images and labels for every seed, so that runs differ in what they learn and not in what teaches and judges it.
     """
-    train_x, train_y = data["train_x"], data["train_y"]
-    require(val_split < len(train_x), f"--val-split {val_split} leaves none of {len(train_x)} images: give fewer")
-    splits = {"test": (data["test_x"], data["test_y"])}
-    if val_split:
-        order = np.random.RandomState(0).permutation(len(train_x))
-        held_out, kept = np.sort(order[:val_split]), np.sort(order[val_split:])
-        splits["val"] = (train_x[held_out], train_y[held_out])
+    train_x, train_y, test_x, test_y = (data[k] for k in ("train_x", "train_y", "test_x", "test_y"))
+    left = len(train_x) - val_split
+    require(left > 0, f"--val-split {val_split} leaves none of {len(train_x)} images: give fewer")
+    for name, wanted, there in (("train", train_images, left), ("test", test_images, len(test_x))):
+        require(wanted <= there, f"--{name}-images {wanted}, but there are {there}: give fewer")
+    splits = {"test": (test_x, test_y)}
+    if test_images:
+        kept, = subset(len(test_x), test_images)
+        splits["test"] = (test_x[kept], test_y[kept])
+    if val_split or train_images:
+        held_out, kept = subset(len(train_x), val_split, train_images or left)
+        if val_split:
+            splits["val"] = (train_x[held_out], train_y[held_out])
         train_x, train_y = train_x[kept], train_y[kept]
+    if label_noise:
+        random, train_y = np.random.RandomState(1), train_y.copy()
+        noised = random.permutation(len(train_y))[:math.floor(label_noise * len(train_y) + 0.5)]
+        train_y[noised] = random.randint(len(data["classes"]), size=len(noised))
     splits["train"] = (train_x, train_y)
     counts = np.stack([np.bincount(train_x[..., c].ravel(), minlength=256) for c in range(3)]) / train_x[..., 0].size
     mean = counts @ np.arange(256)
@@ -507,7 +561,7 @@ class Block(nn.Module):
     def connect(self, live_in, multiple):
         """Takes the channels of its input and returns those of its output (indices, None for all)."""
         self.keeps_bn = not torch.equal(self.mask, self.bn_mask)
-        n = self.computed() if multiple is None else rounded_up(int(self.bn_mask.sum()), multiple, len(self.mask))
+        n = min(len(self.mask), -(-int(self.bn_mask.sum()) // multiple) * multiple)
         chosen = torch.argsort(~self.bn_mask, stable=True)[:n].sort().values if n < len(self.mask) else None
         self.live_in, self.live_out = live_in, in_place_of(self.live_out, chosen)
         return self.live_out
@@ -515,10 +569,6 @@ class Block(nn.Module):
     def computed(self):
         """How many filters it computes: under "ext" the live ones, and those that fill up the shape."""
         return len(self.mask) if self.backend == "eager" or self.live_out is None else len(self.live_out)
-
-
-def rounded_up(n, multiple, most):
-    return min(most, -(-n // multiple) * multiple)
 
 
 def in_place_of(old, new):
@@ -529,7 +579,7 @@ def in_place_of(old, new):
 def use_backend(model, backend):
     """Makes every block of `model` compute by "ext" or "eager", by its masks as they are now; returns the model.
 
-    Under "ext" a pruned block computes its live filters, rounded up to model.multiple; None: as many as it does now.
+    Under "ext" a pruned block computes its live filters, their number rounded up to a multiple of model.multiple.
     """
     for block in model.modules():
         if isinstance(block, Block):
@@ -553,15 +603,15 @@ def classify(model, x):
 
 
 class PaddedShortcut(nn.Module):
-    """ResNet's option A: every second pixel, and zero maps around the old ones; no parameters."""
+    """ResNet's option A: zero maps around the old ones; no parameters."""
 
-    def __init__(self, c_in, c_out, stride):
+    def __init__(self, c_in, c_out):
         super().__init__()
-        self.c_in, self.stride, self.before = c_in, stride, (c_out - c_in) // 2
+        self.c_in, self.before = c_in, (c_out - c_in) // 2
         self.after = c_out - c_in - self.before
 
     def forward(self, x):
-        return F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, self.before, self.after))
+        return F.pad(x, (0, 0, 0, 0, self.before, self.after))
 
 
 class VGG(nn.Module):
@@ -599,10 +649,10 @@ class ResNet(nn.Module):
                 if stride == 1 and c_in == c_out:
                     shortcut = nn.Identity()
                 elif projection:
-                    shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False),
+                    shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=False),
                                              nn.BatchNorm2d(c_out, BN_EPS, BN_MOMENTUM))
                 else:
-                    shortcut = PaddedShortcut(c_in, c_out, stride)
+                    shortcut = PaddedShortcut(c_in, c_out)
                 self.shortcuts.append(shortcut)
                 c_in = c_out
         self.linear = nn.Linear(c_in, num_classes)
@@ -618,7 +668,11 @@ class ResNet(nn.Module):
     def forward(self, x):
         x = self.stem(x)
         for (first, second), shortcut in zip(self.pairs, self.shortcuts):
-            x = second(first(x), live_shortcut(shortcut, x, first) if self.backend == "ext" else shortcut(x))
+            stride = first.conv.stride[0]
+            # The shortcut reads every second pixel by itself: of fewer than eight channels, oneDNN's AVX2 code for a
+            # strided 1x1 convolution's gradient writes past its buffer.
+            seen = x[:, :, ::stride, ::stride]
+            x = second(first(x), live_shortcut(shortcut, seen, first) if self.backend == "ext" else shortcut(seen))
         return classify(self, x)
 
 
@@ -641,16 +695,40 @@ def shortcut_map(shortcut, came, block):
 
 def live_shortcut(shortcut, x, block):
     """The shortcut past `block` of compact maps x: a projection gives all its maps, the others the live ones of x."""
-    if isinstance(shortcut, nn.Identity):
+    if not isinstance(shortcut, nn.Sequential):
         return x
-    if isinstance(shortcut, PaddedShortcut):
-        return x[:, :, ::shortcut.stride, ::shortcut.stride]
     conv, bn = shortcut
     if block.training:
         bn.num_batches_tracked.add_(1)  # as the module itself would
     return ops.masked_conv_bn_act(x, conv.weight, None, bn.weight, bn.bias, bn.running_mean, bn.running_var, None,
-                                      block.live_in, conv.stride[0], 0, training=block.training, relu=False,
+                                      block.live_in, 1, 0, training=block.training, relu=False,
                                       momentum=bn.momentum, eps=bn.eps)
+
+
+def cost(model, image):
+    """(parameters left, multiply-adds of one image's forward pass): what live filters hold and what reads live maps.
+
+    image: (height, width, …). Convolutions and the last layer are what multiplies.
+    """
+    parameters, macs, came, size = 0, 0, 3, image[:2]
+
+    def add(conv, filters, maps):
+        nonlocal parameters, macs
+        weights = came * filters * conv.kernel_size[0] ** 2
+        after = [(s + 2 * conv.padding[0] - conv.kernel_size[0]) // conv.stride[0] + 1 for s in size]
+        parameters += weights + filters * (conv.bias is not None) + 2 * maps
+        macs += weights * math.prod(after)
+        return after
+
+    past = dict(zip((first for first, _ in getattr(model, "pairs", ())), getattr(model, "shortcuts", ())))
+    for block in (module for module in model.modules() if isinstance(module, Block)):
+        maps = int(block.bn_mask.sum())
+        size = [s // 2 if block.pool else s for s in add(block.conv, int(block.mask.sum()), maps)]
+        if isinstance(past.get(block), nn.Sequential):
+            add(past[block][0], len(block.mask), len(block.mask))  # a projection stays whole
+        came = maps
+    classes = len(model.linear.bias)
+    return parameters + classes * (came + 1), macs + classes * came
 
 
 def build_model(name, num_classes=10, width=1.0):
@@ -686,7 +764,7 @@ def build_model(name, num_classes=10, width=1.0):
 # +--------------------------------------------------------------------------------------------------------------------+
 
 def prune_epochs(s, e, r):
-    """The epochs (from 0) after whose training a layer is pruned: s, s+r, … up to e (A.4; see README, Deviations)."""
+    """The epochs (from 0) after whose training a layer is pruned: s, s+r, … up to e (A.4; docs/deviations.md)."""
     return range(s, e + 1, r)
 
 
@@ -713,16 +791,9 @@ def pruning_plan(model, args, times):
 
 
 def filter_scores(block, method):
-    """The score of each filter of `block`, (c_out,); method l1 or l2 (of the weights, A.4), act, ebn or ebn-signed."""
+    """The score of each filter of `block`, (c_out,), by the method of that name in SCORES."""
     require(method in SCORES, f"no score {method}: choose from {', '.join(SCORES)}")
-    weight = block.conv.weight.detach().flatten(1)
-    if method == "l1":
-        return weight.abs().sum(1)
-    if method == "l2":
-        return weight.square().sum(1).sqrt()
-    if method == "act":
-        return block.act.clone()
-    return ops.ebn_score(block.bn.weight.double(), block.bn.bias.double(), signed=method == "ebn-signed")
+    return SCORES[method](block)
 
 
 def select_filters(scores, mask, k, target, generator=None):
@@ -741,6 +812,18 @@ def select_filters(scores, mask, k, target, generator=None):
     else:
         order = torch.sort(scores, stable=True, descending=target == "L").indices
     return live[order[:k]].sort().values
+
+
+def count_tied(scores, mask, indices):
+    """How many live filters share the score between those that go (indices) and those that stay; 0 if none does.
+
+    Where it is not 0, the order of the filters decided between them, and not their scores.
+    """
+    gone = torch.zeros_like(mask, device="cpu")
+    gone[indices] = True
+    stay = mask.cpu() & ~gone
+    shared = set(scores[gone].tolist()) & set(scores[stay].tolist())
+    return sum(s in shared for s in scores[gone | stay].tolist())
 
 
 @torch.no_grad()
@@ -771,8 +854,13 @@ def filters_due(model, args, plan, epoch, noise):
     return due
 
 
-def prune_now(model, optimizer, args, plan, due, noise, generator):
-    """Removes (or starts to noise) the filters that are due; returns {layer: their indices}."""
+def prune_now(model, optimizer, args, plan, due, noise, generator, tied=None):
+    """Removes (or starts to noise) the filters that are due; returns {layer: their indices}.
+
+    tied: a dict that takes {layer: how many filters equal scores left to their order} (count_tied). UserError if all
+    filters of a layer have one score, which then says nothing, but under --scratch: there the paper's rule takes the
+    scores of a fresh network.
+    """
     gone = {}
     for i, k in due.items():
         layer = plan[i][0]
@@ -780,7 +868,14 @@ def prune_now(model, optimizer, args, plan, due, noise, generator):
         if noise:
             end_noise(block, noise[i], args)  # scores are taken of the network itself
         live = ~noise[i]["targeted"] if noise else block.mask
-        indices = select_filters(filter_scores(block, args.score), live, k, args.target, generator)
+        scores = filter_scores(block, args.score).cpu()
+        indices = select_filters(scores, live, k, args.target, generator)
+        if args.target != "R" and (n := count_tied(scores, live, indices)):
+            require(n < int(live.sum()) or args.scratch, f"all {n} filters of layer {layer} have the same "
+                    f"{args.score} score, which says nothing of which should go: prune later (--s; act is measured on "
+                    "every tenth training batch), or choose another --score", 1)
+            if tied is not None:
+                tied[layer] = n
         if noise:
             start_noise(block, noise[i], indices, args)
         else:
@@ -847,167 +942,17 @@ def end_noise(block, state, args):
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
-# | Files: all writes are atomic, one process per run directory, on whatever host                                      |
+# | What a run records: its settings, its checkpoint, a line for each epoch, a summary                                 |
 # +--------------------------------------------------------------------------------------------------------------------+
 
-@contextlib.contextmanager
-def writing(path):
-    """Turns a full disk, a read-only folder and their kind into one line."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({reason(error)}): make room or choose another folder, then start the "
-                        "same command again", 1) from None
+def describe_data(arrays):
+    """What config.json says of a data set."""
+    return {"train": len(arrays["train_x"]), "test": len(arrays["test_x"]), "classes": len(arrays["classes"]),
+            "image": list(arrays["train_x"].shape[1:]),
+            "crc32": {k: zlib.crc32(np.ascontiguousarray(arrays[k])) for k in sorted(arrays) if k != "classes"}}
 
 
-def write_atomically(path, content, check=None):
-    """Writes bytes to `path` so that a reader, or a crash, sees the old file or the new one and nothing between.
-
-    check: called last of all before the new file counts, since a write may hang for minutes on a network.
-    """
-    path = pathlib.Path(path)
-    partial = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.partial")  # nobody else's
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(partial, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            if check:
-                check()
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-def write_json(path, value):
-    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def append_line(path, line):
-    with writing(path), open(path, "a") as file:
-        file.write(line + "\n")
-
-
-def lock_directory(directory, wait=False):
-    """Takes a directory for this process, and returns the lock, which goes with the process, however it ends."""
-    with writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = open(directory / ".lock", "w")
-    for _ in range(10):
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            return lock
-        time.sleep(0.05)  # state_of holds it for a moment
-    lock.close()
-    raise UserError(f"{directory} is in use by another process: wait for it, or choose another --seed", 1)
-
-
-def this_host():
-    """What tells this host, since it was started, from every other."""
-    with contextlib.suppress(OSError):
-        return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{uuid.getnode():x}"
-
-
-def read_claim(path):
-    """(a claim's text, when it was last refreshed), (None, 0) without one; opened, since network file systems may
-    answer from memory otherwise."""
-    try:
-        with open(path, errors="replace") as file:
-            return file.read(), os.fstat(file.fileno()).st_mtime_ns
-    except FileNotFoundError:
-        return None, 0
-
-
-def is_foreign(claim):
-    """Whether a claim's text is of another host, or cut."""
-    return claim is not None and claim.split(" ")[0] != this_host()
-
-
-PROCESS = uuid.uuid4().hex  # tells this process from an earlier one of the same number
-DEAD = set()  # claims of other hosts' processes that were seen not to be refreshed any more
-
-
-@contextlib.contextmanager
-def claimed(directory):
-    """Holds a run for this process; gives a function that raises UserError once another process has taken it over.
-
-    A lock keeps processes of one host apart, and goes with its process. Hosts that share only a file system, which may
-    not share locks, are kept apart by a claim that its holder refreshes. The claim of another host is taken over when
-    it was watched for SILENCE seconds without being refreshed, so that no two clocks need agree.
-    """
-    lock, path, pause = lock_directory(directory), directory / ".claim", min(1, SILENCE / 10)
-    mine = f"{this_host()} {platform.node() or 'unnamed'} {os.getpid()} {PROCESS}"
-    over = threading.Event()
-
-    def still_ours():
-        require(read_claim(path)[0] == mine, f"{directory} was taken over by another process, or deleted: nothing was "
-                "written since", 1)
-
-    def refresh(file):  # the file and not its name, which may be another's by now
-        while not over.wait(BEAT):
-            with contextlib.suppress(OSError):
-                os.utime(file.fileno())
-
-    with lock:
-        seen, until, silent = read_claim(path), time.monotonic() + SILENCE, False
-        while is_foreign(seen[0]) and seen[0] not in DEAD and not silent:
-            silent = time.monotonic() > until  # before it is read for the last time
-            time.sleep(pause)
-            _, name, number, *_ = f"{seen[0]} ? ? ?".split(" ")
-            require(read_claim(path) == seen, f"{directory} is in use by process {number} on {name}: leave it to that, "
-                    "or choose another --seed", 1)
-        with writing(path):
-            if seen[0] is not None:
-                DEAD.add(seen[0])
-                path.unlink(missing_ok=True)
-            for partial in directory.glob("*.partial"):
-                partial.unlink(missing_ok=True)  # of a process that was killed, or must not finish it any more
-            try:
-                with contextlib.suppress(FileExistsError), open(path, "x") as file:  # else another host was quicker
-                    file.write(mine)
-            except OSError:
-                path.unlink(missing_ok=True)
-                raise
-        if is_foreign(seen[0]):
-            time.sleep(pause)  # another host that saw the same silence has replaced our claim by now, or will not
-        still_ours()
-        with open(path) as file:
-            beat = threading.Thread(target=refresh, args=(file,), daemon=True)
-            beat.start()
-            try:
-                yield still_ours
-            finally:
-                over.set()
-                beat.join()
-                with contextlib.suppress(OSError):
-                    if read_claim(path)[0] == mine:
-                        path.unlink()
-
-
-@contextlib.contextmanager
-def failure_noted(directory, still_ours):
-    """Leaves the reason of a failure in failed.txt, for --status; an earlier one is forgotten."""
-    path = directory / "failed.txt"
-    with writing(path):
-        path.unlink(missing_ok=True)
-    try:
-        yield
-    except Exception as error:
-        with contextlib.suppress(UserError, OSError):  # a full disk, or a run that is another's now
-            kind = "" if isinstance(error, (UserError, OSError)) else f"{type(error).__name__}: "
-            write_atomically(path, f"{kind}{str(error).strip()}\n".encode(errors="replace"), still_ours)
-        raise
-
-
-def why_failed(directory):
-    """The first line of a run's failed.txt."""
-    return ((directory / "failed.txt").read_text(errors="replace").splitlines() or ["no reason was noted"])[0]
-
-
-def describe_run(args, data, model, times, plan, device):
+def describe_run(args, facts, model, times, plan, device):
     """config.json: every option, the schedule it gives, the constants behind it, the data, machine and versions."""
     method, setting = run_name(args)
     git = None
@@ -1021,24 +966,28 @@ def describe_run(args, data, model, times, plan, device):
                            "kept": list(kept.values())} for layer, kept in plan],
         # in %, the largest of any layer (A.4)
         "iterative_rate": max((100 * p / len(kept) for p, (_, kept) in zip(args.p or (), plan)), default=0.0),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        **dict(zip(("parameters", "macs"), cost(model, facts["image"]))),
         "constants": {"momentum": MOMENTUM, "adam_betas": [0.9, 0.999], "adam_eps": 1e-8, "bn_momentum": BN_MOMENTUM,
                       "bn_eps": BN_EPS, "act_keep": ACT_KEEP, "act_every": ACT_EVERY, "crop_padding": CROP_PADDING},
-        "data": {"train": len(data["train_x"]) - args.val_split, "val": args.val_split, "test": len(data["test_x"]),
-                 "classes": len(data["classes"]), "image": list(data["train_x"].shape[1:]),
-                 "crc32": {k: zlib.crc32(np.ascontiguousarray(data[k])) for k in sorted(data) if k != "classes"}},
+        "data": facts | {"train": args.train_images or facts["train"] - args.val_split, "val": args.val_split,
+                         "test": args.test_images or facts["test"]},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(), "machine": platform.machine(), "git": git,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
 
 
-def check_same_run(directory, config):
-    """Refuses to continue a directory whose config.json says another experiment or other data."""
+def check_same_run(directory, args, facts):
+    """Refuses a directory, half-done or finished, whose config.json says another experiment or other data.
+
+    facts: describe_data's. An option that an older version did not have is not compared: directories' names hold every
+    option that differs from its default.
+    """
     try:
         old = json.loads((directory / "config.json").read_text())
-        different = [k for k, v in config["options"].items() if old["options"].get(k) != v and k != "dataset"]
-        different += ["data"] * (old["data"] != config["data"])  # by checksum, wherever they lie
+        different = [k for k, v in vars(args).items() if k not in (*NOT_THE_RESULT, "dataset")
+                     and old["options"].get(k, v) != v]
+        different += ["data set"] * any(old["data"][k] != facts[k] for k in ("classes", "image", "crc32"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{directory}/config.json is missing or damaged: move the directory away to train this run "
                         "afresh") from None
@@ -1046,47 +995,25 @@ def check_same_run(directory, config):
             "another --log-dir")
 
 
-def save_checkpoint(path, state, check=None):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomically(path, buffer.getbuffer(), check)
+def check_finished(args, directory, shared):
+    """check_same_run of a finished run; a built-in data set that is not here is not fetched for it."""
+    if args.dataset not in ("cifar10", "cifar100") or data_path(args.dataset, args.data_dir).exists():
+        check_same_run(directory, args, loaded(args, shared)[1])
 
 
-@contextlib.contextmanager
-def checkpoints(path, every, still_ours):
-    """Gives keep(state, last), which writes a run's state at most every so many seconds, and the last one always.
-
-    What is not written stays in memory, and is written when the run ends in whatever way but a kill -9.
-    """
-    pending, written = None, -math.inf
-
-    def keep(state, last):
-        nonlocal pending, written
-        if last or time.monotonic() - written >= every:
-            save_checkpoint(path, state, still_ours)
-            pending, written = None, time.monotonic()
-        else:
-            pending = tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, state)
-
-    try:
-        yield keep
-    finally:
-        if pending:
-            save_checkpoint(path, pending, still_ours)
-
-
-def read_checkpoint(path, mmap=False):
-    """What save_checkpoint wrote; damage raises one of many exceptions, and a flipped bit, which torch loads, too."""
-    with zipfile.ZipFile(path) as file:
-        damaged = file.testzip()
-    require(not damaged, f"{damaged} in it fails its checksum")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+def what_it_lacks(args, directory, epoch):
+    """Says, for the end of a line, what args ask for that a run which has come to `epoch` did not leave."""
+    times = schedule(args)
+    names = [f"epoch{times['save_epoch']}.pt"] * (0 < times["save_epoch"] <= epoch)
+    names += ["tensorboard"] * (args.tensorboard and epoch == times["epochs"])
+    names = [name for name in names if not (directory / name).exists()]
+    return f", without {' and '.join(names)}: move it away to train it with that" * bool(names)
 
 
 def resume(path, model, optimizer, generators, noise, device):
     """Puts a run back to where its checkpoint was written; returns (next epoch, step, log lines)."""
     try:
-        state = read_checkpoint(path)
+        state = files.read_checkpoint(path)
         require(isinstance(state, dict), "not a checkpoint")
         epochs = [json.loads(line)["epoch"] for line in state["log"]]
         require(epochs == list(range(state["epoch"])), "its log is of other epochs")
@@ -1109,23 +1036,114 @@ def resume(path, model, optimizer, generators, noise, device):
                         "afresh", 1) from None
 
 
-def summarize_epochs(records):
-    """What a run's epoch records say (README, "A run's files"), as a dict; percentages throughout.
+def start(run, config):
+    """Begins a run's files, or puts it back to where its checkpoint stands."""
+    path = run.directory / "checkpoint.pt"
+    if path.exists():
+        run.epoch, run.step, run.lines = resume(path, run.model, run.optimizer, run.generators, run.noise, run.device)
+        print(f"{run.label}: continues after epoch {run.epoch} of {run.times['epochs']}"
+              f"{what_it_lacks(run.args, run.directory, run.epoch)}", flush=True)
+    else:
+        scratch, tied = filters_due(run.model, run.args, run.plan, -1, run.noise), {}
+        prune_now(run.model, run.optimizer, run.args, run.plan, scratch, run.noise, run.generators["target"], tied)
+        say_ties(run, tied)
+        files.write_json(run.directory / "config.json", config | {"tied": tied})
+    files.write_atomically(run.directory / "epochs.jsonl", "".join(line + "\n" for line in run.lines).encode())
+    run.records = [json.loads(line) for line in run.lines]
+
+
+def say_ties(run, tied):
+    """One line where filters went because of their order (prune_now)."""
+    if tied:
+        print(f"{run.label}: equal {run.args.score} scores, so that the first of them went: " +
+              ", ".join(f"{n} filters of layer {layer}" for layer, n in tied.items()), flush=True)
+
+
+@contextlib.contextmanager
+def recorder(run, config, still_ours):
+    """Gives what takes an epoch's record into the run's files, and to whoever watches.
+
+    still_ours: what files.claimed gives; nothing is written once the run is another's.
+    """
+    epochs, directory = run.times["epochs"], run.directory
+
+    def record(found):
+        run.records.append(found)
+        run.lines.append(json.dumps(found))
+        still_ours()
+        if run.epoch == run.times["save_epoch"]:
+            files.save_checkpoint(directory / f"epoch{run.epoch}.pt",
+                                  {"epoch": run.epoch, "model": run.model.state_dict()}, still_ours)
+        keep({"epoch": run.epoch, "step": run.step, "model": run.model.state_dict(),
+              "optimizer": run.optimizer.state_dict(), "noise": run.noise,
+              "generators": {name: g.get_state() for name, g in run.generators.items()}, "log": run.lines},
+             last=run.epoch == epochs)
+        files.append_line(directory / "epochs.jsonl", run.lines[-1])  # after the checkpoint, which can rebuild it
+        scalars(found)
+        runs.report(run.label, run.records, summarize_epochs(run.records, config)["mean_stability"], bar)
+
+    with (runs.progress_bar(run.label, epochs, run.epoch) as bar,
+          runs.tensorboard(run.args.tensorboard, directory, run.epoch) as scalars,
+          files.checkpoints(directory / "checkpoint.pt", CHECKPOINT_EVERY[run.device.type], still_ours) as keep):
+        yield record
+
+
+def measured(where, data, trained, before, after=None, val=None, event=False):
+    """An epoch's losses (nats), accuracies, stability and churn (%) as its record holds them: one look at the device.
+
+    trained: what train_epoch gives; before, after, val: what evaluate gives, at the end of the epoch and, where filters
+    went (event) or noise was added, after that. Raises UserError, which begins with `where`, unless all is finite.
+    """
+    after = after or before
+    changed, *found = torch.cat([(before[1] != after[1]).sum()[None], trained, before[0], after[0],
+                                 *([val[0]] if val else ())]).tolist()
+    train_loss, train_right, right_before, loss_before, _, right, loss, *_ = found
+    n_train, n = len(data["train"][1]), len(data["test"][1])
+    finite = sum(found[4::3]) == 2 * n + (len(data["val"][1]) if val else 0)
+    require(math.isfinite(train_loss) and finite, f"{where}: the training loss is {train_loss / n_train:g}"
+            f"{'' if finite else ', and logits of the evaluation are not finite'}: lower --lr; the checkpoint of the "
+            "epoch before is kept", 1)
+    return {"train_loss": train_loss / n_train, "train_acc": 100 * (train_right / n_train),
+            "test_acc_before": 100 * right_before / n, "test_acc": 100 * right / n,
+            "test_loss_before": loss_before / n, "test_loss": loss / n,
+            "val_acc": 100 * found[8] / len(data["val"][1]) if val else None,
+            "stability": 100 * right / right_before if event and right_before else None,
+            "churn": 100 * changed / n if event else None}
+
+
+def summarize_epochs(records, config):
+    """What a run's epoch records say (docs/files.md), as a dict; percentages, nats, counts. config: its config.json.
 
     best_acc, best_epoch: the best test accuracy from the last pruning event on, that epoch included; gap: training
     minus test accuracy there; last_acc; val_chosen_acc: test accuracy at the best validation epoch (None without
-    one); mean_stability: over the events that removed (or noised) at least one filter, 100 without any.
+    one). Over the events that removed (or noised) at least one filter: mean_stability and min_stability (100 without
+    any), below, how many were below 99, 98, 95 and 90%, loss_rise and churn, means (0 without any). parameters, macs:
+    of the network in the end; macs_spent: all of the training's multiply-adds, a backward pass as two forward ones,
+    and macs_unpruned: without pruning. None for what an older log does not say.
     """
     events = [r for r in records if any(r["removed"])]
     stabilities = [r["stability"] for r in events if r["stability"] is not None]
     late = [r for r in records if r["epoch"] >= (events[-1]["epoch"] if events else 0)]
     best = max(late, key=lambda r: r["test_acc"])  # the first of equal ones
     chosen = max(late, key=lambda r: r["val_acc"]) if best["val_acc"] is not None else None
-    return {"epochs": len(records), "events": len(events), "best_acc": best["test_acc"], "best_epoch": best["epoch"],
-            "gap": best["train_acc"] - best["test_acc"], "last_acc": records[-1]["test_acc"],
-            "val_chosen_acc": chosen["test_acc"] if chosen else None,
-            "mean_stability": sum(stabilities) / len(stabilities) if stabilities else 100.0,
-            "seconds": sum(r["seconds"] for r in records)}
+    summary = {
+        "epochs": len(records), "events": len(events), "best_acc": best["test_acc"], "best_epoch": best["epoch"],
+        "gap": best["train_acc"] - best["test_acc"], "last_acc": records[-1]["test_acc"],
+        "val_chosen_acc": chosen["test_acc"] if chosen else None,
+        "mean_stability": math.fsum(stabilities) / len(stabilities) if stabilities else 100.0,
+        "min_stability": min(stabilities, default=100.0),
+        "below": {str(limit): sum(s < limit for s in stabilities) for limit in (99, 98, 95, 90)},
+        **dict.fromkeys(("loss_rise", "churn", "parameters", "macs", "macs_spent", "macs_unpruned")),
+        "seconds": sum(r["seconds"] for r in records)}
+    if "macs" in config:
+        first = config["macs"] if any(records[0]["removed"]) else records[0]["macs"]
+        trained = [first] + [r["macs"] for r in records[:-1]]  # an epoch trains what the one before left
+        passes, n = 3 * config["data"]["train"], max(1, len(events))
+        summary |= {"loss_rise": math.fsum(r["test_loss"] - r["test_loss_before"] for r in events) / n,
+                    "churn": math.fsum(r["churn"] for r in events) / n,
+                    "parameters": records[-1]["parameters"], "macs": records[-1]["macs"],
+                    "macs_spent": passes * sum(trained), "macs_unpruned": passes * len(records) * config["macs"]}
+    return summary
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -1140,14 +1158,20 @@ def predict(model, images, data, args):
 
 @torch.no_grad()
 def evaluate(model, data, split, args, before_batch=None, after_batch=None, graphs=None):
-    """Accuracy in % on a split, in eval mode: () float64, on the device."""
+    """What the network says of a split, in eval mode, as tensors on the device: (totals (3,) float64, right answers,
+    summed loss in nats and images whose logits are finite; predicted classes (images,) int64)."""
     model.eval()
     x, y = data[split]
-    correct, at = fed(graphs, split, torch.zeros(2, dtype=torch.int64, device=x.device))[0]
+    totals, at, predicted = fed(graphs, split, torch.zeros(3, dtype=torch.float64, device=x.device),
+                                torch.zeros((), dtype=torch.int64, device=x.device), torch.zeros_like(y))
 
     def count(size):
         index = at + torch.arange(size, device=x.device)
-        correct.add_((predict(model, x[index], data, args).argmax(1) == y[index]).sum())
+        logits, labels = predict(model, x[index], data, args), y[index]
+        classes = logits.argmax(1)
+        predicted.index_copy_(0, index, classes)
+        totals.add_(torch.stack([(classes == labels).sum(), F.cross_entropy(logits, labels, reduction="sum").double(),
+                                 logits.isfinite().all(1).sum()]))
         at.add_(size)
 
     for start in range(0, len(x), args.test_batch_size):
@@ -1156,11 +1180,11 @@ def evaluate(model, data, split, args, before_batch=None, after_batch=None, grap
         replayed(graphs, split, count, min(args.test_batch_size, len(x) - start))
         if after_batch:
             after_batch()
-    return 100 * correct.double() / len(x)
+    return totals.clone(), predicted.clone()  # the next evaluation's go into the same memory
 
 
 def train_epoch(model, data, optimizer, args, generators, step, before_batch=None, after_batch=None, graphs=None):
-    """One pass over the training data; returns (mean loss and share of right answers, (2,) on the device; next step).
+    """One pass over the training data; returns (summed loss and right answers, (2,) float64 on the device; next step).
 
     graphs: a dict for CUDA graphs of the step (replayed); None: no graphs.
     """
@@ -1197,96 +1221,7 @@ def train_epoch(model, data, optimizer, args, generators, step, before_batch=Non
             after_batch()
     for block in model.prunable:
         block.measure = False
-    return totals / n, step
-
-
-def fed(graphs, name, *tensors):
-    """The tensors, at the addresses that captured graphs of that name read and write."""
-    if graphs is None:
-        return tensors
-    held = graphs.setdefault(("fed", name), [t.clone() for t in tensors])
-    for mine, new in zip(held, tensors):
-        mine.copy_(new)
-    return held
-
-
-def replayed(graphs, name, function, size):
-    """function(size); on a GPU from a CUDA graph, after WARM_UP calls of that name and size.
-
-    A replay is all that a step asks of the host: the driver queues about a thousand launches, and a run that fills the
-    queue keeps the other runs' waiting. So function itself finds its batch and adds up what it finds, in tensors that
-    are `fed`. graphs (dict) keeps the graphs; whatever changes the network's shapes or the learning rate, which a graph
-    holds fast, has to clear it. Without graphs (None) it is called as it is.
-    """
-    if graphs is None:
-        return function(size)
-    calls = graphs[name, size, "calls"] = graphs.get((name, size, "calls"), 0) + 1
-    if calls <= WARM_UP:
-        return function(size)
-    if (name, size) not in graphs:
-        graphs[name, size] = record(lambda: function(size), graphs)
-    graphs[name, size]()
-
-
-def record(function, graphs):
-    """Captures function() in a CUDA graph, computing nothing; returns what replays it.
-
-    The graphs of a run share memory: they are replayed one after the other, and nothing that one leaves there is read
-    once another has begun.
-    """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, graphs.get("pool"), torch.cuda.current_stream(), capture_error_mode="thread_local"):
-        function()
-    graphs["pool"] = graph.pool()  # goes with the graphs when they are cleared: a pool without graphs is no pool
-    return graph.replay
-
-
-def measure_shapes(args, num_classes, data, device):
-    """Measures what decides whether an event is worth new shapes or only masks; a dict, as config.json holds it.
-
-    multiple: what numbers of filters are rounded up to: that of 1, 8, 16 and 32 whose step is fastest when an odd
-    half of each pruned layer is left. ms: the steps' times, "unpruned" and by multiple. ms_per_filter: what a filter
-    less saves of a step. capture_ms: what new shapes cost, warm-up included.
-    """
-    args = argparse.Namespace(**vars(args) | {"score": "l2"})  # no step that measures activations is among these
-    model = use_backend(build_model(args.model, num_classes, args.width).to(device), "ext")
-    optimizer, generators = make_optimizer(model, args), make_generators(args, device)
-    few = data | {"train": tuple(t[:SHAPE_STEPS * args.batch_size] for t in data["train"])}
-    steps = -(-len(few["train"][0]) // args.batch_size)
-
-    def epochs_ms():
-        graphs, ms = {}, []
-        for _ in range(WARM_UP + 2):
-            clock = time.perf_counter()
-            train_epoch(model, few, optimizer, args, generators, 0, graphs=graphs)[0].tolist()
-            ms.append(1000 * (time.perf_counter() - clock))
-        return min(ms[WARM_UP:]) / steps, ms[0]
-
-    found = {"unpruned": epochs_ms()}
-    blocks = [model.prunable[layer] for layer, _ in pruning_plan(model, args, schedule(args))]
-    for block in blocks:
-        prune_block(block, torch.arange(len(block.mask) // 2 | 1, len(block.mask)))
-    gone = sum(int((~block.mask).sum()) for block in blocks)
-    for model.multiple in (1, 8, 16, 32):
-        model.connect()
-        found[model.multiple] = epochs_ms()
-    ms = {name: round(step, 4) for name, (step, _) in found.items()}
-    best = min((1, 8, 16, 32), key=ms.get)
-    return {"multiple": best, "ms": ms, "ms_per_filter": max(0.0, ms["unpruned"] - ms[best]) / max(1, gone),
-            "capture_ms": max(0.0, found[best][1] - steps * ms[best])}
-
-
-def choose_shapes(model, shapes, plan, due, steps):
-    """Just before filters go: lets them change the model's shapes only if `steps` then save more than a capture costs.
-
-    due: as filters_due gives them; steps: until the next event. The choice is model.multiple.
-    """
-    fewer = 0
-    for i, k in due.items():
-        block = model.prunable[plan[i][0]]
-        fewer += block.computed() - rounded_up(int(block.mask.sum()) - k, shapes["multiple"], len(block.mask))
-    worth = fewer * shapes["ms_per_filter"] * steps > shapes["capture_ms"]
-    model.multiple = shapes["multiple"] if worth else None
+    return totals.clone(), step
 
 
 def make_optimizer(model, args):
@@ -1307,20 +1242,81 @@ def make_generators(args, device):
     return generators
 
 
+def new_run(args, num_classes, device):
+    """A run before its first step: a namespace of what `experiment` works with.
+
+    args; directory, where its files go, and label, the end of that; device; model and optimizer; generators, one for
+    each source of randomness; times (schedule) and plan (pruning_plan); noise, the state of each pruned layer, []
+    without --noise; graphs, those of captured steps; hooks, what train_epoch and evaluate take for noise and graphs;
+    epoch and step, how many are done; lines, their log, and records, what it says.
+    """
+    directory, times = run_directory(args), schedule(args)
+    generators = make_generators(args, device)
+    model = build_model(args.model, num_classes, args.width).to(device)
+    model.multiple = MULTIPLE[device.type]
+    use_backend(model, choose_backend(args))
+    plan = pruning_plan(model, args, times)
+    noise, graphs = [], new_graphs(device)
+    hooks = {"graphs": graphs}
+    if args.noise != "none":
+        noise = [new_noise(model.prunable[layer]) for layer, _ in plan]
+        noised = [(model.prunable[layer], state) for (layer, _), state in zip(plan, noise)]
+        hooks |= {"before_batch": lambda training: [noise_pass(block, state, args, generators.get("noise"), training)
+                                                    for block, state in noised],
+                  "after_batch": lambda: [end_noise_if_due(block, state, args) for block, state in noised]}
+    return types.SimpleNamespace(
+        args=args, directory=directory, label="/".join(directory.parts[-3:]), device=device, model=model,
+        optimizer=make_optimizer(model, args), generators=generators, times=times, plan=plan, noise=noise,
+        graphs=graphs, hooks=hooks, epoch=0, step=0, lines=[], records=[])
+
+
+def experiment(run, data, record):
+    """The epochs that are left of a run. Each trains, evaluates, chooses, prunes, evaluates and records.
+
+    data: as put_on_device gives it; record(dict) takes what an epoch found. A generator, which yields once an epoch,
+    when the device has work and the host would wait for it.
+    """
+    args, model, optimizer, times, plan, noise = run.args, run.model, run.optimizer, run.times, run.plan, run.noise
+    image = data["test"][0].shape[1:]
+    live, left = [int(block.mask.sum()) for block in model.prunable], cost(model, image)
+    for epoch in range(run.epoch, times["epochs"]):
+        clock = time.monotonic()
+        lr = optimizer.param_groups[0]["lr"] = args.lr * 0.1 ** sum(epoch >= x for x in times["lrs"])
+        hold_for(run.graphs, lr, shapes_of(model))
+        totals, run.step = train_epoch(model, data, optimizer, args, run.generators, run.step, **run.hooks)
+        before = after = evaluate(model, data, "test", args, **run.hooks)
+        yield
+
+        gone, tied, due = {}, {}, filters_due(model, args, plan, epoch, noise)
+        where = f"{run.directory}: epoch {epoch}, lr {lr:g}"
+        if due:
+            measured(where, data, totals, before)  # a network that has diverged must not choose
+            gone = prune_now(model, optimizer, args, plan, due, noise, run.generators["target"], tied)
+            say_ties(run, tied)
+            live, left = [int(block.mask.sum()) for block in model.prunable], cost(model, image)
+            hold_for(run.graphs, lr, shapes_of(model))
+        if due or noise:
+            after = evaluate(model, data, "test", args, **run.hooks)
+        val = evaluate(model, data, "val", args, graphs=run.graphs) if args.val_split else None
+
+        run.epoch = epoch + 1
+        record({
+            "epoch": epoch, "lr": lr, **measured(where, data, totals, before, after, val, event=bool(gone)),
+            "removed": [len(gone.get(layer, ())) for layer, _ in plan], "live": live, "filters": gone, "tied": tied,
+            "computed": [block.computed() for block in model.prunable], "parameters": left[0], "macs": left[1],
+            "noised": [{k: state[k] for k in ("test", "train")} for state in noise],
+            "seconds": round(max(0, time.monotonic() - clock), 3)})
+
+
 def train(args):
     """Trains, prunes and logs one run as `args` (from parse_options) say; returns its summary (summarize_epochs)."""
     run = training(args, {})
-    with stream_of(args):
+    with stream_of(choose_device(args)):
         while True:
             try:
                 next(run)
             except StopIteration as end:
                 return end.value
-
-
-def stream_of(args):
-    """A CUDA stream of its own to work on; on a CPU, nothing."""
-    return torch.cuda.stream(torch.cuda.Stream() if choose_device(args).type == "cuda" else None)
 
 
 def training(args, shared):
@@ -1330,155 +1326,50 @@ def training(args, shared):
     """
     directory = run_directory(args)
     if (directory / "done.json").exists():
-        print(f"{directory}: finished already", flush=True)
+        check_finished(args, directory, shared)
+        print(f"{directory}: finished already{what_it_lacks(args, directory, schedule(args)['epochs'])}", flush=True)
         return None
+    for line in doubts_about_rate(args):
+        files.say_once(f"train.py: {line}")
     device = choose_device(args)
-    source = args.dataset, args.data_dir, args.val_split, args.augment, device
+    kept = args.val_split, args.train_images, args.test_images, args.label_noise
+    source = args.dataset, args.data_dir, *kept, args.augment, device
     if source not in shared:
-        arrays = load_data(args.dataset, args.data_dir)
-        data = put_on_device(arrays, device, args.val_split)
+        arrays, facts = loaded(args, shared)
+        data = put_on_device(arrays, device, *kept)
         if args.augment:
             data["padded"] = F.pad(data["train"][0], (0, 0, *[CROP_PADDING] * 4))
         if device.type == "cuda":
             torch.cuda.synchronize()  # the other runs' streams do not wait for this one
-        shared[source] = arrays, data
-    with claimed(directory) as still_ours, failure_noted(directory, still_ours):
-        return (yield from epochs_of(args, directory, device, *shared[source], shared, still_ours))
+        shared[source] = facts, data
+    facts, data = shared[source]
+    with contextlib.ExitStack() as stack:
+        still_ours = stack.enter_context(files.claimed(directory))
+        if (directory / "checkpoint.pt").exists():
+            check_same_run(directory, args, facts)  # not noted as a failure of the run that is there
+        stack.enter_context(files.failure_noted(directory, still_ours))
+        run = new_run(args, facts["classes"], device)
+        config = describe_run(args, facts, run.model, run.times, run.plan, device) | {"backend": run.model.backend}
+        start(run, config)
+        with recorder(run, config, still_ours) as record:
+            for _ in experiment(run, data, record):
+                yield
+                choose_device(args)  # whoever had its turn may have set another precision
+        summary = summarize_epochs(run.records, config)
+        files.write_json(directory / "done.json", summary)
+        print(f"{run.label}: best accuracy {summary['best_acc']:.2f}% (epoch {summary['best_epoch']}), last "
+              f"{summary['last_acc']:.2f}%, mean stability {summary['mean_stability']:.2f}% over {summary['events']} "
+              "pruning events", flush=True)
+        return summary
 
 
-def epochs_of(args, directory, device, arrays, data, shared, still_ours):
-    """The epochs of `training`, from the first or from where a checkpoint stands."""
-    label, backend, shapes = "/".join(directory.parts[-3:]), choose_backend(args), None
-    if device.type in GRAPHED and backend == "ext" and args.p and args.noise == "none" and args.prune_bn == "drop":
-        what = args.model, args.width, len(args.p), args.batch_size, args.precision, args.dataset, device
-        if what not in shared:
-            shared[what] = measure_shapes(args, len(arrays["classes"]), data, device)
-        shapes = shared[what]
-    generators = make_generators(args, device)
-    model = use_backend(build_model(args.model, len(arrays["classes"]), args.width).to(device), backend)
-    optimizer = make_optimizer(model, args)
-    times = schedule(args)
-    plan = pruning_plan(model, args, times)
-    noise, graphs = [], {} if device.type in GRAPHED else None
-    hooks = {"graphs": graphs}
-    if args.noise != "none":
-        noise = [new_noise(model.prunable[layer]) for layer, _ in plan]
-        noised = [(model.prunable[layer], state) for (layer, _), state in zip(plan, noise)]
-        hooks |= {"before_batch": lambda training: [noise_pass(block, state, args, generators.get("noise"), training)
-                                                    for block, state in noised],
-                  "after_batch": lambda: [end_noise_if_due(block, state, args) for block, state in noised]}
-
-    config = describe_run(args, arrays, model, times, plan, device) | {"backend": backend, "shapes": shapes}
-    model.multiple = shapes["multiple"] if shapes else 1
-    first_epoch, step, lines = 0, 0, []
-    if (directory / "checkpoint.pt").exists():
-        check_same_run(directory, config)
-        first_epoch, step, lines = resume(directory / "checkpoint.pt", model, optimizer, generators, noise, device)
-        print(f"{label}: continues after epoch {first_epoch} of {times['epochs']}", flush=True)
-    else:
-        write_json(directory / "config.json", config)
-        scratch = filters_due(model, args, plan, -1, noise)
-        prune_now(model, optimizer, args, plan, scratch, noise, generators["target"])
-    write_atomically(directory / "epochs.jsonl", "".join(line + "\n" for line in lines).encode())
-    records = [json.loads(line) for line in lines]
-    live = [int(block.mask.sum()) for block in model.prunable]
-
-    with (progress_bar(label, times["epochs"], first_epoch) as bar,
-          tensorboard(args, directory, first_epoch) as scalars,
-          checkpoints(directory / "checkpoint.pt", CHECKPOINT_EVERY[device.type], still_ours) as keep):
-        for epoch in range(first_epoch, times["epochs"]):
-            clock = time.monotonic()
-            lr = args.lr * 0.1 ** sum(epoch >= x for x in times["lrs"])
-            if graphs and lr != optimizer.param_groups[0]["lr"]:
-                graphs.clear()
-            optimizer.param_groups[0]["lr"] = lr
-            totals, step = train_epoch(model, data, optimizer, args, generators, step, **hooks)
-            test_acc = before = evaluate(model, data, "test", args, **hooks)
-            yield
-            choose_device(args)  # whoever had its turn may have set another precision
-
-            gone, due = {}, filters_due(model, args, plan, epoch, noise)
-            if due:
-                captured = shapes_of(model)
-                if shapes:
-                    upcoming = min((e for _, kept in plan for e in kept if e > epoch), default=times["epochs"])
-                    choose_shapes(model, shapes, plan, due, (upcoming - epoch) * step // (epoch + 1))
-                gone = prune_now(model, optimizer, args, plan, due, noise, generators["target"])
-                live = [int(block.mask.sum()) for block in model.prunable]
-                if graphs and shapes_of(model) != captured:
-                    graphs.clear()
-            if due or noise:
-                test_acc = evaluate(model, data, "test", args, **hooks)
-            val_acc = evaluate(model, data, "val", args, graphs=graphs) if args.val_split else before
-            loss, train_acc, before, test_acc, val_acc = torch.stack([*totals, before, test_acc, val_acc]).tolist()
-            require(math.isfinite(loss), f"{directory}: the loss is {loss} in epoch {epoch}: lower --lr (now {lr:g}); "
-                    "the checkpoint of the epoch before is kept", 1)
-
-            records.append({
-                "epoch": epoch, "lr": lr, "train_loss": loss, "train_acc": 100 * train_acc, "test_acc_before": before,
-                "test_acc": test_acc, "val_acc": val_acc if args.val_split else None,
-                "stability": 100 * test_acc / before if gone and before else None,
-                "removed": [len(gone.get(layer, ())) for layer, _ in plan], "live": live, "filters": gone,
-                "computed": [block.computed() for block in model.prunable],
-                "noised": [{k: state[k] for k in ("test", "train")} for state in noise],
-                "seconds": round(max(0, time.monotonic() - clock), 3)})
-            lines.append(json.dumps(records[-1]))
-            still_ours()
-            if epoch + 1 == times["save_epoch"]:
-                save_checkpoint(directory / f"epoch{epoch + 1}.pt", {"epoch": epoch + 1, "model": model.state_dict()},
-                                still_ours)
-            keep({"epoch": epoch + 1, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                  "noise": noise, "generators": {name: g.get_state() for name, g in generators.items()}, "log": lines},
-                 last=epoch + 1 == times["epochs"])
-            append_line(directory / "epochs.jsonl", lines[-1])  # after the checkpoint, which can rebuild it
-            scalars(records[-1])
-            report(label, records, bar)
-
-    summary = summarize_epochs(records)
-    write_json(directory / "done.json", summary)
-    print(f"{label}: best accuracy {summary['best_acc']:.2f}% (epoch {summary['best_epoch']}), last "
-          f"{summary['last_acc']:.2f}%, mean stability {summary['mean_stability']:.2f}% over {summary['events']} "
-          "pruning events", flush=True)
-    return summary
-
-
-@contextlib.contextmanager
-def tensorboard(args, directory, first_epoch):
-    """Gives what writes an epoch's numbers for TensorBoard, under --tensorboard; else what does nothing."""
-    if not args.tensorboard:
-        yield lambda record: None
-        return
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs its package: pip install tensorboard, or leave the option out") from None
-    with writing(directory), SummaryWriter(directory / "tensorboard", purge_step=first_epoch) as writer:
-        def write(record):
-            for name in ("lr", "train_loss", "train_acc", "test_acc_before", "test_acc", "val_acc", "stability"):
-                if record[name] is not None:
-                    writer.add_scalar(name, record[name], record["epoch"])
-            writer.add_scalar("live_filters", sum(record["live"]), record["epoch"])
-        yield write
-
-
-def progress_bar(label, epochs, first_epoch):
-    on_a_terminal = sys.stderr.isatty() and sys.stdout.isatty()
-    return tqdm(total=epochs, initial=first_epoch, desc=label, disable=not on_a_terminal,
-                bar_format="{desc} |{bar:20}| epoch {n_fmt}/{total_fmt}{postfix} {remaining} left")
-
-
-def report(label, records, bar):
-    """The epoch just done, for whoever watches: the bar on a terminal, a plain line in a file."""
-    record, stability = records[-1], summarize_epochs(records)["mean_stability"]
-    bar.update()
-    if not bar.disable:
-        bar.set_postfix_str(f"test {record['test_acc']:.2f}% stability {stability:.2f}%")
-        return
-    event = f" -> {record['test_acc']:.2f}% ({sum(record['removed'])} filters)" if any(record["removed"]) else ""
-    left = sum(r["seconds"] for r in records[-5:]) / len(records[-5:]) * (bar.total - len(records)) / 60
-    print(f"{label} epoch {len(records)}/{bar.total} lr {record['lr']:g} loss {record['train_loss']:.4f} train "
-          f"{record['train_acc']:.2f}% test {record['test_acc_before']:.2f}%{event} stability {stability:.2f}% "
-          f"{record['seconds']:.1f} s, {left:.0f} min left", flush=True)
+def loaded(args, shared):
+    """(arrays, describe_data's) of a run's data set, read once for all runs that share `shared`."""
+    source = args.dataset, args.data_dir
+    if source not in shared:
+        arrays = load_data(*source)
+        shared[source] = arrays, describe_data(arrays)
+    return shared[source]
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -1505,204 +1396,42 @@ def choose_backend(args):
     """"ext" or "eager", as --backend says; one line where "auto" has to do without the extension."""
     require(ops.available or args.backend != "ext", f"--backend ext, but the extension is not built here "
             f"({ops.why_not}): run bash runs.sh setup, or use --backend eager")
-    if not ops.available and args.backend == "auto" and not choose_backend.told:
-        print(f"train.py: the extension is not built ({ops.why_not}); plain PyTorch takes its place. bash runs.sh "
-              "setup builds it", file=sys.stderr)
-        choose_backend.told = True
+    if not ops.available and args.backend == "auto":
+        files.say_once(f"train.py: the extension is not built ({ops.why_not}); plain PyTorch takes its place. bash "
+                       "runs.sh setup builds it")
     return "ext" if ops.available and args.backend != "eager" else "eager"
 
 
-choose_backend.told = False  # once, not for every run of a list
-
-
-def keep_freed_memory():
-    """Tells glibc to keep freed activations: it would give them back each step, and page faults cost a fifth of it."""
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: no shrinking of the heap
-
-
-def read_runs(path):
-    """The runs listed in a file, a line of options each, as runs_of gives them."""
-    try:
-        commands = [shlex.split(line) for line in open(path) if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as lines of options: {reason(error)}") from None
-    return runs_of(commands)
-
-
-def runs_of(commands):
-    """The runs of option lists, one for each seed: {directory: (args, line)}, each directory once."""
-    runs = {}
-    for command in commands:
-        args = parse_options(command)
-        for seed in args.seeds or [args.seed]:
-            one = argparse.Namespace(**vars(args) | {"seed": seed, "seeds": None})
-            line = shlex.join(command) + (f" --seeds {seed}" if args.seeds else "")  # the last one counts
-            runs.setdefault(run_directory(one), (one, line))
-    return runs
-
-
-def log_of(directory):
-    """The lines of the epochs that a run has logged."""
-    log = directory / "epochs.jsonl"
-    return log.read_bytes().split(b"\n")[:-1] if log.exists() else []
-
-
-def state_of(directory):
-    """"done", "running", "failed" or "waiting" (half-done runs too)."""
-    if (directory / "done.json").exists():
-        return "done"
-    claim, refreshed = read_claim(directory / ".claim")
-    if is_foreign(claim) and abs(time.time() - refreshed / 1e9) < SILENCE:
-        return "running"
-    with contextlib.suppress(FileNotFoundError), open(directory / ".lock") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return "running"
-    return "failed" if (directory / "failed.txt").exists() else "waiting"
-
-
-def by_state(runs):
-    """The directories of runs under each of the states."""
-    found = {state: [] for state in ("done", "running", "failed", "waiting")}
-    for directory in runs:
-        found[state_of(directory)].append(directory)
-    return found
-
-
-def print_plan(runs, retry_failed):
-    """--plan: what is left of the runs, in numbers on stderr, as lines on stdout."""
-    finished, running, failed, waiting = by_state(runs).values()
-    left = {*waiting, *failed} if retry_failed else {*waiting}
-    todo = {directory: run for directory, run in runs.items() if directory in left}
-    done = [len(log_of(directory)) for directory in todo]
-    epochs = sum(schedule(args)["epochs"] for args, _ in todo.values()) - sum(done)
-    print(f"{len(runs)} runs: {len(finished)} finished, {sum(map(bool, done))} half-done; to do now: "
-          f"{len(todo)} runs, {epochs:,} epochs", file=sys.stderr)
-    if running:
-        print(f"{len(running)} runs are being trained by another process, such as {running[0]}", file=sys.stderr)
-    if failed and not retry_failed:
-        print(f"{len(failed)} runs that failed before are left alone, such as {failed[0]}: "
-              f"{why_failed(failed[0])} (--retry-failed trains them again)", file=sys.stderr)
-    for dataset, data_dir in {(args.dataset, args.data_dir) for args, _ in todo.values()}:
-        load_data(dataset, data_dir)  # a download that fails should fail here, once
-    for _, line in todo.values():
-        print(line)
-
-
-def print_status(files):
-    """--status: a line for each file of runs, named after it, and a line for each run that failed."""
-    print(f"{'':12} {'runs':>6} {'done':>6} {'running':>8} {'failed':>7} {'waiting':>8}  time left")
-    for file in files:
-        runs, pace = read_runs(file), []
-        done, running, failed, waiting = by_state(runs).values()
-        for directory in runs:
-            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # no epoch, or a damaged one
-                pace.append(float(json.loads(log_of(directory)[-1])["seconds"]))
-        left = [max(0, schedule(runs[d][0])["epochs"] - len(log_of(d))) for d in running + waiting]
-        at_once = max(1, len(running))
-        hours = sum(left) * sum(pace) / max(1, len(pace)) / at_once / 3600
-        time_left = f"{hours:.1f} h, {at_once} at once" if pace else "not known"
-        print(f"{pathlib.Path(file).name:12} {len(runs):6} {len(done):6} {len(running):8} {len(failed):7} "
-              f"{len(waiting):8}  {time_left if left else 'nothing to do'}")
-        for directory in failed:
-            print(f"  failed: {directory}: {why_failed(directory)}")
-
-
-def tell(error):
-    """One line on stderr for whatever the user can mend, a traceback for what is a bug; returns the exit code."""
-    line, code = str(error), 1
-    if isinstance(error, UserError):
-        code = error.code
-    elif isinstance(error, torch.OutOfMemoryError):
-        line = ("the GPU's memory is full: lower --batch-size or wait for other programs; the same command continues "
-                "this run")
-    elif isinstance(error, OSError):  # a folder that may not even be looked into, and its kind
-        line += ": mend that, or choose other folders with --log-dir and --data-dir"
-    elif isinstance(error, KeyboardInterrupt):
-        code = 143 if line else 130
-        line = f"{line or 'interrupted'}; the same command goes on from the last finished epoch"
-    else:
-        line = "".join(traceback.format_exception(error)).rstrip()
-    print(f"train.py: {line}", file=sys.stderr)
-    return code
-
-
-def terminate(*_):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not disturb what ends the run
-    raise KeyboardInterrupt("terminated")
-
-
-def fit_at_once(peak, free):
-    """How many runs a GPU holds when the first takes `peak` bytes at most and `free` are left beside it."""
-    return max(1, min(AT_ONCE, 1 + int(0.8 * free / max(1, peak))))
-
-
-def train_all(runs, at_once):
-    """--runs, --seeds: so many at once take turns; a run that fails is reported, and the others go on.
-
-    at_once: None for one, and on a GPU, once the first run has shown what memory it takes, for as many as fit.
-    """
-    waiting, going, streams, shared, failed, limit = list(runs), {}, {}, {}, 0, at_once or 1
-    try:
-        while waiting or going:
-            while waiting and len(going) < limit:
-                directory = waiting.pop(0)
-                going[directory] = training(runs[directory][0], shared)
-            for directory, run in list(going.items()):
-                args, line = runs[directory]
-                try:
-                    if directory not in streams:
-                        streams[directory] = stream_of(args)
-                    with streams[directory]:
-                        next(run)
-                except StopIteration:
-                    del going[directory]
-                except Exception as error:
-                    del going[directory]
-                    if going and isinstance(error, torch.OutOfMemoryError):
-                        limit = at_once = len(going)
-                        waiting.append(directory)
-                        print(f"train.py: the GPU's memory holds {limit} runs at once: {directory} goes on when one of "
-                              "them has ended", file=sys.stderr)
-                        continue
-                    tell(error)
-                    if state_of(directory) not in ("running", "done"):  # by another process
-                        print(f"failed: train.py {line}", file=sys.stderr)
-                        failed += 1
-            if at_once is None and torch.cuda.is_available() and torch.cuda.max_memory_reserved():
-                limit = at_once = fit_at_once(torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[0])
-    finally:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # each run's stream, which is not the one that works from here on
-        for run in going.values():
-            run.close()  # which writes the checkpoints that are not on disk yet
-    require(not failed, f"{failed} of {len(runs)} runs failed; the same command continues them", 1)
+def runs_of(command):
+    """The runs of an option list, one for each seed: (directory, runs.Run) each."""
+    args = parse_options(command)
+    for seed in args.seeds or [args.seed]:
+        one = argparse.Namespace(**vars(args) | {"seed": seed, "seeds": None})
+        line = shlex.join(command) + (f" --seeds {seed}" if args.seeds else "")  # the last one counts
+        unnamed = os.path.abspath(data_path(one.dataset, one.data_dir)), one.save_epoch, one.tensorboard
+        yield run_directory(one), runs.Run(one, line, schedule(one)["epochs"], unnamed)
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     try:
         args = parse_options(argv)
-        keep_freed_memory()
+        runs.keep_freed_memory()
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, terminate)
+            signal.signal(signal.SIGTERM, runs.terminate)
         if args.plan:
-            print_plan(read_runs(args.plan), args.retry_failed)
+            runs.print_plan(runs.read_runs(args.plan, runs_of), args.retry_failed, loaded, check_finished)
         elif args.status:
-            print_status(args.status)
+            runs.print_status(args.status, runs_of)
         elif args.runs:
-            train_all(read_runs(args.runs), args.at_once)
+            runs.train_all(runs.read_runs(args.runs, runs_of), args.at_once, training, choose_device)
         elif args.seeds:
-            train_all(runs_of([argv]), args.at_once)
+            runs.train_all(runs.once_each([argv], runs_of), args.at_once, training, choose_device)
         else:
             train(args)
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        return tell(error)
+        return files.tell(error, "train.py")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import analyze  # noqa: E402
+from gst_ext import files  # noqa: E402
 import train  # noqa: E402
 
 METHODS = {"none": ["--target", "none"], "S-r4": ["--target", "S", "--r", "4"], "S-r40": ["--target", "S", "--r", "40"],
@@ -51,7 +52,7 @@ def main():
             for name in ("best_acc", "last_acc", "gap", "mean_stability")}}
         print(f"{method:6} best {table[method]['best_acc']['values']} last {table[method]['last_acc']['values']} "
               f"stability {table[method]['mean_stability']['values']}")
-    train.write_json(ROOT / "bench" / "results" / "cifar10-cpu.json", {
+    files.write_json(ROOT / "bench" / "results" / "cifar10-cpu.json", {
         "what": __doc__.splitlines()[0], "units": "accuracies, gap and stability in %",
         "options": " ".join(COMMON), "correlation_best_acc_stability": analyze.correlations(
             *([v for m in METHODS if m != "none" for v in table[m][k]["values"]]

@@ -2,7 +2,7 @@
 """What an epoch costs, training and evaluation, alone and with many runs at once: train.py against plain PyTorch.
 
     bash runs.sh bench                      # after the step benchmark, where there is a GPU
-    python bench/epoch.py --models vgg11 --precisions bf16 --rounds 3 --machine h200
+    python bench/epoch.py --models vgg11 --precisions bf16 --rounds 3 --machine h100
     python bench/epoch.py --variants "eager masked" ours "ours x8"
     python bench/epoch.py --device cpu --width 0.05 --images 200 --rounds 2 --variants ours "ours x2"      # does it run
 
@@ -13,7 +13,9 @@ variants are
                   memory, .item() after each batch
   compile         train.py's loop around torch.compile(model); "compile + graphs": with mode="reduce-overhead"
   ours            train.py's runs, logs and checkpoints included, unpruned; "ours x8": eight taking turns as under
-                  --seeds. "ours S r4": Figure 2's Prune_S, r 4, where filters go after each epoch that is timed
+                  --seeds. "ours S r4": Figure 2's Prune_S, r 4, where filters go after each epoch that is timed.
+                  "ours scratch": what Figure 2 leaves of the network, pruned before the first step
+  ... m8          the two latter with live filters rounded up to a multiple of 8, not of train.MULTIPLE; m16, m32, m64
 Every variant is a process of its own; in each round each is asked in turn, in rotating order, while the others idle,
 and ratios are taken within a round. Times are from CUDA events (a clock on a CPU), of whole epochs after warm-up and
 capture. Writes bench/results/<machine>-epoch.json anew after every single measurement.
@@ -33,17 +35,21 @@ from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 import step  # noqa: E402  (bench/step.py)
+from gst_ext import files, graphs  # noqa: E402
+from gst_ext.runs import keep_freed_memory  # noqa: E402
 import train  # noqa: E402
 
 MASKED, LOADER, COMPILE, PRUNING = "eager masked", "eager masked, DataLoader", "compile", "ours S r4"
+MULTIPLES = {f"{variant} m{k}": k for variant in (PRUNING, "ours scratch") for k in (8, 16, 32, 64)}
 AT_ONCE = (2, 4, 8, 16)
 OURS = {"ours": 1, **{f"ours x{k}": k for k in AT_ONCE}}  # variant: runs at once
 PRUNINGS = {PRUNING: 1, f"{PRUNING} x8": 8}
 VARIANTS = (MASKED, LOADER, COMPILE, "compile + graphs", *OURS, *PRUNINGS)
 METHODS = {"none": ["--target=none"], "S-r4": ["--target=S", "--r=4"], "S-r40": ["--target=S", "--r=40"],
            "L-r40": ["--target=L", "--r=40"]}  # Figure 2's
+SCRATCH = ["--target=S", "--scratch", "--score=l2"]
 SEEDS = 10
-WARM_UP = train.WARM_UP + 3  # epochs: the last, smaller batch comes once an epoch; "S r4" prunes after epoch 3
+WARM_UP = graphs.WARM_UP + 3  # epochs: the last, smaller batch comes once an epoch; "S r4" prunes after epoch 3
 IMAGES = 50_000
 LOADER_WORKERS = min(4, os.cpu_count())
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
@@ -81,14 +87,20 @@ def seconds_of(epoch, device, n):
     return start.elapsed_time(end) / 1000 / n
 
 
+def runs_at_once(variant):
+    return (OURS | PRUNINGS).get(variant, 1)
+
+
 def ours(job, device):
-    """An epoch of each of so many runs, as train.train_all lets them take turns, and the list of seconds of captures.
+    """An epoch of each of so many runs, as gst_ext.runs lets them take turns, and the list of seconds of captures.
     """
-    k = (OURS | PRUNINGS)[job["variant"]]
-    method = METHODS["S-r4" if job["variant"] in PRUNINGS else "none"]
-    train.keep_freed_memory()
+    variant = job["variant"]
+    method = SCRATCH if "scratch" in variant else METHODS["S-r4" if variant.startswith(PRUNING) else "none"]
+    if variant in MULTIPLES:
+        train.MULTIPLE[device.type] = MULTIPLES[variant]
+    keep_freed_memory()
     sys.stdout = open(os.devnull, "w")  # the runs' own reports
-    record, captures, shared = train.record, [], {}
+    record, captures, shared = graphs.record, [], {}
 
     def timed_record(*arguments, **more):
         clock = time.perf_counter()
@@ -96,11 +108,11 @@ def ours(job, device):
         captures.append(time.perf_counter() - clock)
         return replay
 
-    train.record = timed_record
+    graphs.record = timed_record
     runs = []
-    for seed in range(k):
+    for seed in range(runs_at_once(variant)):
         options = options_of(job, *method, f"--seed={seed}")
-        runs.append((train.training(options, shared), train.stream_of(options)))
+        runs.append((train.training(options, shared), graphs.stream_of(device)))
 
     def epoch():
         for run, stream in runs:
@@ -122,7 +134,7 @@ def in_memory(job, device):
 
     def epoch():
         totals, _ = train.train_epoch(model, data, optimizer, options, generators, 0)
-        torch.stack([*totals, train.evaluate(model, data, "test", options)]).tolist()
+        torch.cat([totals, train.evaluate(model, data, "test", options)[0]]).tolist()
     return epoch, []
 
 
@@ -181,9 +193,9 @@ def new_worker(job):
     """A function that answers n with the seconds of an epoch (of every run), from n of them; 0 warms up."""
     device = train.choose_device(options_of(job))
     variant = job["variant"]
-    epoch, captures = (usual_script if variant == LOADER else ours if variant in OURS | PRUNINGS else in_memory)(
+    epoch, captures = (usual_script if variant == LOADER else ours if variant.startswith("ours") else in_memory)(
         job, device)
-    warm_up = WARM_UP if variant in OURS | PRUNINGS else 2
+    warm_up = WARM_UP if variant.startswith("ours") else 2
 
     def answer(n):
         captures.clear()
@@ -235,8 +247,8 @@ def ratio(results, model, precision, variant, to):
 
 
 def new_row(job, variant):
-    runs = (OURS | PRUNINGS).get(variant, 1)
-    return {"model": job["model"], "precision": job["precision"], "variant": variant, "runs": runs, "rounds": []}
+    return {"model": job["model"], "precision": job["precision"], "variant": variant, "runs": runs_at_once(variant),
+            "rounds": []}
 
 
 def add_answer(row, answer, epochs, peaks, flops):
@@ -254,7 +266,7 @@ def add_answer(row, answer, epochs, peaks, flops):
     row["rounds"].append(round(answer["seconds"], 5))
     row["seconds"], row["amortised"] = step.spread(row["rounds"], 5), step.spread(
         np.divide(row["rounds"], row["runs"]), 5)
-    if row["variant"] in PRUNINGS:
+    if row["variant"] in PRUNINGS or row["variant"] in MULTIPLES:
         row["captures_per_epoch"] = round(answer["captures"] / row["runs"] / epochs, 2)
     else:
         n = len(row["rounds"])
@@ -352,7 +364,7 @@ def measure(job, cli, device, results, path):
                     for other in rows.values():
                         other["ratio"] = ratio(results, job["model"], job["precision"], other["variant"], MASKED)
                     results["targets"], results["estimates"] = targets(results), estimates(results)
-                    train.write_json(path, results)
+                    files.write_json(path, results)
 
 
 def print_rows(results, model, precision):
@@ -378,7 +390,7 @@ def main():
     add = parser.add_argument
     add("--models", nargs="+", choices=train.PRUNABLE_BLOCKS, default=["vgg11", "resnet18"])
     add("--precisions", nargs="+", choices=DTYPES, default=["bf16", "tf32", "fp32"])
-    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    add("--variants", nargs="+", choices=(*VARIANTS, *MULTIPLES), default=list(VARIANTS))
     add("--rounds", type=int, default=5, help="(default: 5)")
     add("--epochs", type=int, default=2, help="timed epochs of each variant in each round (default: 2)")
     add("--images", type=int, default=IMAGES, help="training images; a fifth as many test images (default: 50000)")
@@ -394,7 +406,7 @@ def main():
         return step.work(cli.worker, new_worker)
 
     device = torch.device(cli.device)
-    train.require(cli.device == "cpu" or torch.cuda.is_available(),
+    files.require(cli.device == "cpu" or torch.cuda.is_available(),
                   "torch sees no CUDA device here, and these are a GPU's times: --device cpu measures a CPU's")
     machine = step.describe_machine(device)
     path = pathlib.Path(cli.out or step.results_path(machine, "epoch", cli.machine))
@@ -426,7 +438,7 @@ def main():
 def run():
     try:
         main()
-    except train.UserError as error:
+    except files.UserError as error:
         sys.exit(f"epoch.py: {error}")
 
 

@@ -22,6 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import analyze  # noqa: E402
 import step  # noqa: E402  (bench/step.py, for the machine's description)
+from gst_ext import files  # noqa: E402
 import train  # noqa: E402
 
 LIMIT_SECONDS, LIMIT_GB = 60, 1.0
@@ -45,14 +46,14 @@ def runs_of_all_targets(log_dir, count=200):
     return dict(list(runs.items())[:count])
 
 
-def write_run(directory, args, arrays):
+def write_run(directory, args, facts):
     """A finished run's files as train.py writes them, with random accuracies; 325 epochs, whatever was asked."""
     random = np.random.default_rng(args.seed)
     with torch.device("meta"):
         model = train.build_model(args.model, 10)
     times = train.schedule(args)
     plan = train.pruning_plan(model, args, times)
-    config = train.describe_run(args, arrays, model, times, plan, torch.device("cpu"))
+    config = train.describe_run(args, facts, model, times, plan, torch.device("cpu"))
     config["schedule"]["epochs"] = 325
     live, lines = [len(block.mask) for block in model.prunable], []
     for epoch in range(325):
@@ -80,7 +81,7 @@ def write_run(directory, args, arrays):
     if args.model == "vgg19":
         torch.manual_seed(0)
         weights = train.build_model("vgg19").state_dict()
-        train.save_checkpoint(directory / "checkpoint.pt", {"epoch": 325, "model": weights})
+        files.save_checkpoint(directory / "checkpoint.pt", {"epoch": 325, "model": weights})
 
 
 def main():
@@ -91,24 +92,25 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         arrays = train.load_data("digits")
+        facts = train.describe_data(arrays)
         np.savez(folder / "cifar10.npz", **arrays)  # Figure B1 looks at images
         runs = runs_of_all_targets(folder / "logs")
         vgg19 = train.parse_options(["--model", "vgg19", "--log-dir", str(folder / "logs")])
         for directory, options in {**runs, train.run_directory(vgg19): vgg19}.items():
-            write_run(directory, options, arrays)
+            write_run(directory, options, facts)
         start = time.monotonic()
         result = subprocess.run([sys.executable, "-c", PROGRAM, "--figure", "all", "--log-dir", folder / "logs",
                                  "--data-dir", folder, "--fig-dir", folder / "figures"], cwd=ROOT, capture_output=True,
                                 text=True)
         seconds = time.monotonic() - start
         drawn = sorted(path.stem for path in (folder / "figures").glob("*.png"))
-    train.require(result.returncode == 0 and not result.stderr, result.stderr or result.stdout)
+    files.require(result.returncode == 0 and not result.stderr, result.stderr or result.stdout)
     peak = int(result.stdout.split()[-2]) * 1024 / 1e9
     machine = step.describe_machine(torch.device("cpu"))
     answer = {"machine": machine, "what": "analyze.py --figure all on generated logs", "runs": len(runs), "epochs": 325,
               "figures": drawn, "seconds": round(seconds, 1), "limit_seconds": LIMIT_SECONDS, "peak_gb": round(peak, 3),
               "limit_gb": LIMIT_GB}
-    train.write_json(step.results_path(machine, "figures", args.machine), answer)
+    files.write_json(step.results_path(machine, "figures", args.machine), answer)
     print(f"{len(drawn)} figures and tables from {len(runs)} runs: {seconds:.1f} s (at most {LIMIT_SECONDS}), "
           f"{peak:.2f} GB (at most {LIMIT_GB})")
 

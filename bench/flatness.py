@@ -23,6 +23,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import analyze  # noqa: E402
 import step  # noqa: E402  (bench/step.py, for the machine's description)
+from gst_ext import files, runs  # noqa: E402
 import train  # noqa: E402
 from gst_ext import flatness  # noqa: E402
 
@@ -99,7 +100,7 @@ def main():
     options = train.parse_options([
         "--model", "vgg11", "--width", str(cli.width), "--epochs", str(cli.epochs), "--lrs", "--device", "cpu",
         "--data-dir", cli.data_dir, "--log-dir", str(ROOT / "logs" / "bench")])
-    train.keep_freed_memory()
+    runs.keep_freed_memory()
     train.train(options)
     model, data, source = analyze.load_network(train.run_directory(options), cli.data_dir, torch.device("cpu"))
 
@@ -118,7 +119,7 @@ def main():
         row = search(method, model, x, y, cli.eigs, cap)
         row["products_over_lanczos"] = row["products"] / (results["searches"] or [row])[0]["products"]
         results["searches"].append(row)
-        train.write_json(path, results)
+        files.write_json(path, results)
         print(f"{method:9} {row['products']:6} products ({row['products_over_lanczos']:.1f} times Lanczos's), "
               f"{row['seconds']:.0f} s, " + ("{within_1e-3} of {0} pairs within 1e-3, largest residual "
               "{largest_residual:.2g}".format(cli.eigs, **row) if row["finished"] else "stopped there"), flush=True)
@@ -128,5 +129,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except train.UserError as error:
+    except files.UserError as error:
         sys.exit(f"flatness.py: {error}")

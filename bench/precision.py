@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Whether bfloat16 and TF32 give what float32 gives: accuracy and stability of the same runs, seed by seed.
 
-    python bench/precision.py --machine h200                          # vgg11, Figure 2's four methods, ten seeds
+    python bench/precision.py --machine h100                          # vgg11, Figure 2's four methods, ten seeds
     python bench/precision.py --seeds 1-5 -- --scale-epochs 0.25      # what follows -- goes to every run
     python bench/precision.py --device cpu --seeds 1-2 --methods none S-r4 -- --dataset digits --width 0.05 \\
         --epochs 350 --lrs 350 --scale-epochs 0.0375                  # does it run
@@ -29,6 +29,7 @@ import step  # noqa: E402  (bench/step.py, for the machine's description)
 
 sys.path.insert(0, str(step.ROOT))
 import analyze  # noqa: E402
+from gst_ext import files  # noqa: E402
 import train  # noqa: E402
 
 # In points of %. Runs that differ only in their seed lie 0.2 to 0.3 apart (one deviation; C.2), and so little must not
@@ -108,10 +109,10 @@ def main():
     add("--out", metavar="FILE", help="(default: bench/results/<machine>-precision.json)")
     add("more", nargs="*", metavar="-- OPTION", help="more options for every train.py run")
     cli = parser.parse_args()
-    train.require(cli.device == "cpu" or torch.cuda.is_available(),
+    files.require(cli.device == "cpu" or torch.cuda.is_available(),
                   "torch sees no CUDA device here: --device cpu compares fp32 and bf16 on a CPU")
     precisions = cli.precisions or (["fp32", "tf32", "bf16"] if cli.device == "cuda" else ["fp32", "bf16"])
-    train.require("fp32" in precisions, "--precisions needs fp32, which the others are compared with")
+    files.require("fp32" in precisions, "--precisions needs fp32, which the others are compared with")
 
     lines = {(precision, method, seed): shlex.join([
         f"--model={cli.model}", f"--device={cli.device}", f"--precision={precision}", f"--log-dir={cli.log_dir}",
@@ -122,7 +123,7 @@ def main():
         runs = pathlib.Path(folder, "precision")
         runs.write_text("".join(line + "\n" for line in lines.values()))
         code = subprocess.run([sys.executable, step.ROOT / "train.py", "--runs", runs]).returncode
-    train.require(code == 0, "some runs are not finished; start the same command again to continue them", code)
+    files.require(code == 0, "some runs are not finished; start the same command again to continue them", code)
 
     summaries = {}
     for (precision, method, seed), directory in directories.items():
@@ -131,7 +132,7 @@ def main():
     config = next(iter(next(iter(summaries.values())).values()))["config"]
     machine = step.describe_machine(torch.device(cli.device))
     path = pathlib.Path(cli.out or step.results_path(machine, "precision", cli.machine))
-    train.write_json(path, {"what": __doc__.splitlines()[0], "units": "points of %", "machine": machine,
+    files.write_json(path, {"what": __doc__.splitlines()[0], "units": "points of %", "machine": machine,
                             "options": cli.more, "schedule": config["schedule"], "data": config["data"], **found})
     print_comparison(found)
     print(path)
@@ -140,7 +141,7 @@ def main():
 def run():
     try:
         main()
-    except train.UserError as error:
+    except files.UserError as error:
         sys.exit(f"precision.py: {error}")
 
 

@@ -30,6 +30,7 @@ if [ ! -s "$plan/runs" ]; then
 import pathlib, shlex, sys
 sys.path[:0] = [".", "bench"]
 import epoch, train
+from gst_ext import files
 
 folder, minutes, more = pathlib.Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
 METHODS, FEWEST, MOST = epoch.METHODS, 3, 10
@@ -60,7 +61,7 @@ def main():
             with epoch.step.start_worker(job, epoch.__file__) as worker:
                 epoch.step.ask(worker, 0)
                 answer = epoch.step.ask(worker, 2)
-            train.require("failed" not in answer, f"an epoch of {name} failed: {answer.get('failed')}", 1)
+            files.require("failed" not in answer, f"an epoch of {name} failed: {answer.get('failed')}", 1)
             pace[name] = answer["seconds"] / (epoch.OURS | epoch.PRUNINGS)[name]
     one, other = pace.values()
     cost = one, max(0, other - one)
@@ -69,16 +70,16 @@ def main():
     while seconds(seeds, scale, *cost) > budget and scale > 0.02:
         scale = round(scale * 0.95, 3)
     runs = lines(seeds, scale)
-    train.write_json(folder / "plan.json", {
+    files.write_json(folder / "plan.json", {
         "minutes": minutes, "seconds_per_epoch_and_run": pace, "seeds": seeds, "scale_epochs": scale,
         "epochs": train.schedule(train.parse_options(shlex.split(runs[0])))["epochs"], "runs": len(runs),
         "expected_minutes": round(seconds(seeds, scale, *cost) / 60, 1)})
-    train.write_atomically(folder / "runs", "".join(line + "\n" for line in runs).encode())
+    files.write_atomically(folder / "runs", "".join(line + "\n" for line in runs).encode())
 
 
 try:
     main()
-except train.UserError as error:
+except files.UserError as error:
     sys.exit(f"reproduce.sh: {error}")
 EOF
 fi

@@ -3,7 +3,7 @@
 
     bash runs.sh bench                      # vgg11 and resnet18, full width, batch 128: about half an hour on 2 cores
     python bench/step.py --models vgg11 --rounds 3 --variants "eager masked" ext
-    python bench/step.py --width 0.1 --batch-size 16 --rounds 2 --steps 1 --out /tmp/step.json      # does it run
+    python bench/step.py --width 0.1 --batch-size 16 --rounds 2 --steps 1 --out step.json      # does it run
     python bench/step.py --device cuda --machine h100
 
 A step is forward, cross entropy, backward, fused Adam and zero_grad on random 32x32 images in float32; evaluation is
@@ -33,7 +33,7 @@ import torch.nn.utils.prune
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from gst_ext import ops  # noqa: E402
+from gst_ext import files, ops, runs  # noqa: E402
 import train  # noqa: E402
 
 POINTS = ("unpruned", "half-way", "end")
@@ -59,7 +59,7 @@ def options_of(job):
 
 def build(options, point, device, backend="eager"):
     """The network at "unpruned", "half-way" (half of all pruning events are over) or "end"."""
-    train.require(ops.available or backend == "eager", f"the extension is not built: {ops.why_not}")
+    files.require(ops.available or backend == "eager", f"the extension is not built: {ops.why_not}")
     torch.manual_seed(options.seed)
     model = train.build_model(options.model, 10, options.width).to(device)
     plan = train.pruning_plan(model, options, train.schedule(options))
@@ -266,14 +266,14 @@ def work(job, new_worker):
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no answer
     if job["variant"] in KEEPS_FREED_MEMORY:
-        train.keep_freed_memory()
+        runs.keep_freed_memory()
     answer = None
     for line in sys.stdin:
         try:
             answer = answer or new_worker(job)
             found = answer(json.loads(line))
         except Exception as error:  # a variant that does not run here is a result too
-            found = {"failed": f"{type(error).__name__}: {train.reason(error)}"}
+            found = {"failed": f"{type(error).__name__}: {files.reason(error)}"}
         print(json.dumps(found), file=out, flush=True)
 
 
@@ -456,7 +456,7 @@ def main():
 
     job = {name: getattr(cli, name) for name in ("width", "batch_size", "device", "batches")}
     device = train.choose_device(options_of(job | {"model": cli.models[0]}))
-    train.keep_freed_memory()  # this process measures the matrix peak, which page faults would lower
+    runs.keep_freed_memory()  # this process measures the matrix peak, which page faults would lower
     machine = describe_machine(device)
     path = pathlib.Path(cli.out or results_path(machine, "step", cli.machine))
     results = {"machine": machine, "settings": {k: v for k, v in vars(cli).items() if k not in ("worker", "out")},
@@ -472,7 +472,7 @@ def main():
             measure_point(model, point, cli, job, device, results)
             print_point(results, model, point)
             results["targets"] = targets(results)
-            train.write_json(path, results)
+            files.write_json(path, results)
     print()
     for row in results["targets"]:
         print(f"{'met   ' if row['met'] else 'missed'} {row['measured']:9.3f} of {row['target']:9.3f}  {row['what']}")
@@ -482,7 +482,7 @@ def main():
 def run():
     try:
         main()
-    except train.UserError as error:
+    except files.UserError as error:
         sys.exit(f"step.py: {error}")
 
 

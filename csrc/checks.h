@@ -72,7 +72,8 @@ inline void check_bn_act(const at::Tensor& x, const at::Tensor& gamma, const at:
                          const at::Tensor& running_mean, const at::Tensor& running_var,
                          const std::optional<at::Tensor>& live, const std::optional<at::Tensor>& residual,
                          const std::optional<at::Tensor>& residual_map, const std::optional<at::Tensor>& act,
-                         const std::optional<at::Tensor>& measure, bool training, bool pool) {
+                         const std::optional<at::Tensor>& measure, bool training, bool pool,
+                         const std::optional<at::Tensor>& bias) {
   const char* op = "bn_act";
   check_bn(op, x, gamma, live, residual_map);
   const int64_t c_out = gamma.size(0);
@@ -81,6 +82,7 @@ inline void check_bn_act(const at::Tensor& x, const at::Tensor& gamma, const at:
   check_vector(op, "running_mean", running_mean, c_out, bn_type(x), x);
   check_vector(op, "running_var", running_var, c_out, bn_type(x), x);
   if (act) check_vector(op, "act", *act, c_out, at::kFloat, x);
+  if (bias) check_vector(op, "bias", *bias, c_out, bn_type(x), x);
   TORCH_CHECK(!measure || (act && measure->numel() == 1 && measure->scalar_type() == at::kBool &&
               measure->device() == x.device()), op, ": measure must be one bool on ", x.device(), ", with an act");
   TORCH_CHECK(!residual_map || residual, op, ": residual_map needs a residual");
@@ -99,6 +101,11 @@ inline void check_bn_act(const at::Tensor& x, const at::Tensor& gamma, const at:
 inline void check_like_x(const char* op, const char* name, const at::Tensor& t, const at::Tensor& x) {
   TORCH_CHECK(t.sizes() == x.sizes() && t.scalar_type() == x.scalar_type() && t.device() == x.device(), op, ": ", name,
               " must be like x, ", x.scalar_type(), " ", x.sizes());
+}
+
+inline void check_gate(const at::Tensor& gate, const at::Tensor& x, at::ScalarType type, int64_t length) {
+  TORCH_CHECK(gate.device() == x.device() && gate.scalar_type() == type && gate.dim() == 1 && gate.is_contiguous() &&
+              gate.size(0) == length, "bn_act_backward: gate is not bn_act's for such an x");
 }
 
 inline void check_bn_act_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& gamma,

@@ -23,13 +23,13 @@ GST_HD double normal_tail_mean(double u) {
 }
 
 // E[max(0, M)], M ~ N(beta, |gamma|) (B.2.1); with is_signed, gamma in place of |gamma| (B.2.3), which for gamma < 0
-// makes it -E[max(0, -M)]. gamma = 0 gives max(beta, 0). Never NaN for finite input.
+// makes it -E[max(0, -M)]. gamma = 0 gives max(beta, 0). Never NaN for finite input, and NaN for NaN.
 GST_HD double ebn_score(double gamma, double beta, bool is_signed) {
-  if (gamma == 0) return beta > 0 ? beta : 0;
+  if (gamma == 0) return beta <= 0 ? 0 : beta;
   const bool negative = is_signed && gamma < 0;
   const double scale = fabs(gamma), mean = negative ? -beta : beta;
-  const double u = fmin(fabs(mean) / scale, 1e3);  // phi(40) is 0 already; the quotient may be infinite
-  const double score = (mean > 0 ? mean : 0) + scale * normal_tail_mean(u);
+  const double ratio = fabs(mean) / scale, u = ratio > 1e3 ? 1e3 : ratio;  // phi(40) is 0 already
+  const double score = (mean <= 0 ? 0 : mean) + scale * normal_tail_mean(u);
   return negative ? -score : score;
 }
 
@@ -39,10 +39,16 @@ struct BnMoments {
   double mean, var, invstd;
 };
 
+// Where the sums start from, so that they keep their digits: the channel's first value.
+template <typename A>
+GST_HD A bn_pilot(A x) {
+  return x - x == 0 ? x : A(0);  // from infinity, nothing could be measured
+}
+
 GST_HD BnMoments bn_moments(double sum, double sum_of_squares, double pilot, double count, double eps) {
   const double shift = sum / count;
-  const double var = fmax(sum_of_squares / count - shift * shift, 0.0);
-  return {pilot + shift, var, 1 / sqrt(var + eps)};
+  const double var = sum_of_squares / count - shift * shift, rounded = var < 0 ? 0 : var;  // NaN stays
+  return {pilot + shift, rounded, 1 / sqrt(rounded + eps)};
 }
 
 GST_HD double running(double old, double value, double momentum) { return (1 - momentum) * old + momentum * value; }
@@ -55,7 +61,13 @@ GST_HD A bn_value(A x, A mean, A scale, A shift) {
   return (x - mean) * scale + shift;
 }
 
-// ReLU with a lowest value of 0, or -inf for none. Not-a-number passes, so that a diverged run is seen.
+// ReLU's lowest value: 0, or for none NaN, below which nothing is.
+template <typename A>
+GST_HD A lowest_value(bool relu) {
+  return relu ? A(0) : static_cast<A>(NAN);
+}
+
+// Not-a-number passes, so that a diverged run is seen.
 template <typename A>
 GST_HD A act_value(A a, A lowest) {
   return a < lowest ? lowest : a;
@@ -75,6 +87,11 @@ GST_HD BnGradient bn_gradient(double sum, double sum_x, double gamma, double inv
   const double ka = gamma * invstd;
   if (!training) return {ka, 0, 0};
   return {ka, -ka * invstd * invstd * sum_x / count, -ka * sum / count};
+}
+
+template <typename A>
+GST_HD A bn_dx(A g, A x, A mean, A ka, A kb, A kc) {
+  return g * ka + (kb == 0 ? A(0) : (x - mean) * kb) + kc;  // in evaluation an infinite x has a finite gradient
 }
 
 }  // namespace gst

@@ -54,6 +54,11 @@ Tensor weight_gradient_as_convolution(const Tensor& grad, const Tensor& x, int64
                          {padding, padding}, {1, 1}, false, {0, 0}, 1).transpose(0, 1);
 }
 
+// Every stride-th pixel: what 1x1 filters see.
+Tensor every(const Tensor& x, int64_t stride) {
+  return x.slice(2, 0, x.size(2), stride).slice(3, 0, x.size(3), stride);
+}
+
 Tensor scattered(const Tensor& part, const Tensor& like, const OptTensor& live_out, const OptTensor& live_in) {
   if (!live_out && !live_in) return part;
   Tensor rows = part;
@@ -95,14 +100,20 @@ std::tuple<Tensor, Tensor, Tensor> masked_conv2d_backward(
     const bool swap = need[1] && x.is_cpu() && stride == 1 && x.size(2) <= 4 && x.size(3) <= 4 &&
                       x.size(2) == grad.size(2) && x.scalar_type() == at::kFloat && x.size(0) >= 32;
     if (swap) dw = weight_gradient_as_convolution(grad, x, padding).contiguous(weight.suggest_memory_format());
+    // For 1x1 filters with a stride and fewer than 8 channels, the library writes past its own memory (oneDNN of
+    // PyTorch 2.14, channels-last, AVX2): such filters are given the pixels that they see, without a stride.
+    const bool skip = x.is_cpu() && stride > 1 && padding == 0 && w.size(2) == 1 && w.size(3) == 1;
+    const Tensor seen = skip ? every(x, stride).contiguous(x.suggest_memory_format()) : x;
+    const int64_t step = skip ? 1 : stride;
     // The library computes the weights' gradient too wherever it is asked for the bias's.
     const std::array<bool, 3> mask = {need[0], need[1] && !swap, need[2] && !swap};
     const auto [gx, gw, gb] = at::convolution_backward(
-        grad, x, w, has_bias ? at::OptionalIntArrayRef(w.sizes().slice(0, 1)) : at::OptionalIntArrayRef(),
-        {stride, stride}, {padding, padding}, {1, 1}, false, {0, 0}, 1, mask);
+        grad, seen, w, has_bias ? at::OptionalIntArrayRef(w.sizes().slice(0, 1)) : at::OptionalIntArrayRef(),
+        {step, step}, {padding, padding}, {1, 1}, false, {0, 0}, 1, mask);
     if (swap && need[2]) db = grad.sum({0, 2, 3});
     else db = gb;
-    dx = gx;
+    dx = skip && need[0] ? at::zeros_like(x) : gx;
+    if (skip && need[0]) every(dx, stride).copy_(gx);
     if (!swap) dw = gw;
   }
   return {need[0] ? dx : none(), need[1] ? scattered(dw, weight, live_out, live_in) : none(),
@@ -123,15 +134,16 @@ TORCH_LIBRARY(gst, m) {
   m.def("winograd_filters(Tensor weight, Tensor? live_out, Tensor? live_in, int h, int w, bool flipped) -> Tensor");
   m.def("winograd_conv2d(Tensor x, Tensor filters, int c, Tensor? bias, Tensor? residual, bool relu) -> Tensor");
   m.def("winograd_weight_gradient(Tensor grad, Tensor x, Tensor weight, Tensor? live_out, Tensor? live_in) -> Tensor");
-  // out (n, c, h, w), mean and invstd (c,), c the live filters, and a gate: on the CPU a bit for each value, set where
-  // ReLU (and pool, a max-pool of 2x2, for the CPU only) let it through, in an order of the kernels' own; nothing on
-  // CUDA. running_mean, running_var and act (c_out,) in place.
+  // out (n, c, h, w), mean and invstd (c,), c the live filters, and a gate: a bit for each value, set where ReLU (and
+  // pool, a max-pool of 2x2, for the CPU only) let it through, in an order of the kernels' own. running_mean,
+  // running_var and act (c_out,) in place. bias (c_out,), in training: what the convolution has left out of x, which
+  // changes nothing but the running mean.
   m.def("bn_act(Tensor x, Tensor gamma, Tensor beta, Tensor(a!) running_mean, Tensor(b!) running_var, Tensor? live, "
         "Tensor? residual, Tensor? residual_map, Tensor(c!)? act, Tensor? measure, bool training, bool relu, "
-        "bool pool, float momentum, float eps, float act_keep) -> (Tensor, Tensor, Tensor, Tensor)");
+        "bool pool, float momentum, float eps, float act_keep, Tensor? bias=None) -> "
+        "(Tensor, Tensor, Tensor, Tensor)");
   // dx, dgamma and dbeta (c_out,), dresidual (n, residual_channels, h, w); residual_channels < 0: there was none.
-  // passed: what tells where ReLU let values through, on the CPU the gate, on CUDA out.
-  m.def("bn_act_backward(Tensor grad, Tensor x, Tensor passed, Tensor gamma, Tensor mean, Tensor invstd, Tensor? live, "
+  m.def("bn_act_backward(Tensor grad, Tensor x, Tensor gate, Tensor gamma, Tensor mean, Tensor invstd, Tensor? live, "
         "Tensor? residual_map, int residual_channels, bool training, bool relu, bool pool) -> "
         "(Tensor, Tensor, Tensor, Tensor)");
 }

@@ -641,8 +641,8 @@ def measures(model, x, y, eigs=100, method="lanczos", samples=None, seed=0, memo
             pairs = hessian_eigs(model, x, y, eigs, method, seed=seed, scale=scale, product=product)
         with stage(f"{name}trace"):
             before, basis = product.products, pairs if method == "lanczos" else None
-            trace, trace_se = hessian_trace(model, x, y, (samples or TRACE_SAMPLES) if basis else TRACE_PRODUCTS, seed, scale=scale,
-                                            product=product, eigs=basis)
+            drawn = (samples or TRACE_SAMPLES) if basis else TRACE_PRODUCTS
+            trace, trace_se = hessian_trace(model, x, y, drawn, seed, scale=scale, product=product, eigs=basis)
             products = product.products - before
         with stage(f"{name}covariance"):
             tr_c = gradient_covariance_trace(model, x, y, memory_gb, scale)

@@ -121,7 +121,7 @@ class BnAct(torch.autograd.Function):
         out, mean, invstd, gate = torch.ops.gst.bn_act(
             x, gamma, beta, running_mean, running_var, live, residual, residual_map, act, measure, training, relu,
             pool, momentum, eps, act_keep)
-        ctx.save_for_backward(x, out if x.is_cuda else gate, gamma, mean, invstd, live, residual_map)
+        ctx.save_for_backward(x, gate, gamma, mean, invstd, live, residual_map)
         ctx.rest = -1 if residual is None else residual.shape[1], training, relu, pool
         return out
 
@@ -140,10 +140,13 @@ def bn_act(x, gamma, beta, running_mean, running_var, live=None, residual=None, 
     gamma, beta, running_mean, running_var (c_out,), float32 (float64 for a float64 x). training: normalise by the
     batch and update the running statistics, a pruned filter's as if its map of zeros had been seen; else normalise by
     them. residual (n, k, h, w), of x's type: channel residual_map[i] of it is added to channel i, none where that is
-    -1; without a map, k = c. act (c_out,) float32: takes in act_keep and 1 - act_keep parts of old and mean |a|, a the
-    map before ReLU, but only if measure, one bool on the device, is None or true. pool ends it with a 2x2
-    max_pool2d. Returns (n, c, h, w) in x's layout, or (n, c, h // 2, w // 2).
-    Raises RuntimeError for shapes, types or devices that do not fit, and in training for a single value per channel.
+    -1, and no channel twice; without a map, k = c. act (c_out,) float32: takes in act_keep and 1 - act_keep parts of
+    old and mean |a|, a the map before ReLU, but only if measure, one bool on the device, is None or true. pool ends it
+    with a 2x2 max_pool2d. Returns (n, c, h, w) in x's layout, or (n, c, h // 2, w // 2). NaN and infinity come through
+    as in plain PyTorch, ReLU and pool included.
+    Raises RuntimeError for shapes, types or devices that do not fit, and in training for a single value per channel;
+    on the CPU IndexError for a residual_map that points outside or twice at one channel. On a GPU the values of live
+    and residual_map are not read back: such a map has undefined results there.
     """
     inside = pools_itself(pool, residual, x.device, *x.shape[2:])
     out = BnAct.apply(x, residual, gamma, beta, running_mean, running_var, live, residual_map, act, measure, training,
@@ -157,24 +160,27 @@ class ConvBnAct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, gamma, beta, running_mean, running_var, live_out, live_in, stride,
                 padding, residual_map, act, measure, *rest):
-        a = torch.ops.gst.masked_conv2d(x, weight, bias, live_out, live_in, stride, padding)
+        training = rest[0]
+        a = torch.ops.gst.masked_conv2d(x, weight, None if training else bias, live_out, live_in, stride, padding)
+        left_out = bias.to(gamma.dtype) if training and bias is not None else None
         out, mean, invstd, gate = torch.ops.gst.bn_act(a, gamma, beta, running_mean, running_var, live_out, residual,
-                                                       residual_map, act, measure, *rest)
-        passed = out if x.is_cuda else gate
-        ctx.save_for_backward(x, weight, a, passed, gamma, mean, invstd, live_out, live_in, residual_map)
-        ctx.conv, ctx.has_bias = (stride, padding), bias is not None
+                                                       residual_map, act, measure, *rest, left_out)
+        ctx.save_for_backward(x, weight, bias, a, gate, gamma, mean, invstd, live_out, live_in, residual_map)
+        ctx.conv = stride, padding
         ctx.norm = -1 if residual is None else residual.shape[1], *rest[:3]
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, weight, a, passed, gamma, mean, invstd, live_out, live_in, residual_map = ctx.saved_tensors
-        da, dgamma, dbeta, dresidual = torch.ops.gst.bn_act_backward(grad, a, passed, gamma, mean, invstd, live_out,
+        x, weight, bias, a, gate, gamma, mean, invstd, live_out, live_in, residual_map = ctx.saved_tensors
+        da, dgamma, dbeta, dresidual = torch.ops.gst.bn_act_backward(grad, a, gate, gamma, mean, invstd, live_out,
                                                                      residual_map, *ctx.norm)
-        need = list(ctx.needs_input_grad[:3])
-        dx, dweight, dbias = torch.ops.gst.masked_conv2d_backward(da, x, weight, ctx.has_bias, live_out, live_in,
-                                                                  *ctx.conv, need)
+        has_bias = bias is not None and not ctx.norm[1]
+        dx, dweight, dbias = torch.ops.gst.masked_conv2d_backward(da, x, weight, has_bias, live_out, live_in, *ctx.conv,
+                                                                  list(ctx.needs_input_grad[:3]))
+        if bias is not None and not has_bias:
+            dbias = torch.zeros_like(bias)
         found = [dx, dweight, dbias, dresidual, dgamma, dbeta]
         return *[g if wanted else None for g, wanted in zip(found, ctx.needs_input_grad)], *[None] * 15
 
@@ -192,7 +198,8 @@ def may_fold(x, weight, residual_map, act, training):
 
 def folded(x, weight, bias, gamma, beta, mean, var, live_out, live_in, stride, padding, eps):
     """(weight, bias) of the convolution that is a block's convolution and batch norm, the weight packed by the library
-    or, where that is faster, transformed for winograd_conv2d.
+    or, where that is faster, transformed for winograd_conv2d; None where the two are not all finite, since what is
+    infinite, or no number, comes through a sum of folded products otherwise than through the block.
 
     They are kept while whatever they were made of has the same bits. A tensor's version would be cheaper to ask for,
     but fused optimisers and changes through .data do not count it up.
@@ -212,22 +219,27 @@ def folded(x, weight, bias, gamma, beta, mean, var, live_out, live_in, stride, p
             packed = torch.ops.mkldnn._reorder_convolution_weight(part, [padding] * 2, [stride] * 2, [1, 1], 1,
                                                                   list(x.shape))
         copies = [None if t is None else t.detach().clone() for t in made_of]
-        FOLDED[weight] = kept = shapes, copies, packed, live_part(beta, live_out) - center * scale
-    return kept[2:]
+        shift = live_part(beta, live_out) - center * scale
+        finite = bool(part.isfinite().all()) and bool(shift.isfinite().all())
+        FOLDED[weight] = kept = shapes, copies, (packed, shift) if finite else None
+    return kept[2]
 
 
-def folded_conv(x, weight, bias, stride, padding, residual, relu):
-    """The convolution of folded weights, with the shortcut and ReLU done as its values are written."""
+def folded_conv(x, weight, bias, stride, padding, residual, relu, pool):
+    """The convolution of folded weights, with the shortcut done as its values are written, and Winograd's ReLU; the
+    library's would turn NaN into 0, so a pass of its own does it, over the pooled map where there is a pool."""
     rest = [padding] * 2, [stride] * 2, [1, 1], 1
     x = x.contiguous(memory_format=torch.channels_last)
     if not weight.is_mkldnn:
-        return torch.ops.gst.winograd_conv2d(x, weight, len(bias), bias, residual, relu)
-    activation = "relu" if relu else "none"
-    if residual is None:
-        return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *rest, activation, [], "")
-    residual = residual.contiguous(memory_format=torch.channels_last)
-    return torch.ops.mkldnn._convolution_pointwise.binary(x, residual, weight, bias, *rest, "add", None,
-                                                          activation if relu else None, [], "")
+        out, relu = torch.ops.gst.winograd_conv2d(x, weight, len(bias), bias, residual, relu), False
+    elif residual is None:
+        out = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *rest, "none", [], "")
+    else:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+        out = torch.ops.mkldnn._convolution_pointwise.binary(x, residual, weight, bias, *rest, "add", None, None, [],
+                                                             "")
+    out = F.max_pool2d(out, 2) if pool else out
+    return out.relu_() if relu else out
 
 
 def masked_conv_bn_act(x, weight, bias, gamma, beta, running_mean, running_var, live_out=None, live_in=None, stride=1,
@@ -235,18 +247,25 @@ def masked_conv_bn_act(x, weight, bias, gamma, beta, running_mean, running_var, 
                        momentum=0.1, eps=1e-5, act_keep=0.9, pool=False, score=None):
     """A network's block in one call: `masked_conv2d`, then `bn_act`; their arguments, errors and gradients.
 
+    In training batch norm takes the bias out again, so it is not added in the first place but to the mean that
+    running_mean takes in, and its gradient is exactly 0. In plain PyTorch it is a sum that cancels but for rounding,
+    which Adam scales up to steps of the learning rate: there the bias wanders, without effect on a batch's output; here
+    it moves by weight decay alone.
+
     Under autocast, x, weight, bias and residual are cast as for a convolution. With score "ebn" or "ebn-signed" (B.2)
     it returns (out, scores (c_out,)), else out (n, len(live_out), h', w').
     """
     if torch.is_autocast_enabled(x.device.type):
         narrow = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias, residual = (t if t is None else t.to(narrow) for t in (x, weight, bias, residual))
+        x, weight, residual = (t if t is None else t.to(narrow) for t in (x, weight, residual))
+        bias = bias if bias is None or training else bias.to(narrow)
     if available and training:
         FOLDED.pop(weight, None)  # which is memory
+    parts = None
     if available and may_fold(x, weight, residual_map, act, training) and (live_out is None or len(live_out)):
         parts = folded(x, weight, bias, gamma, beta, running_mean, running_var, live_out, live_in, stride, padding, eps)
-        out = folded_conv(x, *parts, stride, padding, residual, relu)
-        out = F.max_pool2d(out, 2) if pool else out
+    if parts is not None:
+        out = folded_conv(x, *parts, stride, padding, residual, relu, pool)
     elif available:
         size = ((s + 2 * padding - k) // stride + 1 for s, k in zip(x.shape[2:], weight.shape[2:]))
         inside = pools_itself(pool, residual, x.device, *size)
@@ -302,14 +321,17 @@ if available:
     @torch.library.register_fake("gst::bn_act")
     def _(x, gamma, *rest):
         (n, c, h, w), pool = x.shape, rest[10]
-        gate = 0 if x.is_cuda else -(-n * h * w // 32) * c  # channels-last
-        if not x.is_cuda and not pool and suggest_memory_format(x) == torch.contiguous_format:
+        gate = -(-n * h * w // 32) * c  # channels-last
+        if x.is_cuda:
+            gate = -(-n * h * w // 4) * (c if c % (16 // x.element_size()) else c // 2)
+        elif not pool and suggest_memory_format(x) == torch.contiguous_format:
             gate = n * c * (-(-(h * w // 16) // 32) * 16 + h * w % 16)
         out = x[:, :, :h // 2, :w // 2].contiguous(memory_format=torch.channels_last) if pool else torch.empty_like(x)
-        return out, gamma.new_empty(c), gamma.new_empty(c), x.new_empty(gate, dtype=torch.int32)
+        return out, gamma.new_empty(c), gamma.new_empty(c), x.new_empty(
+            gate, dtype=torch.uint8 if x.is_cuda else torch.int32)
 
     @torch.library.register_fake("gst::bn_act_backward")
-    def _(grad, x, passed, gamma, mean, invstd, live, residual_map, residual_channels, training, relu, pool):
+    def _(grad, x, gate, gamma, mean, invstd, live, residual_map, residual_channels, training, relu, pool):
         dresidual = x.new_empty(0)
         if residual_channels >= 0:
             last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()

@@ -9,9 +9,12 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import emulate  # noqa: E402
 import train  # noqa: E402
+from gst_ext import ops  # noqa: E402
 
 torch.set_num_threads(1)  # sums in one order, so that runs can be compared bit for bit
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # what is compared is float32
 
 
 def make_arrays(n_train=96, n_test=64, classes=4):
@@ -79,3 +82,23 @@ def run(options):
 def directory(options):
     """Where such a command line leaves its files."""
     return lambda *more, **place: train.run_directory(train.parse_options(options(*more, **place)))
+
+
+@pytest.fixture(scope="session")
+def emulation():
+    """The CUDA kernels as C++; the first use of a checkout compiles them."""
+    return emulate.Emulation()
+
+
+@pytest.fixture(params=["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA GPU"))])
+def device(request, monkeypatch):
+    """Where operators are computed: the CPU's kernels, CUDA's on the CPU (on whose tensors they work), or a GPU."""
+    if request.param != "emulated":
+        return request.param
+    operators = request.getfixturevalue("emulation").operators
+    for name in emulate.OPERATORS:
+        monkeypatch.setattr(torch.ops.gst, name, getattr(operators, name))
+    monkeypatch.setattr(ops, "pools_itself", lambda *_: False)  # as for CUDA tensors
+    monkeypatch.setattr(ops, "may_fold", lambda *_: False)
+    return "cpu"

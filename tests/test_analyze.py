@@ -60,7 +60,7 @@ def test_summary_of_a_baseline_is_over_every_epoch_and_fully_stable(tmp_path):
 def test_validation_chosen_accuracy_is_the_test_accuracy_at_the_best_validation_epoch():
     records = [dict(epoch=i, train_acc=0, test_acc=t, val_acc=v, removed=[], stability=None, seconds=0)
                for i, (t, v) in enumerate([(70, 60), (65, 64), (72, 63)])]
-    summary = train.summarize_epochs(records)
+    summary = train.summarize_epochs(records, {})
     assert (summary["best_acc"], summary["val_chosen_acc"]) == (72, 65)
 
 

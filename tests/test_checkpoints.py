@@ -6,20 +6,21 @@ import torch
 from conftest import without_seconds
 from test_runs import PRUNE
 
+from gst_ext import files
 import train
 
 
 @pytest.fixture
 def seldom(monkeypatch):
     """Checkpoints are due at the end alone; lists the epochs of those that were written."""
-    written, save = [], train.save_checkpoint
+    written, save = [], files.save_checkpoint
 
     def spy(path, state, check=None):
         written.append(state["epoch"])
         save(path, state, check)
 
     monkeypatch.setattr(train, "CHECKPOINT_EVERY", {"cpu": 1e9})
-    monkeypatch.setattr(train, "save_checkpoint", spy)
+    monkeypatch.setattr(files, "save_checkpoint", spy)
     return written
 
 
@@ -41,7 +42,7 @@ def interrupt():
 
 
 def fail():
-    raise train.UserError("a failure", 1)
+    raise files.UserError("a failure", 1)
 
 
 def test_the_first_and_the_last_epoch_are_written(run, seldom):
@@ -50,8 +51,9 @@ def test_the_first_and_the_last_epoch_are_written(run, seldom):
 
 
 @pytest.mark.parametrize("stop, code", [(interrupt, 130), (fail, 1)])
-@pytest.mark.parametrize("more", [("--score", "act", *PRUNE), ("--target", "L", *PRUNE[2:], "--noise", "zero",
-                                                               "--noise-batches", 4, "--noise-restore")])
+@pytest.mark.parametrize("more", [
+    ("--score", "act", "--batch-size", 16, *PRUNE),
+    ("--target", "L", *PRUNE[2:], "--noise", "zero", "--noise-batches", 4, "--noise-restore")])
 def test_a_run_that_stops_writes_the_last_epoch_it_finished(run, directory, monkeypatch, seldom, stop, code, more):
     assert run(*more, logs="whole") == 0
     seldom.clear()

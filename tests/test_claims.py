@@ -13,6 +13,7 @@ import pytest
 from conftest import without_seconds
 from test_runs import error_line
 
+from gst_ext import files, runs
 import train
 
 ELSEWHERE = "another-boot host9 123 0123abcd"
@@ -21,9 +22,9 @@ MARKS = ("checkpoint.pt", "epochs.jsonl", "done.json", "config.json")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(train, "BEAT", 0.05)
-    monkeypatch.setattr(train, "SILENCE", 0.8)
-    monkeypatch.setattr(train, "DEAD", set())
+    monkeypatch.setattr(files, "BEAT", 0.05)
+    monkeypatch.setattr(files, "SILENCE", 0.8)
+    monkeypatch.setattr(files, "DEAD", set())
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def beating(path, clock=time.time):
 
 def test_a_claim_of_another_host_that_is_refreshed_is_one_line(run, directory, claim, capsys):
     with beating(claim):
-        assert train.state_of(directory()) == "running"
+        assert runs.state_of(directory()) == "running"
         assert run() == 1
     line = error_line(capsys)
     assert "process 123 on host9" in line and str(directory()) in line
@@ -73,17 +74,17 @@ def test_no_clock_that_jumps_keeps_a_claim_or_loses_it(run, directory, claim, mo
     with beating(claim, lambda: clock() + jump - 100 * next(ticks)):  # backwards
         monkeypatch.setattr(time, "time", lambda: clock() - jump * next(ticks))
         assert run() == 1 and "in use" in error_line(capsys)
-    assert train.state_of(directory()) == "waiting", "or --plan would leave it out for ever"
+    assert runs.state_of(directory()) == "waiting", "or --plan would leave it out for ever"
     assert run() == 0
 
 
 def test_a_claim_of_this_host_whose_process_is_gone_is_taken_at_once(run, options, directory, monkeypatch):
-    monkeypatch.setattr(train, "SILENCE", 1e9)
+    monkeypatch.setattr(files, "SILENCE", 1e9)
     code = ("import os, sys, train; train.train_epoch = lambda *_, **__: os._exit(9); train.main(sys.argv[1:])")
     killed = subprocess.run([sys.executable, "-c", code, *options()], cwd=train.__file__.rpartition("/")[0])
     assert killed.returncode == 9
-    assert (directory() / ".claim").read_text().startswith(train.this_host())
-    assert train.state_of(directory()) == "waiting"
+    assert (directory() / ".claim").read_text().startswith(files.this_host())
+    assert runs.state_of(directory()) == "waiting"
     assert run() == 0
 
 
@@ -126,27 +127,27 @@ def test_a_write_that_hung_while_another_took_over_does_not_count(run, directory
     monkeypatch.setattr(os, "fsync", hang)
     assert run() == 1
     error_line(capsys)
-    assert train.read_checkpoint(directory() / "checkpoint.pt")["epoch"] == 1 == len(without_seconds(directory()))
+    assert files.read_checkpoint(directory() / "checkpoint.pt")["epoch"] == 1 == len(without_seconds(directory()))
 
 
 def test_a_claim_is_refreshed_while_its_run_goes_on_and_never_anothers(directory):
     path = directory() / ".claim"
 
     def refreshed(seconds):
-        before, end = train.read_claim(path), time.monotonic() + seconds
+        before, end = files.read_claim(path), time.monotonic() + seconds
         while time.monotonic() < end:
-            if train.read_claim(path) != before:
+            if files.read_claim(path) != before:
                 return True
             time.sleep(0.01)
         return False
 
-    with train.claimed(directory()) as still_ours:
+    with files.claimed(directory()) as still_ours:
         assert refreshed(20)
         still_ours()
         path.unlink()
         path.write_text(ELSEWHERE)
         assert not refreshed(0.3)
-        with pytest.raises(train.UserError):
+        with pytest.raises(files.UserError):
             still_ours()
     assert path.read_text() == ELSEWHERE
 
@@ -158,8 +159,8 @@ def test_a_full_disk_leaves_no_claim_that_nobody_holds(directory, monkeypatch):
 
     directory().mkdir(parents=True)
     (directory() / ".claim").touch()
-    monkeypatch.setattr(train, "open", full, raising=False)
-    with pytest.raises(train.UserError, match="No space left"), train.claimed(directory()):
+    monkeypatch.setattr(files, "open", full, raising=False)
+    with pytest.raises(files.UserError, match="No space left"), files.claimed(directory()):
         pass
     assert not (directory() / ".claim").exists()
 
@@ -169,20 +170,20 @@ def test_a_look_at_a_run_does_not_keep_it_from_starting(directory):
     with open(directory() / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         threading.Timer(0.2, fcntl.flock, (lock, fcntl.LOCK_UN)).start()
-        with train.claimed(directory()):
-            assert train.state_of(directory()) == "running"
-    assert train.state_of(directory()) == "waiting"
+        with files.claimed(directory()):
+            assert runs.state_of(directory()) == "running"
+    assert runs.state_of(directory()) == "waiting"
 
 
 def hold(directory, answers, host):
     """Claims the directory, as a process of a host of its own whose file system has no locks; says how that ended."""
-    train.this_host, fcntl.flock = lambda: host, lambda *_: None
+    files.this_host, fcntl.flock = lambda: host, lambda *_: None
     try:
-        with train.claimed(directory) as still_ours:
+        with files.claimed(directory) as still_ours:
             time.sleep(1)
             still_ours()
             answers.put("held")
-    except train.UserError as error:
+    except files.UserError as error:
         answers.put(str(error))
 
 

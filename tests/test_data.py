@@ -9,6 +9,7 @@ import torchvision
 from conftest import make_arrays
 from PIL import Image
 
+from gst_ext import files
 import train
 
 CPU = torch.device("cpu")
@@ -90,7 +91,7 @@ def bad(**changes):
 def test_bad_arrays_are_refused_by_name(tmp_path, changes, named):
     path = tmp_path / "broken.npz"
     np.savez(path, **bad(**changes))
-    with pytest.raises(train.UserError) as error:
+    with pytest.raises(files.UserError) as error:
         train.load_data(str(path))
     assert str(path) in str(error.value) and named in str(error.value) and "\n" not in str(error.value)
 
@@ -110,13 +111,13 @@ def test_damaged_files_are_refused_by_name(tmp_path, damage):
         content[len(content) // 2] ^= 255
         path.write_bytes({"truncated": content[:len(content) // 2], "flipped": content, "text": b"hello\n",
                           "empty": b""}[damage])
-    with pytest.raises(train.UserError) as error:
+    with pytest.raises(files.UserError) as error:
         train.load_data(str(path))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_an_unknown_data_set_is_refused_by_name():
-    with pytest.raises(train.UserError, match="cifra10"):
+    with pytest.raises(files.UserError, match="cifra10"):
         train.load_data("cifra10")
 
 
@@ -152,6 +153,120 @@ def test_image_folder_converts_grey_and_large_images(tmp_path):
     assert (data["train_x"][data["train_y"] == 0][-1] == 77).all()
 
 
+def folder_with(root, name, image, **more):
+    """A folder of images whose last one in class fox is `image`, saved under that name; the path of that."""
+    path = make_folder(root / "animals", make_arrays(20, 12)) / "train" / "fox" / name
+    image.save(path, **more)
+    return path
+
+
+def read_last(path):
+    return train.load_data(str(path.parent.parent.parent))["train_x"][-1]
+
+
+RAMP = np.linspace(0, 65535, 1024).round().astype(np.uint16).reshape(32, 32)
+
+
+@pytest.mark.parametrize("ending", ("png", "tif", "pgm"))
+def test_16_bits_are_scaled_to_8(tmp_path, ending):
+    path = folder_with(tmp_path, f"zz.{ending}", Image.fromarray(RAMP))
+    assert np.array_equal(read_last(path), np.repeat(np.rint(RAMP / 257).astype(np.uint8)[..., None], 3, 2))
+
+
+@pytest.mark.parametrize("name, pixels, more", [
+    ("zz.tif", RAMP.astype(np.int32), {}), ("zz.tif", RAMP.astype(np.float32), {}),
+    ("zz.tif", RAMP, {"tiffinfo": {262: 0}}),  # white is 0
+    ("zz.png", RAMP, {"transparency": 0})])
+def test_pixels_without_a_defined_range_are_refused_by_name(tmp_path, name, pixels, more):
+    path = folder_with(tmp_path, name, Image.fromarray(pixels), **more)
+    with pytest.raises(train.UserError) as error:
+        read_last(path)
+    assert str(path) in str(error.value) and "8-bit PNG" in str(error.value) and "\n" not in str(error.value)
+
+
+def square(mode):
+    """A black square on transparency, in a mode of Pillow's."""
+    pixels = np.zeros((32, 32, 4), np.uint8)
+    pixels[8:24, 8:24, 3] = 255
+    image = Image.fromarray(pixels)
+    return image.quantize(4) if mode == "P" else image.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ("P", "LA", "RGBA"))
+def test_what_is_transparent_lies_on_white(tmp_path, mode):
+    expected = np.full((32, 32, 3), 255, np.uint8)
+    expected[8:24, 8:24] = 0
+    assert np.array_equal(read_last(folder_with(tmp_path, "zz.png", square(mode))), expected)
+
+
+def test_a_half_transparent_pixel_is_half_white_and_an_opaque_one_is_itself(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 4)).astype(np.uint8)
+    pixels[..., 3] = 255
+    pixels[0, 0] = 40, 80, 120, 51  # a fifth
+    expected = pixels[..., :3].copy()
+    expected[0, 0] = 212, 220, 228
+    assert np.array_equal(read_last(folder_with(tmp_path, "zz.png", Image.fromarray(pixels))), expected)
+
+
+@pytest.mark.parametrize("ending", ("png", "tif"))
+def test_images_are_turned_as_their_exif_data_say(tmp_path, ending):
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[0, :5], pixels[1:, 0] = 200, 90
+    seen = {1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1], 5: pixels.transpose(1, 0, 2),
+            6: np.rot90(pixels, -1), 7: np.rot90(pixels, 2).transpose(1, 0, 2), 8: np.rot90(pixels)}
+    for orientation, expected in seen.items():
+        exif = Image.Exif()
+        exif[files.EXIF_ORIENTATION] = orientation
+        path = folder_with(tmp_path / str(orientation), f"zz.{ending}", Image.fromarray(pixels), exif=exif)
+        assert np.array_equal(read_last(path), expected), orientation
+
+
+def test_what_was_converted_is_said_in_one_line_once(tmp_path, capsys, monkeypatch):
+    path = folder_with(tmp_path, "zz.png", Image.fromarray(RAMP))
+    folder = path.parent.parent.parent
+    square("RGBA").save(folder / "test" / "cat" / "a.png")
+    square("P").save(folder / "test" / "cat" / "b.png")
+    (folder / "train" / "labels.csv").write_text("")
+    monkeypatch.setattr(files, "SAID", set())
+    for _ in range(2):
+        read_last(path)
+    line, = capsys.readouterr().err.splitlines()
+    assert str(folder) in line and "1 scaled from 16 bits" in line and "2 with transparency" in line
+    assert "1 beside the class folders" in line and "EXIF" not in line
+
+
+def test_plain_images_need_no_word(tmp_path, capsys):
+    train.load_data(str(make_folder(tmp_path / "animals", make_arrays(20, 12))))
+    assert capsys.readouterr().err == ""
+
+
+def test_hidden_folders_and_files_are_no_classes_and_no_images(tmp_path):
+    folder = make_folder(tmp_path / "animals", make_arrays(20, 12))
+    plain = train.load_data(str(folder))
+    for split in ("train", "test"):
+        write_image(folder / split / ".ipynb_checkpoints" / "a.png", np.zeros((32, 32, 3), np.uint8))
+        (folder / split / ".cache").mkdir()
+        (folder / split / "cat" / ".ipynb_checkpoints").mkdir()
+        (folder / split / "cat" / ".DS_Store").write_text("")
+    data = train.load_data(str(folder))
+    assert all(np.array_equal(data[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("split", ("train", "test"))
+@pytest.mark.parametrize("how", ("empty", "hidden only", "missing"))
+def test_a_class_without_images_is_refused_by_name(tmp_path, split, how):
+    folder = make_folder(tmp_path / "animals", make_arrays(20, 12))
+    (folder / split / "dog").rename(tmp_path / "elsewhere")
+    (folder / "train" / "dog").mkdir(exist_ok=True)
+    if how != "missing":
+        (folder / split / "dog").mkdir(exist_ok=True)
+    if how == "hidden only":
+        write_image(folder / split / "dog" / ".thumbnail.png", np.zeros((32, 32, 3), np.uint8))
+    with pytest.raises(train.UserError) as error:
+        train.load_data(str(folder))
+    assert str(folder / split / "dog") in str(error.value) and "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("damage, named", [("not an image", "001.png"), ("unknown class", "gnu"), ("no test", "test"),
                                            ("no classes", "class")])
 def test_bad_image_folders_are_refused_by_name(tmp_path, damage, named):
@@ -166,7 +281,7 @@ def test_bad_image_folders_are_refused_by_name(tmp_path, damage, named):
         write_image(folder / "test" / "gnu" / "a.png", np.zeros((32, 32, 3), np.uint8))
     elif damage == "no test":
         (folder / "test").rename(tmp_path / "elsewhere")
-    with pytest.raises(train.UserError) as error:
+    with pytest.raises(files.UserError) as error:
         train.load_data(str(folder))
     assert named in str(error.value) and str(folder) in str(error.value) and "\n" not in str(error.value)
 
@@ -199,7 +314,7 @@ def test_a_failed_download_names_the_three_ways_in_one_line(tmp_path, monkeypatc
         raise RuntimeError("no route to host\nand more")
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", fail)
-    with pytest.raises(train.UserError) as error:
+    with pytest.raises(files.UserError) as error:
         train.load_data("cifar10", str(tmp_path))
     message = str(error.value)
     assert all(way in message for way in ("cifar10.npz", "cifar-10-python.tar.gz", "--dataset digits"))
@@ -225,7 +340,7 @@ def test_a_constant_channel_is_refused():
     arrays = make_arrays(20, 12)
     for value in (0, 77, 255):
         arrays["train_x"][..., 1] = value
-        with pytest.raises(train.UserError, match="constant"):
+        with pytest.raises(files.UserError, match="constant"):
             train.put_on_device(arrays, CPU)
 
 
@@ -255,7 +370,7 @@ def test_validation_split_is_the_same_whatever_the_seed():
 
 @pytest.mark.parametrize("n", (60, 61))
 def test_a_validation_split_that_leaves_nothing_is_refused(n):
-    with pytest.raises(train.UserError, match="val-split"):
+    with pytest.raises(files.UserError, match="val-split"):
         train.put_on_device(make_arrays(60, 12), CPU, n)
 
 
@@ -283,3 +398,33 @@ def test_crop_and_flip_equals_a_crop_by_hand(height, width):
         by_hand = by_hand[offsets[0, j]:offsets[0, j] + height, offsets[1, j]:offsets[1, j] + width]
         assert np.array_equal(out[j].numpy(), by_hand[:, ::-1] if flips[j] else by_hand)
     assert torch.equal(out[2], x[3]), "offset 4 without flip is the image itself"
+
+
+def test_fewer_images_and_noised_labels_are_the_same_for_every_run():
+    arrays = make_arrays(60, 40)
+    arrays["train_x"][:, 0, 0, 0] = np.arange(60)  # so that each image can be told
+    whole = train.put_on_device(arrays, CPU)
+    few = train.put_on_device(arrays, CPU, 10, 20, 15, 0.5)
+    names = {split: set(few[split][0][:, 0, 0, 0].tolist()) for split in ("train", "val")}
+    assert [len(few[split][1]) for split in ("train", "val", "test")] == [20, 10, 15]
+    assert not names["train"] & names["val"]
+    assert names["val"] == set(train.put_on_device(arrays, CPU, 10)["val"][0][:, 0, 0, 0].tolist())
+    true = whole["train"][1][few["train"][0][:, 0, 0, 0].long()]
+    changed = (few["train"][1] != true).sum()
+    assert 0 < changed <= 10, "half of the labels are drawn anew, and some stay as they were by chance"
+    again = train.put_on_device(arrays, CPU, 10, 20, 15, 0.5)
+    assert torch.equal(few["train"][1], again["train"][1]) and torch.equal(few["test"][0], again["test"][0])
+    clean = train.put_on_device(arrays, CPU, 10, 20, 15)
+    assert torch.equal(clean["train"][1], true) and torch.equal(clean["val"][1], few["val"][1])
+
+
+def test_all_labels_noised_are_uniform():
+    arrays = make_arrays(6000, 4, classes=3)
+    counts = torch.bincount(train.put_on_device(arrays, CPU, label_noise=1.0)["train"][1], minlength=3)
+    assert counts.sum() == 6000 and (counts - 2000).abs().max() < 5 * (6000 * 2 / 9) ** 0.5
+
+
+@pytest.mark.parametrize("options", ({"train_images": 61}, {"val_split": 30, "train_images": 31}, {"test_images": 41}))
+def test_more_images_than_there_are_is_an_error(options):
+    with pytest.raises(files.UserError, match="give fewer"):
+        train.put_on_device(make_arrays(60, 40), CPU, **options)

@@ -1,13 +1,17 @@
 """gst_ext: each operator against its reference and against closed forms, and what it refuses."""
 import os
 import shutil
+import subprocess
+import sys
 
 import mpmath
 import pytest
 import torch
+from conftest import ROOT
 
 from gst_ext import ops
 
+# Where a test takes no `device` from conftest.py: nothing of it is a kernel, or it is too slow emulated.
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))]
 
 
@@ -22,6 +26,22 @@ def test_where_there_is_a_cuda_toolkit_the_cuda_kernels_are_built_too(name):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"gst::{name}", "CUDA")
 
 
+def test_the_kernels_are_built_for_the_gpus_here_or_for_each_kind_in_use(tmp_path):
+    for name in ("bin/nvcc", "include/cuda_runtime.h", "lib64/any"):  # of a toolkit that is not asked to compile
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    code = """import os, runpy, sys, torch
+torch.version.cuda, sys.argv = "13.0", ["setup.py", "--version"]
+for gpus, given in (([], ""), ([(8, 6), (7, 5), (8, 6)], ""), ([(9, 0)], "8.0+PTX")):
+    torch.cuda.device_count, torch.cuda.get_device_capability = lambda: len(gpus), lambda k: gpus[k]
+    os.environ["TORCH_CUDA_ARCH_LIST"] = given
+    runpy.run_path("setup.py", run_name="__main__")"""
+    environment = os.environ | {"CUDA_HOME": str(tmp_path), "GST_CUDA": "auto"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    built = [line.split()[-1] for line in done.stdout.splitlines() if "the CUDA kernels for" in line]
+    assert built == ["7.5;8.0;9.0+PTX", "7.5;8.6", "8.0+PTX"], done.stderr
+
+
 def exact_ebn(gamma, beta, signed):
     """Section B.2.1's closed form in 60 digits."""
     with mpmath.workdps(60):
@@ -32,7 +52,6 @@ def exact_ebn(gamma, beta, signed):
         return b * mpmath.ncdf(b / scale) + scale * mpmath.npdf(b / scale)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("signed", [False, True])
 def test_ebn_score_holds_its_relative_accuracy_far_into_the_tails(device, signed):
     ratios = [r * sign for r in (0, 1e-8, 0.3, 1, 2.7, 4.999, 5, 5.001, 8, 12.5, 20, 30) for sign in (1, -1)]
@@ -44,7 +63,6 @@ def test_ebn_score_holds_its_relative_accuracy_far_into_the_tails(device, signed
         assert abs(mpmath.mpf(got) - want) <= mpmath.mpf(10) ** -11 * abs(want), (g, b)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_ebn_score_of_a_narrow_type_is_the_float64_score_rounded_once(device, dtype):
     gamma, beta = torch.randn(2, 300, generator=torch.Generator().manual_seed(0)).to(device, dtype)
@@ -52,7 +70,6 @@ def test_ebn_score_of_a_narrow_type_is_the_float64_score_rounded_once(device, dt
     assert torch.equal(ops.ebn_score(gamma, beta), wide.to(dtype))
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_ebn_score_is_a_number_for_every_finite_input(device):
     values = [0.0, -0.0, 5e-324, -5e-324, 1e-300, 1e-30, 1.0, -1.0, 1e30, 1e300, -1e300, 1.7e308, -1.7e308]
     gamma, beta = torch.cartesian_prod(*[torch.tensor(values, dtype=torch.float64, device=device)] * 2).T
@@ -61,7 +78,6 @@ def test_ebn_score_is_a_number_for_every_finite_input(device):
         assert not ops.ebn_score_ref(gamma, beta, signed).isnan().any()
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("signed", [False, True])
 def test_ebn_score_agrees_with_its_reference_also_strided_and_empty(device, signed):
     gamma, beta = (3 * torch.randn(2, 514, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).to(device)
@@ -69,6 +85,14 @@ def test_ebn_score_agrees_with_its_reference_also_strided_and_empty(device, sign
         pair = gamma[part], beta[part]
         torch.testing.assert_close(ops.ebn_score(*pair, signed), ops.ebn_score_ref(*pair, signed), rtol=1e-11,
                                    atol=0)
+
+
+def test_ebn_score_of_what_is_not_finite_is_the_reference_s(device):
+    values = [torch.nan, torch.inf, -torch.inf, 0.0, 2.0, -2.0]
+    gamma, beta = torch.cartesian_prod(*[torch.tensor(values, dtype=torch.float64, device=device)] * 2).T
+    for signed in (False, True):
+        torch.testing.assert_close(ops.ebn_score(gamma, beta, signed), ops.ebn_score_ref(gamma, beta, signed),
+                                   equal_nan=True)
 
 
 def test_ebn_score_without_the_build_is_the_reference(monkeypatch):

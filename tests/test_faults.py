@@ -16,20 +16,21 @@ import torch.nn.functional as F
 from conftest import without_seconds
 from test_runs import PRUNE, error_line, half_done
 
+from gst_ext import files, runs
 import train
 
-RUN = (*PRUNE, "--score", "act", "--augment", "--val-split", 10)
+RUN = (*PRUNE, "--score", "act", "--batch-size", 16, "--augment", "--val-split", 10)
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(train, "SILENCE", 0.5)  # a claim that was cut says nothing of its host
+    monkeypatch.setattr(files, "SILENCE", 0.5)  # a claim that was cut says nothing of its host
 
 
 def result(directory):
     """What a run found, without the times."""
     done = json.loads((directory / "done.json").read_text())
-    state = train.read_checkpoint(directory / "checkpoint.pt")
+    state = files.read_checkpoint(directory / "checkpoint.pt")
     return without_seconds(directory), {k: v for k, v in done.items() if k != "seconds"}, state["model"]
 
 
@@ -100,12 +101,12 @@ def forked(argv, moment, number, log):
         pathlib.Path.unlink = unlink_when_told_again
 
         for module, name in ((train, "predict"), (F, "cross_entropy"), (torch.optim.SGD, "step"), (torch, "save"),
-                             (os, "fsync"), (os, "replace"), (train, "append_line"), (os, "utime")):
+                             (os, "fsync"), (os, "replace"), (files, "append_line"), (os, "utime")):
             def seen(*arguments, function=getattr(module, name), name=name, **more):
                 event(name)
                 return function(*arguments, **more)
             setattr(module, name, seen)
-        train.open = lambda path, mode="r", **more: (Halved(open(path, mode, **more), event) if mode in ("wb", "a", "x")
+        files.open = lambda path, mode="r", **more: (Halved(open(path, mode, **more), event) if mode in ("wb", "a", "x")
                                                      else open(path, mode, **more))
         code = train.main(argv)
         print("events:", next(counter) - 1, flush=True)
@@ -166,7 +167,7 @@ def test_a_run_told_to_stop_says_so_in_one_line_and_goes_on_later(options, direc
         lines = [line for line in log.read_text().splitlines() if line.startswith("train.py: ")]
         assert code == codes[number] and len(lines) == 1 and "the same command goes on" in lines[0], log.read_text()
         assert "Traceback" not in log.read_text()
-        assert train.state_of(directory(*RUN)) in ("waiting", "done") and not (directory(*RUN) / ".claim").exists()
+        assert runs.state_of(directory(*RUN)) in ("waiting", "done") and not (directory(*RUN) / ".claim").exists()
         assert not list(directory(*RUN).glob("*.partial"))
     assert stops >= 3 and same(result(directory(*RUN)), whole)
 
@@ -201,8 +202,8 @@ def test_a_bug_in_one_of_many_runs_is_reported_and_noted_and_the_others_go_on(op
         assert train.main(options(*short, "--seeds", "1-3", "--at-once", 3)) == 1
     err = capsys.readouterr().err
     assert "Traceback" in err and "ZeroDivisionError" in err and "1 of 3 runs failed" in err
-    assert [train.state_of(directory(*short, "--seed", seed)) for seed in (1, 2, 3)] == ["done", "failed", "done"]
-    assert train.why_failed(directory(*short, "--seed", 2)) == "ZeroDivisionError: division by zero"
+    assert [runs.state_of(directory(*short, "--seed", seed)) for seed in (1, 2, 3)] == ["done", "failed", "done"]
+    assert files.why_failed(directory(*short, "--seed", 2)) == "ZeroDivisionError: division by zero"
 
     listed = tmp_path / "fig0"
     listed.write_text(" ".join(options(*short, "--seeds", "1-3")) + "\n")
@@ -250,7 +251,7 @@ def test_a_disk_that_fills_up_or_is_read_only_is_one_line_and_loses_nothing(run,
         capsys.readouterr()
         assert run(*RUN, logs="disk/logs") == 1
         assert what in error_line(capsys)
-        assert train.read_checkpoint(place / "checkpoint.pt")["epoch"] == 2 == len(without_seconds(place))
+        assert files.read_checkpoint(place / "checkpoint.pt")["epoch"] == 2 == len(without_seconds(place))
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_epoch", fill_up)
@@ -274,7 +275,7 @@ def checkpoint(run, directory, monkeypatch):
 
 
 def test_no_flipped_bit_and_no_cut_changes_what_a_checkpoint_holds(checkpoint):
-    content, state, chance = checkpoint.read_bytes(), train.read_checkpoint(checkpoint), random.Random(3)
+    content, state, chance = checkpoint.read_bytes(), files.read_checkpoint(checkpoint), random.Random(3)
     refused = 0
     for i in range(150):
         damaged = bytearray(content)
@@ -284,7 +285,7 @@ def test_no_flipped_bit_and_no_cut_changes_what_a_checkpoint_holds(checkpoint):
             del damaged[chance.randrange(len(content)):]
         checkpoint.write_bytes(damaged)
         try:
-            assert same(train.read_checkpoint(checkpoint), state), f"damage {i}"
+            assert same(files.read_checkpoint(checkpoint), state), f"damage {i}"
         except AssertionError:
             raise
         except Exception:
@@ -293,7 +294,7 @@ def test_no_flipped_bit_and_no_cut_changes_what_a_checkpoint_holds(checkpoint):
 
 
 def test_a_flipped_bit_in_a_weight_is_one_line_and_the_checkpoint_stays(run, checkpoint, directory, capsys):
-    weight = train.read_checkpoint(checkpoint)["model"]["linear.weight"].numpy().tobytes()
+    weight = files.read_checkpoint(checkpoint)["model"]["linear.weight"].numpy().tobytes()
     damaged = bytearray(checkpoint.read_bytes())
     damaged[damaged.index(weight) + 5] ^= 1
     checkpoint.write_bytes(damaged)
@@ -311,7 +312,7 @@ def test_a_flipped_bit_in_a_weight_is_one_line_and_the_checkpoint_stays(run, che
     lambda s: s["optimizer"]["param_groups"].clear(), lambda s: s["model"].pop("linear.bias"),
 ])
 def test_a_checkpoint_of_another_version_is_one_line_and_stays(run, checkpoint, capsys, change):
-    state = train.read_checkpoint(checkpoint)
+    state = files.read_checkpoint(checkpoint)
     change(state)
     torch.save(state, checkpoint)
     before = checkpoint.read_bytes()
@@ -329,7 +330,7 @@ class Malicious:
 
 
 def test_a_malicious_checkpoint_is_refused_in_one_line_and_does_not_run(run, checkpoint, tmp_path, capsys):
-    state = train.read_checkpoint(checkpoint)
+    state = files.read_checkpoint(checkpoint)
     torch.save({**state, "step": Malicious(tmp_path / "harm")}, checkpoint)
     capsys.readouterr()
     assert run(*RUN) == 1

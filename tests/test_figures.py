@@ -10,6 +10,7 @@ import scipy.stats
 import torch
 
 import analyze
+from gst_ext import files
 import train
 from test_analyze import write_run
 
@@ -265,11 +266,13 @@ def test_mixed_configurations_and_doubled_runs_are_named(tmp_path):
     ("fig2", "--seeds 1-2 -- --width 0.1 --scale-epochs 0.02 --lrs 100 200 --val-split 9".split(),
      " -- --width 0.1 --scale-epochs 0.02 --lrs 100 200 --val-split 9"),
     ("fig4", ["--seeds", "2,4", "--", "--no-augment", "--batch-size", "64"], " -- --batch-size 64 --no-augment"),
-    ("tabF1", ["--quick", "--seeds", "1-2"], " --quick"), ("fig6", [], "")])
+    ("tabF1", ["--quick", "--seeds", "1-2"], " --preset quick"), ("fig4", ["--quick"], " --preset quick"),
+    ("fig2", "--preset small --seeds 1-3 -- --label-noise 0.3".split(), " --preset small -- --label-noise 0.3"),
+    ("fig6", [], "")])
 def test_the_command_for_the_rest_trains_just_the_missing_runs(tmp_path, target, more, extra):
     wanted = directories(target, *more)
     found = []
-    for directory, args in list(wanted.items())[::3]:
+    for args in list(wanted.values())[::3]:
         method, setting = train.run_name(args)
         found.append({"model": args.model, "method": method, "setting": setting, "seed": args.seed,
                       "config": {"options": vars(args)}})
@@ -318,7 +321,7 @@ def test_all_draws_what_is_there_and_says_what_is_not(tmp_path, capsys, monkeypa
 
 
 def no_network(args):
-    raise train.UserError("no network")
+    raise files.UserError("no network")
 
 
 def test_one_weight_under_pruning_zeroing_and_noise():

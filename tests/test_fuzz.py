@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from test_data import make_folder
 
 import analyze
+from gst_ext import files
+from gst_ext.runs import print_plan, print_status, read_runs, state_of
 import train
 
 JUNK = st.one_of(st.none(), st.booleans(), st.integers(-2, 2**70), st.floats(), st.text(max_size=4),
@@ -31,7 +33,7 @@ def refusals(code=None):
     """Lets a UserError of one line pass, and nothing else."""
     try:
         yield
-    except train.UserError as error:
+    except files.UserError as error:
         assert str(error) and len(str(error).splitlines()) == 1, repr(str(error))
         assert error.code == (code or error.code) in (1, 2)
 
@@ -70,9 +72,9 @@ def test_any_list_of_runs_is_read_or_refused_in_one_line(tmp_path_factory, conte
     path = tmp_path_factory.getbasetemp() / "listed"
     path.write_bytes(content)
     with refusals(2):
-        for directory, (args, line) in train.read_runs(path).items():
-            assert train.run_directory(args) == directory
-            assert train.state_of(directory) == "waiting"
+        for directory, run in read_runs(path, train.runs_of).items():
+            assert train.run_directory(run.args) == directory
+            assert state_of(directory) == "waiting"
 
 
 # +-- What a run leaves -----------------------------------------------------------------------------------------------+
@@ -89,7 +91,9 @@ def finished(tmp_path_factory):
     args = train.parse_options(argv)
     directory = train.run_directory(args)
     (folder / "listed").write_text(shlex.join(argv))
-    return types.SimpleNamespace(args=args, directory=directory, listed=str(folder / "listed"), logs=folder / "logs",
+    facts = train.describe_data(train.load_data(args.dataset))
+    return types.SimpleNamespace(args=args, directory=directory, facts=facts, listed=str(folder / "listed"),
+                                 logs=folder / "logs",
                                  files={path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()})
 
 
@@ -156,11 +160,12 @@ def check_logs(finished):
             analyze.with_flatness(runs, [], argparse.Namespace(split="test"))
     assert all(run["problem"] is None or len(run["problem"].splitlines()) == 1 for run in found)
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
-        train.print_status([finished.listed])
+        print_status([finished.listed], train.runs_of)
         assert len(out.getvalue().splitlines()) in (2, 3)
-        train.print_plan(train.read_runs(finished.listed), False)
+        with refusals(2):
+            print_plan(read_runs(finished.listed, train.runs_of), False, train.loaded, train.check_finished)
     with refusals(2):
-        train.check_same_run(finished.directory, json.loads(finished.files["config.json"]))
+        train.check_same_run(finished.directory, finished.args, finished.facts)
     return found
 
 

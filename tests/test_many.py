@@ -7,12 +7,13 @@ import torch
 from conftest import without_seconds
 from test_runs import PRUNE, Killed, kill_before
 
+from gst_ext import files, runs
 import train
 
 LISTED = {  # networks, precisions, noise and random targets: whatever a run could leave behind for its neighbour
     "random": ("--seed", 3, "--target", "R", *PRUNE[2:]),
     "none": ("--target", "none"),
-    "bf16": ("--precision", "bf16", "--score", "act", *PRUNE, "--epochs", 7),
+    "bf16": ("--precision", "bf16", "--score", "act", "--batch-size", 16, *PRUNE, "--epochs", 7),
     "gauss": (*PRUNE, "--target", "L", "--noise", "gauss", "--noise-batches", 4),
     "vgg": ("--model", "vgg11", "--width", 0.05, "--augment", "--val-split", 16, *PRUNE, "--epochs", 4),
     "deterministic": ("--deterministic", *PRUNE),
@@ -98,11 +99,12 @@ def test_a_run_that_fails_leaves_the_others_as_they_are(listed, alone, directory
     assert what_is_left(failed) == alone["random"]
 
 
-@pytest.mark.parametrize("point, call", [("save_checkpoint", 4), ("append_line", 7), ("train_epoch", 9),
-                                         ("write_json", 8)])
-def test_a_kill_in_the_midst_of_many_runs_loses_none(listed, alone, directory, monkeypatch, point, call):
+@pytest.mark.parametrize("module, point, call", [(files, "save_checkpoint", 4), (files, "append_line", 7),
+                                                 (train, "train_epoch", 9), (files, "write_json", 8)])
+def test_a_kill_in_the_midst_of_many_runs_loses_none(listed, alone, directory, monkeypatch, module, point,
+                                                      call):
     with monkeypatch.context() as patch:
-        kill_before(patch, point, call)
+        kill_before(patch, module, point, call)
         with pytest.raises(Killed):
             train.main(["--runs", listed(), "--at-once", "3"])
     assert train.main(["--runs", listed(), "--at-once", "3"]) == 0
@@ -120,13 +122,13 @@ def test_runs_that_do_not_fit_into_the_memory_wait_until_they_do(listed, alone, 
             raise torch.OutOfMemoryError
         return train_epoch(model, *rest, **more)
 
-    def done(path, value, function=train.write_json):
+    def done(path, value, function=files.write_json):
         function(path, value)
         if path.name == "done.json":
             going.pop(0)  # the run whose turn was longest ago
 
     monkeypatch.setattr(train, "train_epoch", small_memory)
-    monkeypatch.setattr(train, "write_json", done)
+    monkeypatch.setattr(files, "write_json", done)
     names = ("random", "none", "deterministic")
     assert train.main(["--runs", listed(names=names), "--at-once", "3"]) == 0
     assert capsys.readouterr().err.count("memory holds 2 runs at once") == 1
@@ -151,7 +153,7 @@ def test_wrong_seeds_are_one_line(run, capsys, seeds):
     assert len(lines) == 1 and "--seeds" in lines[0]
 
 
-@pytest.mark.parametrize("peak, free, runs", [
-    (10, 0, 1), (10, 12, 1), (10, 12.5, 2), (10, 100, 9), (10, 1e6, train.AT_ONCE), (0, 5, 5)])
-def test_as_many_runs_as_four_fifths_of_the_free_memory_hold(peak, free, runs):
-    assert train.fit_at_once(peak, free) == runs
+@pytest.mark.parametrize("peak, free, fit", [
+    (10, 0, 1), (10, 12, 1), (10, 12.5, 2), (10, 100, 9), (10, 1e6, runs.AT_ONCE), (0, 5, 5)])
+def test_as_many_runs_as_four_fifths_of_the_free_memory_hold(peak, free, fit):
+    assert runs.fit_at_once(peak, free) == fit

@@ -280,3 +280,52 @@ def test_masked_and_physically_smaller_network_agree(name, training):
 def test_shortcuts_of_very_narrow_networks_are_the_same_for_both_backends(width):
     model, x = tiny_model("resnet20", width).eval(), torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(train.use_backend(model, "ext")(x), train.use_backend(model, "eager")(x))
+
+
+@pytest.mark.parametrize("name", train.PRUNABLE_BLOCKS)
+def test_cost_of_a_pruned_network_is_that_of_a_small_one_built_as_such(name):
+    """Parameters and multiply-adds, against torch's own counter on the compact network of the live filters."""
+    from torch.utils.flop_counter import FlopCounterMode
+    model = train.build_model(name, 10, 0.25).eval()
+    parameters, macs = train.cost(model, (32, 32, 3))
+    assert parameters == sum(p.numel() for p in model.parameters())
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 3, 32, 32))
+    assert 2 * macs == counter.get_total_flops()
+    if name.startswith("vgg"):
+        small = train.build_model(name, 10, 0.125)
+        for block in model.prunable:
+            train.prune_block(block, torch.arange(len(block.mask) // 2))
+        assert train.cost(model, (32, 32, 3)) == train.cost(small, (32, 32, 3))
+        assert train.cost(small, (32, 32, 3))[0] == sum(p.numel() for p in small.parameters())
+
+
+def test_cost_of_pruned_residual_blocks():
+    """Of ResNet20's first stage the second block's convolutions, one filter less each, by hand."""
+    model = train.build_model("resnet20")
+    whole = train.cost(model, (32, 32, 3))
+    train.prune_block(model.prunable[0], torch.tensor([3]))
+    less = train.cost(model, (32, 32, 3))
+    assert whole[0] - less[0] == 2 * 16 * 9 + 2 and whole[1] - less[1] == 2 * 16 * 9 * 32 * 32
+    train.prune_block(model.prunable[1], torch.tensor([5]))
+    assert less[0] - train.cost(model, (32, 32, 3))[0] == 15 * 9 + 2 + 16 * 9, "the next block reads its map"
+
+
+def test_a_projection_reads_every_second_pixel():
+    """Of a whole stage: against the stride taken by the convolution itself."""
+    model = train.build_model("resnet18", width=0.25).eval()
+    (first, second), shortcut, x = model.pairs[2], model.shortcuts[2], torch.randn(4, 16, 10, 10)
+    conv, bn = shortcut
+    expected = second(first(x), bn(F.conv2d(x, conv.weight, stride=2)))
+    model.stem, model.linear = torch.nn.Identity(), torch.nn.Identity()
+    model.pairs, model.shortcuts = torch.nn.ModuleList([model.pairs[2]]), torch.nn.ModuleList([shortcut])
+    model.linear.weight, model.linear.bias = torch.eye(32), torch.zeros(32)
+    torch.testing.assert_close(model(x), expected.mean((2, 3)))
+
+
+def test_the_gradient_of_a_narrow_projection_stays_in_its_memory():
+    """oneDNN's own of a strided one with so few channels ends the process, sooner or later."""
+    model = train.build_model("resnet18", width=0.06)
+    for _ in range(20):
+        model(torch.randn(8, 3, 32, 32)).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())

@@ -1,6 +1,7 @@
 """Pruning keeps A.4's schedule exactly, scores are their closed forms, and the choice of filters is the target's."""
 import decimal
 import itertools
+import json
 import math
 from decimal import Decimal
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_arrays, read_lines, tiny_model
 
-from gst_ext import ops
+from gst_ext import files, ops
 import train
 
 # +-- Schedule: every experiment of runs.sh, in integers only --------------------------------------------------------+
@@ -136,7 +137,7 @@ def test_scaling_rounds_half_up_and_stays_within_the_run(model, factor, ratio):
     assert times["epochs"] == max(1, expected(args.epochs)) and times["r"] == max(1, expected(args.r))
     assert times["lrs"] == [expected(x) for x in args.lrs] and times["s"] == [expected(x) for x in args.s]
     assert times["e"] == [min(expected(x), times["epochs"] - 1) for x in args.e]
-    assert times["save_epoch"] == expected(args.save_epoch) <= times["epochs"]
+    assert times["save_epoch"] == (args.save_epoch and max(1, expected(args.save_epoch))) <= times["epochs"]
 
 
 def test_scaling_by_hand():
@@ -280,7 +281,7 @@ def test_act_averages_every_tenth_batch_across_epochs(name):
     model = setup[0]
     seen = spy_on_activations(model)
     step = 0
-    for epoch in range(3):  # 13 batches each: the 10th, 20th and 30th lie in different places of their epochs
+    for _ in range(3):  # 13 batches each: the 10th, 20th and 30th lie in different places of their epochs
         _, step = train.train_epoch(*setup, step)
         model.eval()
         with torch.no_grad():
@@ -334,14 +335,14 @@ def test_selection_by_hand():
     assert train.select_filters(scores, mask, 2, "S").tolist() == [1, 2]
     assert train.select_filters(scores, mask, 4, "S").tolist() == [0, 1, 2, 4]
     assert train.select_filters(scores, mask, 2, "L").tolist() == [0, 3]
-    with pytest.raises(train.UserError):
+    with pytest.raises(files.UserError):
         train.select_filters(scores, mask, 7, "S")
 
 
 @pytest.mark.parametrize("target", ("S", "L"))
 def test_a_score_that_is_no_number_stops_the_run(target):
     scores, mask = torch.tensor([0.0, math.nan, 1.0]), torch.tensor([True, True, True])
-    with pytest.raises(train.UserError) as error:
+    with pytest.raises(files.UserError) as error:
         train.select_filters(scores, mask, 1, target)
     assert error.value.code == 1
     mask[1] = False  # a pruned filter's score is nobody's business
@@ -371,6 +372,55 @@ def test_random_target_depends_on_its_generator_only():
     assert draw(3, torch.arange(30.0)) == first != draw(4, torch.zeros(30))
     torch.manual_seed(1)
     assert torch.equal(torch.get_rng_state(), state), "the global generator was not drawn from"
+
+
+# +-- Ties ------------------------------------------------------------------------------------------------------------+
+
+def test_ties_that_decide_are_counted_and_no_others():
+    scores, mask = torch.tensor([3.0, 1.0, 1.0, 9.0, 1.0, 3.0, 1.0]), torch.tensor([1, 1, 1, 1, 1, 1, 0]).bool()
+    for target, counts in (("S", [0, 3, 3, 0, 2, 0, 0]), ("L", [0, 0, 2, 0, 3, 3, 0])):
+        for k, expected in enumerate(counts):
+            assert train.count_tied(scores, mask, train.select_filters(scores, mask, k, target)) == expected
+
+
+TIES = ("--model", "resnet18", "--s", 0, "--e", 0, "--p", 0.5, "--r", 1, "--epochs", 1, "--lrs")
+
+
+@pytest.mark.parametrize("target", ("S", "L"))
+def test_scores_that_are_all_equal_prune_nothing(run, directory, capsys, target):
+    assert run(*TIES, "--target", target) == 1  # act, before its tenth batch
+    line, = capsys.readouterr().err.splitlines()
+    assert "act" in line and "--s" in line and "--score" in line
+    assert not read_lines(directory(*TIES, "--target", target))
+    assert "act" in (directory(*TIES, "--target", target) / "failed.txt").read_text()
+
+
+def test_scores_that_differ_and_random_targets_know_no_ties(run, directory, capsys):
+    for more in (("--target", "S", "--batch-size", 8), ("--target", "R"), ("--target", "S", "--score", "l1")):
+        assert run(*TIES, *more) == 0
+        record, = read_lines(directory(*TIES, *more))
+        assert record["tied"] == {} and record["removed"] == [32]
+    assert "equal" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("score", ("act", "ebn"))
+def test_scratch_takes_the_scores_of_a_fresh_network_and_says_that_they_are_equal(run, directory, capsys, score):
+    more = ("--target", "S", "--scratch", "--score", score, "--p", 0.3, 0.5, "--epochs", 1, "--lrs", "--width", 0.25)
+    assert run(*more) == 0
+    config = json.loads((directory(*more) / "config.json").read_text())
+    assert config["tied"] == {"16": 16, "17": 16}
+    line, = [line for line in capsys.readouterr().out.splitlines() if "equal" in line]
+    assert score in line and "16 filters of layer 16" in line and "16 filters of layer 17" in line
+
+
+def test_a_tie_of_some_is_logged(run, directory, monkeypatch, capsys):
+    scores = torch.cat([torch.zeros(3), torch.arange(1, 14)])
+    monkeypatch.setattr(train, "filter_scores", lambda block, score: scores)
+    more = ("--target", "S", "--s", 0, "--e", 0, "--p", 0.125, "--r", 1, "--epochs", 1, "--lrs", "--width", 0.25)
+    assert run(*more) == 0
+    record, = read_lines(directory(*more))
+    assert record["tied"] == {"17": 3} and record["filters"] == {"17": [0, 1]}
+    assert "3 filters of layer 17" in capsys.readouterr().out
 
 
 # +-- Whole runs ------------------------------------------------------------------------------------------------------+
@@ -464,16 +514,42 @@ def record_of(epoch, test_acc, removed=0, stability=None, val_acc=None):
 def test_a_runs_accuracy_counts_from_its_last_pruning_event_on():
     records = [record_of(0, 90.0), record_of(1, 60.0, 3, 80.0), record_of(2, 85.0), record_of(3, 70.0, 2, 90.0),
                record_of(4, 65.0), record_of(5, 69.0)]
-    summary = train.summarize_epochs(records)
+    summary = train.summarize_epochs(records, {})
     assert (summary["best_acc"], summary["best_epoch"], summary["gap"]) == (70.0, 3, 13.0)
     assert summary["mean_stability"] == np.mean([80, 90]) and summary["events"] == 2 and summary["last_acc"] == 69.0
 
-    baseline = train.summarize_epochs([record_of(i, a) for i, a in enumerate((50.0, 95.0, 60.0))])
+    baseline = train.summarize_epochs([record_of(i, a) for i, a in enumerate((50.0, 95.0, 60.0))], {})
     assert (baseline["best_acc"], baseline["mean_stability"], baseline["val_chosen_acc"]) == (95.0, 100.0, None)
 
 
 def test_with_a_validation_split_the_chosen_epoch_is_its_best():
     records = [record_of(0, 90.0, val_acc=99.0), record_of(1, 60.0, 3, 80.0, val_acc=50.0),
                record_of(2, 85.0, val_acc=60.0), record_of(3, 70.0, val_acc=65.0)]
-    summary = train.summarize_epochs(records)
+    summary = train.summarize_epochs(records, {})
     assert summary["best_acc"] == 85.0 and summary["val_chosen_acc"] == 70.0
+
+
+def test_an_event_that_changes_no_image_is_exactly_stable():
+    """Of whatever number of right answers; percentages of percentages were 99.99999999999999."""
+    for n in (797, 1000, 10_000):
+        data = {"train": ((), range(5)), "test": ((), range(n))}
+        for right in range(1, n, 7):
+            seen = torch.tensor([right, 3.0, n], dtype=torch.float64), torch.arange(n)
+            found = train.measured("here", data, torch.tensor([1.0, 2.0], dtype=torch.float64), seen, seen, event=True)
+            assert found["stability"] == 100 and found["churn"] == 0
+
+
+def test_losses_churn_and_stability_of_an_event_by_hand():
+    data = {"train": ((), range(4)), "test": ((), range(5)), "val": ((), range(2))}
+    trained = torch.tensor([6.0, 3.0], dtype=torch.float64)
+    before = torch.tensor([4, 2.5, 5], dtype=torch.float64), torch.tensor([0, 1, 2, 3, 4])
+    after = torch.tensor([3, 5, 5], dtype=torch.float64), torch.tensor([0, 1, 2, 0, 0])
+    val = torch.tensor([1, 1, 2], dtype=torch.float64), torch.tensor([0, 0])
+    assert train.measured("here", data, trained, before, after, val, event=True) == {
+        "train_loss": 1.5, "train_acc": 75, "test_acc_before": 80, "test_acc": 60, "test_loss_before": 0.5,
+        "test_loss": 1, "val_acc": 50, "stability": 75, "churn": 40}
+    for broken in (dict(trained=trained * math.nan), dict(after=(after[0] - torch.tensor([0, 0, 1]), after[1])),
+                   dict(val=(val[0] - torch.tensor([0, 0, 1]), val[1]))):
+        call = dict(trained=trained, before=before, after=after, val=val) | broken
+        with pytest.raises(files.UserError, match="here.*lower --lr"):
+            train.measured("here", data, **call)

@@ -1,13 +1,16 @@
 """Runs as users start them: names, plans, exact resume after any crash, one-line errors, and no needless waiting."""
+import ast
 import builtins
 import collections
 import errno
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import numpy as np
@@ -17,6 +20,7 @@ from conftest import ROOT, make_arrays, read_lines, without_seconds
 from test_pruning import training_setup
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gst_ext import files, runs
 import train
 
 PRUNE = ("--target", "S", "--s", 1, 2, "--e", 3, 3, "--p", 0.3, 0.5, "--r", 1)
@@ -44,8 +48,9 @@ def test_runs_of_one_seed_are_alike_until_they_prune_and_those_of_two_are_not(ru
 
     def records(*more):
         images.append([])
-        assert run("--epochs", 2, "--lrs", 1, "--augment", *more) == 0
-        return read_lines(directory("--epochs", 2, "--lrs", 1, "--augment", *more))
+        more = ("--epochs", 2, "--lrs", 1, "--augment", "--batch-size", 8, *more)
+        assert run(*more) == 0
+        return read_lines(directory(*more))
 
     monkeypatch.setattr(train, "crop_and_flip", spy)
 
@@ -84,7 +89,7 @@ class Killed(BaseException):
     """Ends a run as kill -9 would: nothing in train.py catches it."""
 
 
-def kill_before(monkeypatch, name, call, module=train):
+def kill_before(monkeypatch, module, name, call):
     """Kills the run as it enters its `call`-th call of <module>.<name>."""
     function, calls = getattr(module, name), []
 
@@ -102,10 +107,10 @@ def test_a_killed_run_ends_as_if_it_had_not_been(run, directory, monkeypatch, ki
     options = ("--batch-size", 16, "--test-batch-size", 32, *RESUMED[kind])
     assert run(*options, logs="whole") == 0
     whole = without_seconds(directory(*options, logs="whole"))
-    for point, call, left in (("save_checkpoint", 1, 0), ("append_line", 1, 0), ("train_epoch", 2, 2),
-                              ("append_line", 2, 3)):
+    for module, point, call, left in ((files, "save_checkpoint", 1, 0), (files, "append_line", 1, 0),
+                                      (train, "train_epoch", 2, 2), (files, "append_line", 2, 3)):
         with monkeypatch.context() as patch:
-            kill_before(patch, point, call)
+            kill_before(patch, module, point, call)
             with pytest.raises(Killed):
                 run(*options)
         assert without_seconds(directory(*options)) == whole[:left]
@@ -121,7 +126,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(run, directory, monkeypatch, ki
 
 
 def test_a_run_killed_with_signal_9_ends_as_if_it_had_not_been(run, options, directory):
-    long = ("--epochs", 25, *PRUNE, "--e", 20, 20, "--r", 4, "--score", "act")
+    long = ("--epochs", 25, *PRUNE, "--e", 20, 20, "--r", 4, "--score", "act", "--batch-size", 16)
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *options(*long)], stdout=subprocess.DEVNULL,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     log = directory(*long) / "epochs.jsonl"
@@ -144,7 +149,7 @@ def test_a_run_killed_with_signal_9_ends_as_if_it_had_not_been(run, options, dir
 def test_a_run_killed_while_it_writes_a_file_ends_as_if_it_had_not_been(run, directory, monkeypatch, call):
     options = (*PRUNE, "--epochs", 4)
     with monkeypatch.context() as patch:
-        kill_before(patch, "replace", call, os)
+        kill_before(patch, os, "replace", call)
         with pytest.raises(Killed):
             run(*options)
     assert run(*options) == 0
@@ -156,7 +161,7 @@ def test_a_run_killed_while_it_writes_a_file_ends_as_if_it_had_not_been(run, dir
 def test_the_log_is_repaired_from_the_checkpoint(run, directory, monkeypatch, damage):
     assert run(*PRUNE, logs="whole") == 0
     with monkeypatch.context() as patch:
-        kill_before(patch, "train_epoch", 4)
+        kill_before(patch, train, "train_epoch", 4)
         with pytest.raises(Killed):
             run(*PRUNE)
     log = directory(*PRUNE) / "epochs.jsonl"
@@ -181,7 +186,7 @@ def test_a_finished_run_is_not_touched_again(run, directory, monkeypatch):
 
 def test_a_run_killed_before_its_last_file_is_finished_without_training(run, directory, monkeypatch):
     with monkeypatch.context() as patch:
-        kill_before(patch, "write_json", 2)  # the first is config.json
+        kill_before(patch, files, "write_json", 2)  # the first is config.json
         with pytest.raises(Killed):
             run(*PRUNE)
     assert not (directory(*PRUNE) / "done.json").exists() and len(read_lines(directory(*PRUNE))) == 5
@@ -211,7 +216,7 @@ def test_save_epoch_keeps_the_weights_of_that_epoch(run, directory, monkeypatch)
 def test_save_epoch_survives_a_crash_around_it(run, directory, monkeypatch, point, call):
     options = ("--epochs", 3, "--lrs", 1)
     with monkeypatch.context() as patch:
-        kill_before(patch, point, call)
+        kill_before(patch, files, point, call)
         with pytest.raises(Killed):
             run(*options, "--save-epoch", 2)
     assert run(*options, "--save-epoch", 2) == 0
@@ -220,7 +225,7 @@ def test_save_epoch_survives_a_crash_around_it(run, directory, monkeypatch, poin
 
 def test_options_that_decide_no_result_may_change_on_resume(run, directory, monkeypatch):
     with monkeypatch.context() as patch:
-        kill_before(patch, "train_epoch", 2)
+        kill_before(patch, train, "train_epoch", 2)
         with pytest.raises(Killed):
             run()
     assert run("--save-epoch", 4) == 0
@@ -249,6 +254,21 @@ def test_config_says_what_was_run(run, directory):
     assert config["schedule"]["epochs"] == 4 and config["versions"]["torch"] == torch.__version__
     assert [layer["filters"] for layer in config["pruned_layers"]] == [8, 8]
     assert config["data"]["train"] == 96 and config["data"]["test"] == 64
+
+
+def test_the_ten_lines_of_the_docstring_are_the_experiment(run, directory, options, capsys):
+    lines = train.__doc__.rpartition("The experiment in ten lines")[2].split("\n\n", 1)[1]
+    lines = textwrap.dedent(lines).strip().splitlines()
+    assert len(lines) == 10
+    once = ("--lrs", "--no-augment", *PRUNE)
+    given = re.sub(r"\[.*\]", repr(options(*once)).replace("\\", r"\\"), lines[0])
+    capsys.readouterr()
+    exec("\n".join([given, *lines[1:]]), dict(vars(train)))
+    printed = capsys.readouterr().out.splitlines()
+    assert run(*once) == 0
+    for line, record in zip(printed, read_lines(directory(*once)), strict=True):
+        found = ast.literal_eval(line)
+        assert found == {name: record[name] for name in found}
 
 
 # +-- Names -----------------------------------------------------------------------------------------------------------+
@@ -330,13 +350,159 @@ def test_distinct_options_give_distinct_directories():
     assert not shared
 
 
+# +-- Whose run it is -------------------------------------------------------------------------------------------------+
+
+def test_built_in_names_are_nobody_elses_and_own_names_are_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {name: train.run_directory(train.parse_options(["--dataset", name])).parts[1] for name in (
+        "cifar10", "cifar100", "digits", "digits.npz", "x/digits", "./cifar10", "x/CIFAR100/", "birds/cub.v1",
+        "birds/cub.v2", "birds/cub", "birds/noise-0.2", "birds/noise-0.8", "cub.npz")}
+    assert all(names[name] == name for name in train.BUILT_IN) and len(set(names.values())) == len(names)
+    assert not {part.lower() for name, part in names.items() if name not in train.BUILT_IN} & {*train.BUILT_IN}
+    assert names["birds/noise-0.2"] == "noise-0.2" and names["cub.npz"] == "cub.npz"
+
+
+@pytest.mark.parametrize("name", ("..", ".", "../..", "x/..", "/", "//", "x/../..", ""))
+def test_no_name_of_data_leads_out_of_the_log_directory(name):
+    directory = train.run_directory(train.parse_options(["--dataset", name, "--log-dir", "logs"]))
+    assert directory.parts[0] == "logs" and ".." not in directory.parts and len(directory.parts) == 5
+
+
+@pytest.fixture
+def two_places(tmp_path, options):
+    """Options of two data sets of one name, in two places; the second one's test labels are turned round."""
+    for place, step in (("a", 1), ("b", -1)):
+        (tmp_path / place).mkdir()
+        np.savez(tmp_path / place / "x.npz", **{**make_arrays(), "test_y": make_arrays()["test_y"][::step]})
+    short = options("--epochs", 1, "--lrs")
+    return [[*short, "--dataset", str(tmp_path / place / "x.npz")] for place in "ab"]
+
+
+def test_a_run_on_other_data_is_refused_finished_or_not(two_places, tmp_path, monkeypatch, capsys):
+    first, second = two_places
+    directory = train.run_directory(train.parse_options(first))
+    assert directory == train.run_directory(train.parse_options(second))
+    assert train.main(first) == 0
+    (tmp_path / "listed").write_text(" ".join(second) + "\n")
+    for done in (True, False):
+        if not done:
+            (directory / "done.json").unlink()
+        before = files_of(directory)
+        calls = [(second, 2), (["--runs", str(tmp_path / "listed")], 1)] + [
+            (["--plan", str(tmp_path / "listed")], 2)] * done
+        for argv, code in calls:
+            capsys.readouterr()
+            assert train.main(argv) == code
+            out, err = capsys.readouterr()
+            assert str(directory) in err and "data set" in err and "finished already" not in out
+        after = {name: file for name, file in files_of(directory).items() if name != ".lock"}
+        assert after == {name: file for name, file in before.items() if name != ".lock"}, "not even marked as failed"
+        assert train.main(first) == 0, "the one whose run it is has it still"
+
+
+def test_a_copy_of_the_data_elsewhere_is_the_same_data(two_places, tmp_path, capsys):
+    first, second = two_places
+    assert train.main(first) == 0
+    (tmp_path / "b" / "x.npz").write_bytes((tmp_path / "a" / "x.npz").read_bytes())
+    assert train.main(second) == 0
+    assert "finished already\n" in capsys.readouterr().out
+
+
+def test_as_many_classes_and_sizes_tell_data_apart_where_bytes_do_not(run, tiny, capsys):
+    assert run("--epochs", 1, "--lrs") == 0
+    arrays = make_arrays()
+    np.savez(tiny, **{**arrays, "classes": np.append(arrays["classes"], "more")})
+    assert run("--epochs", 1, "--lrs") == 2
+    assert "data set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ("data", "--save-epoch 1", "--tensorboard"))
+@pytest.mark.parametrize("action", ("--runs", "--plan", "--status"))
+def test_of_two_runs_that_would_share_a_directory_none_is_dropped_without_a_word(two_places, tmp_path, capsys, change,
+                                                                                 action):
+    first, second = two_places
+    lines = [first, second if change == "data" else [*first, *change.split()]]
+    (tmp_path / "listed").write_text("".join(shlex.join(line) + "\n" for line in lines))
+    assert train.main([action, str(tmp_path / "listed")]) == 2
+    assert str(train.run_directory(train.parse_options(first))) in error_line(capsys)
+    (tmp_path / "listed").write_text("".join(shlex.join(line) + "\n" for line in (first, first, lines[0])))
+    assert len(runs.read_runs(tmp_path / "listed", train.runs_of)) == 1
+
+
+def test_a_list_of_finished_runs_reads_each_data_set_once(two_places, tmp_path, monkeypatch, capsys):
+    argv = [*two_places[0], "--seeds", "1-3"]
+    assert train.main(argv) == 0
+    calls, load_data, crc32 = [], train.load_data, train.zlib.crc32
+    monkeypatch.setattr(train, "load_data", lambda *source: calls.append("load") or load_data(*source))
+    monkeypatch.setattr(train.zlib, "crc32", lambda *what: calls.append("crc") or crc32(*what))
+    capsys.readouterr()
+    assert train.main(argv) == 0
+    assert capsys.readouterr().out.count("finished already") == 3
+    assert calls == ["load"] + 4 * ["crc"]
+
+
+def test_a_finished_run_on_a_built_in_data_set_fetches_nothing(tmp_path, options, monkeypatch, capsys):
+    argv = options("--epochs", 1, "--lrs", "--dataset", "cifar10", "--data-dir", tmp_path)
+    np.savez(tmp_path / "cifar10.npz", **make_arrays())
+    assert train.main(argv) == 0
+    (tmp_path / "cifar10.npz").unlink()
+    monkeypatch.setattr(train, "download_cifar", lambda *_: pytest.fail("downloaded"))
+    assert train.main(argv) == 0
+    np.savez(tmp_path / "cifar10.npz", **make_arrays(64))
+    assert train.main(argv) == 2
+
+
+@pytest.mark.parametrize("more, name", [(("--save-epoch", 2), "epoch2.pt"), (("--tensorboard",), "tensorboard")])
+def test_a_finished_run_says_what_it_lacks(run, capsys, more, name):
+    short = ("--epochs", 3, "--lrs")
+    assert run(*short) == 0 and run(*short) == 0
+    assert "finished already\n" in capsys.readouterr().out
+    assert run(*short, *more) == 0
+    assert f"finished already, without {name}: move it away" in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_says_what_it_will_lack(run, monkeypatch, capsys):
+    half_done(run, monkeypatch)
+    with monkeypatch.context() as patch:
+        kill_before(patch, train, "train_epoch", 1)
+        with pytest.raises(Killed):
+            run("--save-epoch", 3)
+    assert "epoch3.pt" not in capsys.readouterr().out, "that is still to come"
+    assert run("--save-epoch", 2) == 0
+    assert "continues after epoch 2 of 5, without epoch2.pt: move it away" in capsys.readouterr().out
+
+
+# +-- The learning rate's epochs --------------------------------------------------------------------------------------+
+
+@pytest.mark.parametrize("line, named", [
+    ("", ""), ("--epochs 325 --lrs 150 300", ""), ("--lrs", ""), ("--epochs 3 --lrs 3", ""),
+    ("--scale-epochs 0.08", ""),
+    ("--epochs 350 --lrs 350 --scale-epochs 0.0375", ""), ("--scale-epochs 0.5 --epochs 100 --lrs 0 50", ""),
+    ("--epochs 100", "--lrs 150 300"), ("--epochs 200", "--lrs 300"), ("--epochs 300", "--lrs 300"),
+    ("--epochs 3 --lrs 2 4", "--lrs 4"), ("--scale-epochs 0.004", "150 300 of 325 epochs to 1 1 of 1"),
+    ("--scale-epochs 0.003", "to 0 1 of 1"), ("--scale-epochs 0.01 --lrs 40 300", "to 0 3 of 3"),
+    ("--scale-epochs 0.01 --lrs 260 300", "to 3 3 of 3"), ("--scale-epochs 0.04 --lrs 150 324", "to 6 13 of 13"),
+    ("--epochs 165 --scale-epochs 0.006", "150 of 165 epochs to 1 2 of 1")])
+def test_falls_of_the_learning_rate_that_are_lost_are_named(line, named):
+    lines = train.doubts_about_rate(train.parse_options(line.split()))
+    assert bool(lines) == bool(named) and all("\n" not in line for line in lines)
+    assert named in " ".join(lines)
+
+
+def test_lost_falls_are_said_once_whatever_the_number_of_runs(run, capsys, monkeypatch):
+    monkeypatch.setattr(files, "SAID", set())
+    for _ in range(2):
+        run("--epochs", 2, "--lrs", 1, 3, "--seeds", "1-2")
+    assert "--lrs 3," in error_line(capsys)
+
+
 # +-- --plan ----------------------------------------------------------------------------------------------------------+
 
 def test_plan_counts_what_is_left_and_prints_each_line_once(run, options, tmp_path, capsys, monkeypatch):
     finished, half, to_do = ("--epochs", 2, "--lrs", 1), ("--seed", 2), ("--seed", 3, "--target", "S", *PRUNE)
     run(*finished)
     with monkeypatch.context() as patch:
-        kill_before(patch, "train_epoch", 3)
+        kill_before(patch, train, "train_epoch", 3)
         with pytest.raises(Killed):
             run(*half)
     lines = [" ".join(options(*more)) for more in (half, finished, to_do, half, to_do)]
@@ -386,6 +552,7 @@ def test_a_bad_plan_is_one_line(tmp_path, capsys, content):
     ("--target S --s 0 --e 3 --p 0.5 --noise gauss --noise-restore", "--noise-restore"),
     ("--target S --s 0 --e 3 --p 0.5 --noise zero --scratch", "--scratch"),
     ("--target S --s 0 --e 3 --p 0.5 --noise zero --prune-bn keep", "--prune-bn"), ("--scratch", "--scratch"),
+    ("--seeds 3-1", "3-1"), ("--seeds 1-2,4-3", "4-3"), ("--seeds ,", ","), ("--seeds 1--3", "1--3"),
     ("--save-epoch 6", "--save-epoch"), ("--precision tf32", "tf32"), ("--dataset nowhere", "nowhere"),
     ("--dataset nowhere.npz", "nowhere.npz"),
 ])
@@ -416,7 +583,7 @@ def test_bad_data_is_one_line_and_leaves_no_log(run, directory, tiny, capsys):
 
 def half_done(run, monkeypatch, *options, epochs=2):
     with monkeypatch.context() as patch:
-        kill_before(patch, "train_epoch", epochs + 1)
+        kill_before(patch, train, "train_epoch", epochs + 1)
         with pytest.raises(Killed):
             run(*options)
 
@@ -511,7 +678,7 @@ def test_a_disk_that_fills_up_at_the_log_line_loses_nothing(run, directory, monk
 
 
 def test_a_directory_in_use_by_another_process_is_one_line(run, directory, capsys):
-    lock = train.lock_directory(directory()).name
+    lock = files.lock_directory(directory()).name
     holder = subprocess.Popen([sys.executable, "-c", "import fcntl, sys; f = open(sys.argv[1], 'w'); "
                                "fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()", lock],
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -545,7 +712,7 @@ def test_a_diverged_run_is_one_line_and_keeps_the_checkpoint_before(run, directo
 
 @pytest.mark.parametrize("optimizer", ("sgd", "adam"))
 def test_a_huge_learning_rate_ends_in_one_line_or_a_finite_log(run, directory, capsys, optimizer):
-    options = ("--optimizer", optimizer, "--lr", 9e5, *PRUNE, "--score", "act")
+    options = ("--optimizer", optimizer, "--lr", 9e5, *PRUNE, "--score", "act", "--batch-size", 16)
     code = run(*options)
     if code:
         assert code == 1 and "--lr" in error_line(capsys)
@@ -650,7 +817,7 @@ def test_an_evaluation_never_waits_for_the_device(read_backs):
 @pytest.mark.parametrize("more", [(), ("--val-split", 10), ("--target", "S", "--p", 0.5, "--s", 9, "--e", 9, "--r", 1,
                                                             "--epochs", 10)])
 def test_an_epoch_without_pruning_meets_the_device_once(run, monkeypatch, read_backs, more):
-    within, between = [], train.save_checkpoint
+    within, between = [], files.save_checkpoint
 
     def epoch(*call, function=train.train_epoch, **rest):
         within.append([])
@@ -663,7 +830,7 @@ def test_an_epoch_without_pruning_meets_the_device_once(run, monkeypatch, read_b
         read_backs.seen.clear()
 
     monkeypatch.setattr(train, "train_epoch", epoch)
-    monkeypatch.setattr(train, "save_checkpoint", end)
+    monkeypatch.setattr(files, "save_checkpoint", end)
     with read_backs:
         assert run(*more) == 0
     assert len(within) >= 5 and within[1:4] == [["tolist"]] * 3

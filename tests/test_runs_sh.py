@@ -1,4 +1,5 @@
 """runs.sh: every target's commands are valid and the paper's, and a target runs, skips what is done, and draws."""
+import json
 import os
 import pathlib
 import shlex
@@ -43,15 +44,30 @@ def test_every_target_is_a_list_of_valid_distinct_runs(target):
     assert len({train.run_directory(args) for args in runs}) == len(runs)
     assert {args.seed for args in runs} == set(range(1, seeds + 1))
     quick = commands(target, "--quick")
-    assert len(quick) == RUNS[target] * 2
+    assert len({train.run_directory(args) for args in quick}) == len(quick) == RUNS[target] * 2
     assert {(args.dataset, args.width) for args in quick} == {("digits", 0.25)}
     assert max(train.schedule(args)["epochs"] for args in quick) <= 16
+    small = commands(target, "--preset", "small")
+    assert len({train.run_directory(args) for args in small}) == len(small) == len(runs)
+    assert {args.dataset for args in small} == {"cifar100" if target == "tabF1" else "cifar10"}
+    for preset, listed in (("quick", quick), ("small", small)):
+        assert all(train.run_name(args)[1].removeprefix("sgd-").startswith(preset) for args in listed)
+        for args in listed:  # they prune, and train on once it is over
+            times = train.schedule(args)
+            assert not times["e"] or max(times["e"]) < times["epochs"] - 1 and min(times["s"]) < max(times["e"])
 
 
 def test_figures_without_runs_of_their_own_train_nothing_but_a_small_vgg19():
     assert commands("figB1") == commands("figD1") == commands("figD1", "--quick") == []
     quick, = commands("figB1", "--quick")
     assert (quick.model, quick.target, quick.dataset, quick.seed) == ("vgg19", "none", "digits", 1)
+
+
+def test_quick_is_the_preset_with_two_seeds():
+    assert commands("fig4", "--quick") == commands("fig4", "--preset", "quick", "--seeds", "1-2")
+    assert len(commands("fig4", "--preset", "quick")) == 9 * 10
+    assert commands("tabF1", "--quick", "--seeds", "3") == commands("tabF1", "--preset", "quick", "--seeds", "3")
+    assert all(args.lr == 0.5 for args in commands("fig2", "--quick", "--", "--lr", "0.5"))
 
 
 def test_runs_shared_by_two_experiments_have_one_directory():
@@ -75,7 +91,8 @@ def test_figure_runs_have_the_appendix_settings():
 
 
 @pytest.mark.parametrize("options", [("nope",), ("fig2", "--seeds", "x"), ("fig2", "--jobs", "0"), ("fig2", "--nope"),
-                                     ("fig2", "--seeds"), ("fig2", "--devices", "0,,1"), ("fig2", "--group", "2"),
+                                     ("fig2", "--seeds"), ("fig2", "--preset", "large"), ("fig2", "--preset"),
+                                     ("fig2", "--devices", "0,,1"), ("fig2", "--group", "2"),
                                      ("fig2", "--devices", "0", "--jobs", "2"), ("status", "--jobs", "2"),
                                      ("fig2", "--slurm", "--group", "0")])
 def test_a_wrong_call_is_one_line_and_exit_code_2(options):
@@ -86,7 +103,7 @@ def test_a_wrong_call_is_one_line_and_exit_code_2(options):
 def test_a_target_trains_continues_skips_and_draws(tmp_path, tiny):
     copy_project(tmp_path)
     options = ("fig2", "--seeds", "1", "--jobs", "2", "--", "--dataset", str(tiny), "--width", "0.05",
-               "--scale-epochs", "0.005")
+               "--scale-epochs", "0.005", "--batch-size", "8")
     first = runs_sh(*options, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert "8 runs: 0 finished, 0 half-done; to do now: 8 runs, 16 epochs" in first.stderr
@@ -103,7 +120,7 @@ def test_a_failing_run_is_reported_and_the_others_go_on(tmp_path, tiny):
     copy_project(tmp_path)
     options = ("figC3", "--seeds", "1", "--jobs", "2", "--", "--dataset", str(tiny), "--width", "0.05",
                "--scale-epochs", "0.005")
-    bad = tmp_path / "logs" / tiny.stem / "resnet18" / "none-sgd-w0.05-x0.005" / "seed1"
+    bad = tmp_path / "logs" / tiny.name / "resnet18" / "none-sgd-w0.05-x0.005" / "seed1"
     bad.mkdir(parents=True)
     (bad / "checkpoint.pt").write_bytes(b"cut")
     result = runs_sh(*options, cwd=tmp_path)
@@ -138,6 +155,26 @@ def test_devices_get_a_process_each_and_all_runs_between_them(tmp_path, tiny):
     assert len(set(sum(lists.values(), []))) == 8
 
 
+@pytest.mark.parametrize("preset, flatness", [("--quick", "--eigs 10 --images 128"),
+                                              ("--preset small", "--eigs 30 --images 256"), ("", "")])
+def test_a_preset_trains_on_every_core_and_measures_less_flatness(tmp_path, tiny, preset, flatness):
+    copy_project(tmp_path)
+    spy = tmp_path / "python"
+    spy.write_text(f'#!/bin/sh\n[ "$2" != --plan ] || exec {sys.executable} "$@"\necho "$@" >> called\n')
+    spy.chmod(0o755)
+    core = tmp_path / "bin" / "getconf"
+    core.parent.mkdir()
+    core.write_text("#!/bin/sh\necho 3\n")
+    core.chmod(0o755)
+    result = subprocess.run(["bash", "runs.sh", "fig6", *preset.split(), *SMALL, str(tiny)], cwd=tmp_path, text=True,
+                            env={**os.environ, "PYTHON": str(spy), "PATH": f"{core.parent}:{os.environ['PATH']}"},
+                            capture_output=True)
+    assert result.returncode == 0, result.stderr
+    *trained, drawn = (tmp_path / "called").read_text().splitlines()
+    assert len(trained) == (3 if preset else 1) and all("train.py --runs" in line for line in trained)
+    assert drawn.startswith("analyze.py --figure 6 ") and drawn.endswith(f"--log-dir logs {flatness}".strip())
+
+
 def test_status_looks_at_the_same_runs_as_a_target(tmp_path, tiny):
     copy_project(tmp_path)
     line = commands("figC3", *SMALL, str(tiny))[0]
@@ -146,6 +183,8 @@ def test_status_looks_at_the_same_runs_as_a_target(tmp_path, tiny):
     for directory in (done, failed):
         directory.mkdir(parents=True)
     (done / "done.json").write_text("{}")
+    facts = train.describe_data(train.load_data(str(tiny)))
+    (done / "config.json").write_text(json.dumps({"options": {}, "data": facts}))
     (failed / "failed.txt").write_text("the loss is nan\nand more")
     result = runs_sh("status", *SMALL, str(tiny), cwd=tmp_path)
     assert result.returncode == 0, result.stderr

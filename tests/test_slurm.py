@@ -15,6 +15,7 @@ import pytest
 from conftest import read_lines, without_seconds
 from test_runs_sh import copy_project
 
+from gst_ext.runs import log_of
 import train
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -159,7 +160,7 @@ def test_figure_2_goes_through_slurm_though_its_tasks_are_killed(slurm, tmp_path
 
     def half_done(task):
         for number, directory in enumerate(runs[task - 1]):
-            if not (tmp_path / directory / "done.json").exists() and len(train.log_of(tmp_path / directory)) >= 2:
+            if not (tmp_path / directory / "done.json").exists() and len(log_of(tmp_path / directory)) >= 2:
                 disturbed[task] = number
                 return True
         return False

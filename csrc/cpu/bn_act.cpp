@@ -6,7 +6,6 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
-#include <limits>
 #include <vector>
 
 #include "../checks.h"
@@ -167,8 +166,8 @@ GST_BODY void gradient_row(const T* __restrict grad, const T* __restrict x, int6
 #pragma GCC unroll 4
     for (int k = 0; k < (pool ? kWindow : 1); ++k) {
       const A g = gate[i] & 1u << (bit + k) ? A(grad[i]) : A(0);
-      const A from_mean = A(x[to_row(k, width, line) + i]) - mean[i];
-      dx[to_row(k, width, line) + i] = T(g * ka[i] + from_mean * kb[i] + kc[i]);
+      const A value = A(x[to_row(k, width, line) + i]);
+      dx[to_row(k, width, line) + i] = T(bn_dx(g, value, mean[i], ka[i], kb[i], kc[i]));
       if constexpr (kind == kDirect) dresidual[i] = T(g);
     }
   if constexpr (kind == kMapped)
@@ -337,17 +336,15 @@ std::vector<int32_t> source_channels(const OptTensor& residual_map, int64_t chan
   if (!residual_map) return {};
   const Tensor index = residual_map->contiguous();
   std::vector<int32_t> sources(index.numel());
+  std::vector<bool> taken(channels);
   for (size_t i = 0; i < sources.size(); ++i) {
     const int64_t j = index.const_data_ptr<int64_t>()[i];
     TORCH_CHECK_INDEX(j < channels, "residual_map points at channel ", j, " of ", channels);
+    TORCH_CHECK_INDEX(j < 0 || !taken[j], "residual_map points at channel ", j, " twice");
+    if (j >= 0) taken[j] = true;
     sources[i] = static_cast<int32_t>(j);
   }
   return sources;
-}
-
-template <typename A>
-A lowest_value(bool relu) {
-  return relu ? A(0) : -std::numeric_limits<A>::infinity();
 }
 
 // What a per-filter statistic of all filters becomes: the live ones by value(i), the pruned ones, whose map is zero, as
@@ -370,8 +367,8 @@ template <typename T, typename A>
 void bn_act_forward(const Tensor& x, const Tensor& gamma, const Tensor& beta, const Tensor& running_mean,
                     const Tensor& running_var, const OptTensor& live, const OptTensor& residual,
                     const OptTensor& residual_map, const OptTensor& act, bool training, bool relu, bool pool,
-                    double momentum, double eps, double act_keep, const Tensor& out, const Tensor& mean,
-                    const Tensor& invstd, const Tensor& gate) {
+                    double momentum, double eps, double act_keep, const OptTensor& bias, const Tensor& out,
+                    const Tensor& mean, const Tensor& invstd, const Tensor& gate) {
   const Map map(x, pool);
   const std::vector<int64_t> filters = live_filters(live, map.c);
   const std::vector<int32_t> sources = source_channels(residual_map, residual ? residual->size(1) : 0);
@@ -380,12 +377,13 @@ void bn_act_forward(const Tensor& x, const Tensor& gamma, const Tensor& beta, co
   T* po = out.data_ptr<T>();
   uint32_t* pgate = reinterpret_cast<uint32_t*>(gate.data_ptr<int32_t>());
   A *m = mean.data_ptr<A>(), *is = invstd.data_ptr<A>();
+  const auto left_out = [&](size_t i) { return bias ? double(bias->const_data_ptr<A>()[filters[i]]) : 0; };
 
   if (training) {
     std::vector<double> var(map.c);
     Columns<A> pilot(map);
     Sums<A> sum(map), sum2(map);
-    for (int64_t i = 0; i < map.c; ++i) pilot.set(i, px[map.last ? i : i * map.hw]);
+    for (int64_t i = 0; i < map.c; ++i) pilot.set(i, bn_pilot(A(px[map.last ? i : i * map.hw])));
     for_pieces(map, false, [&](const Piece& p) {
       moments(px + p.offset, p.rows, p.width, pilot.at(p), sum.at(p), sum2.at(p));
     });
@@ -394,7 +392,7 @@ void bn_act_forward(const Tensor& x, const Tensor& gamma, const Tensor& beta, co
       const BnMoments b = bn_moments(totals[i], totals2[i], pilot.values[i * map.spread()], map.count(), eps);
       m[i] = b.mean, is[i] = b.invstd, var[i] = b.var;
     }
-    update<A>(running_mean, filters, momentum, [&](size_t i) { return m[i]; });
+    update<A>(running_mean, filters, momentum, [&](size_t i) { return m[i] + left_out(i); });
     update<A>(running_var, filters, momentum, [&](size_t i) { return unbiased(var[i], map.count()); });
   } else {
     for (int64_t i = 0; i < map.c; ++i) {
@@ -407,7 +405,7 @@ void bn_act_forward(const Tensor& x, const Tensor& gamma, const Tensor& beta, co
   for (int64_t i = 0; i < map.c; ++i) {
     center.set(i, m[i]);
     scale.set(i, gamma.const_data_ptr<A>()[filters[i]] * static_cast<double>(is[i]));
-    shift.set(i, beta.const_data_ptr<A>()[filters[i]]);
+    shift.set(i, beta.const_data_ptr<A>()[filters[i]] + 0 * left_out(i));  // where it is no number, nor is the map
   }
   std::optional<Sums<A>> magnitude;
   if (act) magnitude.emplace(map);
@@ -432,9 +430,10 @@ void bn_act_forward(const Tensor& x, const Tensor& gamma, const Tensor& beta, co
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_cpu(
     const Tensor& x_in, const Tensor& gamma, const Tensor& beta, const Tensor& running_mean, const Tensor& running_var,
     const OptTensor& live, const OptTensor& residual_in, const OptTensor& residual_map, const OptTensor& act_in,
-    const OptTensor& measure, bool training, bool relu, bool pool, double momentum, double eps, double act_keep) {
+    const OptTensor& measure, bool training, bool relu, bool pool, double momentum, double eps, double act_keep,
+    const OptTensor& bias) {
   check_bn_act(x_in, gamma, beta, running_mean, running_var, live, residual_in, residual_map, act_in, measure,
-               training, pool);
+               training, pool, bias);
   const auto format = pool ? at::MemoryFormat::ChannelsLast : x_in.suggest_memory_format();
   const Tensor x = x_in.contiguous(format);
   const OptTensor residual = residual_in ? OptTensor(residual_in->contiguous(format)) : std::nullopt;
@@ -446,8 +445,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_cpu(
   const Tensor gate = at::empty({Map(x, pool).words()}, x.options().dtype(at::kInt));
   const auto call = [&](auto t, auto a) {
     bn_act_forward<decltype(t), decltype(a)>(x, gamma, beta, running_mean, running_var, live, residual, residual_map,
-                                             act, training, relu, pool, momentum, eps, act_keep, out, mean, invstd,
-                                             gate);
+                                             act, training, relu, pool, momentum, eps, act_keep, bias, out, mean,
+                                             invstd, gate);
   };
   if (x.scalar_type() == at::kDouble) call(double(), double());
   else if (x.scalar_type() == at::kFloat) call(float(), float());
@@ -507,8 +506,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward_cpu(
   check_bn_act_backward(grad_in, x_in, gamma, mean, invstd, live, residual_map, pool);
   const auto format = pool ? at::MemoryFormat::ChannelsLast : x_in.suggest_memory_format();
   const Tensor grad = grad_in.contiguous(format), x = x_in.contiguous(format), dx = at::empty_like(x);
-  TORCH_CHECK(gate.is_cpu() && gate.scalar_type() == at::kInt && gate.dim() == 1 && gate.is_contiguous() &&
-              gate.size(0) == Map(x, pool).words(), "bn_act_backward: passed is not bn_act's gate for such an x");
+  check_gate(gate, x, at::kInt, Map(x, pool).words());
   const Tensor dgamma = live ? at::zeros_like(gamma) : at::empty_like(gamma), dbeta = dgamma.clone();
   Tensor dresidual;
   if (residual_channels >= 0) {  // channels-last writes every entry, NCHW only the planes that are mapped to

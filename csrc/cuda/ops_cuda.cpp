@@ -35,7 +35,11 @@ Type type_of(const Tensor& x) {
   }
 }
 
-Tensor channels_last(const Tensor& x) { return x.contiguous(at::MemoryFormat::ChannelsLast); }
+Tensor aligned(const Tensor& x) {
+  return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 32 ? x.clone() : x;  // a part of another tensor
+}
+
+Tensor channels_last(const Tensor& x) { return aligned(x.contiguous(at::MemoryFormat::ChannelsLast)); }
 
 const int64_t* index_data(const OptTensor& index) { return index ? index->const_data_ptr<int64_t>() : nullptr; }
 
@@ -44,9 +48,10 @@ OptTensor contiguous_index(const OptTensor& index) { return index ? OptTensor(in
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_cuda(
     const Tensor& x_in, const Tensor& gamma, const Tensor& beta, const Tensor& running_mean, const Tensor& running_var,
     const OptTensor& live_in, const OptTensor& residual_in, const OptTensor& map_in, const OptTensor& act,
-    const OptTensor& measure, bool training, bool relu, bool pool, double momentum, double eps, double act_keep) {
+    const OptTensor& measure, bool training, bool relu, bool pool, double momentum, double eps, double act_keep,
+    const OptTensor& bias) {
   check_bn_act(x_in, gamma, beta, running_mean, running_var, live_in, residual_in, map_in, act, measure, training,
-               pool);
+               pool, bias);
   const c10::cuda::CUDAGuard guard(x_in.device());
   const Tensor x = channels_last(x_in);
   const Tensor residual = residual_in ? channels_last(*residual_in) : Tensor();
@@ -54,26 +59,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_cuda(
   const Tensor out = at::empty_like(x, at::MemoryFormat::ChannelsLast);
   const Tensor mean = at::empty({x.size(1)}, gamma.options()), invstd = at::empty_like(mean);
   const int64_t rows = x.size(0) * x.size(2) * x.size(3);
-  const Tensor partial = at::empty({2 * bn_chunks(rows) * x.size(1)}, gamma.options());
+  const Tensor gate = at::empty({bn_gate_bytes(type_of(x), rows, x.size(1))}, x.options().dtype(at::kByte));
+  const Tensor coefficients = at::empty({2 * x.size(1)}, gamma.options());
+  const Tensor partial = at::empty({2 * bn_chunks(type_of(x), rows, x.size(1)) * x.size(1)}, gamma.options());
   C10_CUDA_CHECK(launch_bn_act(
       BnAct{type_of(x), rows, x.size(1), gamma.size(0), index_data(live), x.const_data_ptr(),
             residual_in ? residual.const_data_ptr() : nullptr, residual_in ? residual.size(1) : 0, index_data(map),
             gamma.const_data_ptr(), beta.const_data_ptr(), running_mean.data_ptr(), running_var.data_ptr(),
-            act ? act->data_ptr<float>() : nullptr, measure ? measure->const_data_ptr<bool>() : nullptr, training, relu,
-            momentum, eps, act_keep, out.data_ptr(), mean.data_ptr(), invstd.data_ptr(), partial.data_ptr()},
+            act ? act->data_ptr<float>() : nullptr, measure ? measure->const_data_ptr<bool>() : nullptr,
+            bias ? bias->const_data_ptr() : nullptr, training, relu, momentum, eps, act_keep, out.data_ptr(),
+            gate.data_ptr(), mean.data_ptr(), invstd.data_ptr(), coefficients.data_ptr(), partial.data_ptr()},
       c10::cuda::getCurrentCUDAStream()));
-  return {out.contiguous(x_in.suggest_memory_format()), mean, invstd, at::empty({0}, x.options().dtype(at::kInt))};
+  return {out.contiguous(x_in.suggest_memory_format()), mean, invstd, gate};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward_cuda(
-    const Tensor& grad_in, const Tensor& x_in, const Tensor& out_in, const Tensor& gamma, const Tensor& mean,
+    const Tensor& grad_in, const Tensor& x_in, const Tensor& gate, const Tensor& gamma, const Tensor& mean_in,
     const Tensor& invstd, const OptTensor& live_in, const OptTensor& map_in, int64_t residual_channels, bool training,
     bool relu, bool pool) {
-  check_bn_act_backward(grad_in, x_in, gamma, mean, invstd, live_in, map_in, pool);
-  check_like_x("bn_act_backward", "out", out_in, x_in);
+  check_bn_act_backward(grad_in, x_in, gamma, mean_in, invstd, live_in, map_in, pool);
+  const int64_t rows = x_in.size(0) * x_in.size(2) * x_in.size(3);
+  check_gate(gate, x_in, at::kByte, bn_gate_bytes(type_of(x_in), rows, x_in.size(1)));
   const c10::cuda::CUDAGuard guard(x_in.device());
   const auto format = x_in.suggest_memory_format();
-  const Tensor grad = channels_last(grad_in), x = channels_last(x_in), out = channels_last(out_in);
+  const Tensor grad = channels_last(grad_in), x = channels_last(x_in), mean = aligned(mean_in);
   const OptTensor live = contiguous_index(live_in), map = contiguous_index(map_in);
   const Tensor dx = at::empty_like(x, at::MemoryFormat::ChannelsLast);
   const Tensor dgamma = at::empty_like(gamma), dbeta = at::empty_like(gamma);
@@ -83,12 +92,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward_cuda(
                           x.options().memory_format(at::MemoryFormat::ChannelsLast));
     if (map) dresidual.zero_();
   }
-  const int64_t rows = x.size(0) * x.size(2) * x.size(3);
-  const Tensor partial = at::empty({2 * bn_chunks(rows) * x.size(1)}, gamma.options());
+  const Tensor partial = at::empty({2 * bn_chunks(type_of(x), rows, x.size(1)) * x.size(1)}, gamma.options());
   const Tensor coefficients = at::empty({3 * x.size(1)}, gamma.options());
   C10_CUDA_CHECK(launch_bn_act_backward(
       BnActBackward{type_of(x), rows, x.size(1), gamma.size(0), index_data(live), grad.const_data_ptr(),
-                    x.const_data_ptr(), out.const_data_ptr(), gamma.const_data_ptr(), mean.const_data_ptr(),
+                    x.const_data_ptr(), gate.const_data_ptr(), gamma.const_data_ptr(), mean.const_data_ptr(),
                     invstd.const_data_ptr(), index_data(map), residual_channels, training, relu, dx.data_ptr(),
                     dgamma.data_ptr(), dbeta.data_ptr(), residual_channels >= 0 ? dresidual.data_ptr() : nullptr,
                     coefficients.data_ptr(), partial.data_ptr()},

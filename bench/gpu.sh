@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can say, in nine minutes: builds the extension, tests it there, times steps and epochs.
 #
-#   bench/h200.sh                                     on a machine with a GPU, an H200 or another
-#   bench/h200.sh --results folder                    (default: bench/results)
-#   bench/h200.sh --device cpu --results /tmp/dry     tiny sizes on a CPU: does it all run
+#   bench/gpu.sh                                   on a machine with a GPU, any card
+#   bench/gpu.sh --results folder                  (default: bench/results)
+#   bench/gpu.sh --device cpu --results folder     tiny sizes on a CPU: does it all run
 #
 # Each part has a time limit of its own, and one that fails or is late does not stop the next. Results are written as
-# soon as they are known, as <machine>-step.json, -epoch.json and -at-once.json, and all that is said in
-# <machine>-h200.log.
+# soon as they are known and named after the card: <card>-step.json, -epoch.json, -at-once.json, and all that is said
+# in <card>-gpu.log.
 # PYTHON=/path/to/python uses that interpreter as it is, without any set-up.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 device=cuda results=bench/results
 while [ $# -gt 0 ]; do
     case $1 in
-        --device | --results) [ $# -ge 2 ] || { echo "h200.sh: $1 needs a value" >&2; exit 2; }
+        --device | --results) [ $# -ge 2 ] || { echo "gpu.sh: $1 needs a value" >&2; exit 2; }
             printf -v "${1#--}" %s "$2"; shift 2 ;;
         *) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit 2 ;;
     esac
@@ -32,11 +32,11 @@ sys.path.insert(0, "bench")
 import step
 import torch
 if sys.argv[1] == "cuda" and not torch.cuda.is_available():
-    sys.exit("h200.sh: torch sees no CUDA device here: --device cpu tries it all out on a CPU, with tiny sizes")
+    sys.exit("gpu.sh: torch sees no CUDA device here: --device cpu tries it all out on a CPU, with tiny sizes")
 print(step.results_path(step.describe_machine(torch.device(sys.argv[1])), "").stem.removesuffix("-"))
 EOF
 ) || exit 2
-log=$results/$machine-h200.log
+log=$results/$machine-gpu.log
 : > "$log"
 
 part() {  # its name, its limit in seconds, the command
@@ -65,9 +65,6 @@ export PYTHON device results machine
 
 if [ "$device" = cuda ]; then
     # What has a target first, and many runs at once with what time is left: what is late is lost.
-    TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$PYTHON" -c 'import torch
-print("%d.%d" % torch.cuda.get_device_capability())')}
-    export TORCH_CUDA_ARCH_LIST
     part build 150 env GST_CUDA=1 "$PYTHON" setup.py build_ext --inplace
     part tests 70 "$PYTHON" -m pytest -q tests -k cuda
     part epochs 330 bash -c 'epoch --out "$results/$machine-epoch.json" --precisions bf16 --rounds 2 --epochs 1 \
