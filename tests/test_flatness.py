@@ -636,24 +636,24 @@ PLAIN = {"eigenvalues", "residuals", "converged", "eig_products", "trace_eigs", 
 def trained(run, directory, monkeypatch):
     """A finished run on the tiny data whose epoch 2 of 3 was kept, and two of whose layers were pruned; its flatness
     is measured by fewer lines, probes and samples."""
-    for name, value in {"LINES": 3, "PROBES": 2, "STEPS": 5, "TRACE_SAMPLES": 5}.items():
+    for name, value in {"LINES": 2, "PROBES": 2, "STEPS": 4, "TRACE_SAMPLES": 4}.items():
         monkeypatch.setattr(flatness, name, value)
-    monkeypatch.setattr(flatness, "CONTROL", {"factors": (1, 0.5, 2), "images": 8, "eigs": 2, "samples": 4})
+    monkeypatch.setattr(flatness, "CONTROL", {"factors": (1, 0.5, 2), "images": 4, "eigs": 1, "samples": 2})
     more = "--epochs 3 --save-epoch 2 --target S --s 0x2 --e 1x2 --p 0.5x2 --r 1".split()
     assert run(*more) == 0
     return directory(*more)
 
 
 def test_a_run_s_flatness_is_measured_once_for_each_setting(trained, capsys, monkeypatch):
-    options = ["--flatness", str(trained), "--eigs", "4", "--images", "16"]
+    options = ["--flatness", str(trained), "--eigs", "2", "--images", "8"]
     assert analyze.main(options) == 0
     out, path = capsys.readouterr().out, trained / "flatness.json"
-    assert "4 of 4 pairs converged" in out
+    assert "2 of 2 pairs converged" in out
     first, found = path.read_bytes(), json.loads(path.read_text())
-    assert (found["checkpoint"], found["epoch"], found["mode"], found["images"]) == ("epoch2.pt", 2, "eval", 16)
+    assert (found["checkpoint"], found["epoch"], found["mode"], found["images"]) == ("epoch2.pt", 2, "eval", 8)
 
     model, data, _ = analyze.load_network(trained, "data", torch.device("cpu"))
-    x, y = train.normalise(data["test"][0][:16], data), data["test"][1][:16]
+    x, y = train.normalise(data["test"][0][:8], data), data["test"][1][:8]
     assert any(not block.mask.all() for block in model.prunable) and not model.training
     assert found["loss"] == pytest.approx(float(F.cross_entropy(model(x), y).detach()))
     assert found["accuracy"] == pytest.approx(100 * float((model(x).argmax(1) == y).float().mean()))
@@ -662,7 +662,7 @@ def test_a_run_s_flatness_is_measured_once_for_each_setting(trained, capsys, mon
     assert found["tic"] == pytest.approx(found["tr_c"] / found["trace_eigs"])
     assert found["tic_trace"] == pytest.approx(found["tr_c"] / found["trace"])
     assert found["c_over_f"] == pytest.approx(found["tr_c"] / found["tr_f"])
-    assert len(found["line"]["loss"]) == len(found["epsilon"]) == 3
+    assert len(found["line"]["loss"]) == len(found["epsilon"]) == 2
     assert {len(line) for line in found["line"]["loss"]} == {len(found["line"]["epsilon"])} == {81}
     assert all(line[40] == pytest.approx(found["loss"], rel=1e-5) for line in found["line"]["loss"])
     assert found["epsilon_min"] == min(e for e in found["epsilon"] if e is not None)
@@ -671,7 +671,7 @@ def test_a_run_s_flatness_is_measured_once_for_each_setting(trained, capsys, mon
     assert PLAIN < set(found) and set(adaptive) == keys
     assert adaptive["tr_c"] == pytest.approx(np.mean(sample_norms(model, x, y, scale)), rel=1e-4)
     assert adaptive["tic"] == pytest.approx(adaptive["tr_c"] / sum(adaptive["eigenvalues"]))
-    v = flatness.hessian_eigs(model, x, y, 4, scale=scale)["eigenvectors"][0]
+    v = flatness.hessian_eigs(model, x, y, 2, scale=scale)["eigenvectors"][0]
     assert adaptive["epsilon"][0] == pytest.approx(flatness.loss_rise_epsilon(model, x, y, scale * v), rel=1e-3)
     assert list(found["control"]) == ["1", "0.5", "2"]
     for control in found["control"].values():
@@ -687,13 +687,13 @@ def test_a_run_s_flatness_is_measured_once_for_each_setting(trained, capsys, mon
     monkeypatch.setitem(flatness.CONTROL, "factors", (1,))
     assert analyze.main(options) == 0
     assert "measured already" in capsys.readouterr().out and path.read_bytes() == first
-    for key, value in (("images", 8), ("eigs", 1)):
+    for key, value in (("images", 4), ("eigs", 1)):
         assert analyze.main([*options, f"--{key}", str(value)]) == 0
         assert json.loads(path.read_text())[key] == value != found[key]
     assert analyze.main([*options, "--split", "train"]) == 0
     other = json.loads((trained / "flatness-train.json").read_text())
     assert other["split"] == "train" and other["loss"] != found["loss"]
-    x, y = train.normalise(data["train"][0][:16], data), data["train"][1][:16]
+    x, y = train.normalise(data["train"][0][:8], data), data["train"][1][:8]
     assert other["loss"] == pytest.approx(float(F.cross_entropy(model(x), y).detach()))
     path.write_text("{")
     assert analyze.main(options) == 0 and json.loads(path.read_text())["eigenvalues"] == found["eigenvalues"]
@@ -702,9 +702,9 @@ def test_a_run_s_flatness_is_measured_once_for_each_setting(trained, capsys, mon
 def test_without_a_kept_epoch_the_last_one_of_a_finished_run_is_measured(trained):
     (trained / "epoch2.pt").unlink()
     found = analyze.measure_flatness(trained, argparse.Namespace(
-        split="test", images=4, eigs=11, eig="lanczos", memory_gb=4, data_dir="data"))
+        split="test", images=4, eigs=3, eig="lanczos", memory_gb=4, data_dir="data"))
     assert (found["checkpoint"], found["epoch"]) == ("checkpoint.pt", 3)
-    assert len(found["line"]["loss"]) == len(found["epsilon"]) == 3 < len(found["eigenvalues"]) == 11
+    assert len(found["line"]["loss"]) == len(found["epsilon"]) == 2 < len(found["eigenvalues"]) == 3
 
 
 def cut(path):
