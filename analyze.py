@@ -15,7 +15,6 @@ each such setting gets files of its own, figures/fig2-<dataset>-<setting>.*. Eve
 import argparse
 import contextlib
 import ctypes
-import functools
 import itertools
 import json
 import math
@@ -30,17 +29,15 @@ import zlib
 
 import matplotlib
 import numpy as np
-import scipy.linalg
-import scipy.optimize
 import scipy.stats
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from gst_ext import files
-from gst_ext.runs import choose_device
 import train
+from gst_ext import files, flatness
+from gst_ext.runs import choose_device
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of backend)
@@ -365,389 +362,8 @@ def method_numbers(groups):
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
-# | Flatness (E): the Hessian's spectrum, gradient covariance, Fisher information, and the loss around the weights     |
+# | Flatness (E): the measures of gst_ext/flatness.py, of a run's checkpoint, kept beside the run                      |
 # +--------------------------------------------------------------------------------------------------------------------+
-#
-# Vectors in parameter space are flat: model.parameters() in order, each in its logical (NCHW) order, (n,) for n
-# parameters. Losses are mean cross-entropies in nats. x are images as the network takes them, y (images,) int64 labels.
-
-POWER_STEPS, POWER_TOLERANCE = 100, 1e-4  # E.2
-LINE, RISE, LINES = [round(0.01 * i, 2) for i in range(-40, 41)], 0.1, 10  # E.3, Figure E.4
-FAR = 10.0  # the largest |epsilon| tried: a third and more of a trained network's whole weight vector
-TRACE_PRODUCTS, EIGEN_TOLERANCE = 90, 1e-3
-CHUNK = 128  # images whose gradients are taken together: enough to be fast, few enough to stay near the cache
-EXACT_CLASSES = LABEL_DRAWS = 10  # Tr(F): every label of so few classes, else so many drawn labels an image
-
-
-def flat(tensors):
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
-
-
-def in_chunks(model, x, y, memory_gb, most=None):
-    """[(x, y) …] so small that the graph of one's gradient, and as much again to go back through it, fits memory_gb.
-
-    What autograd keeps for an image is not guessed: it is what a second image adds to what it keeps for one. With
-    `most`, so many images at most, and the graph is only that of their loss, with thrice as much again to fit.
-    """
-    def kept_bytes(images):
-        kept = {}
-
-        def pack(tensor):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor.detach()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            graph = F.cross_entropy(model(x[:images]), y[:images])
-            if not most:
-                graph = torch.autograd.grad(graph, list(model.parameters()), create_graph=True, materialize_grads=True)
-        return sum(kept.values())
-    size = min(most or len(x), int(memory_gb * 2**(28 if most else 29) / max(1, kept_bytes(2) - kept_bytes(1))))
-    return list(zip(x.split(max(1, size)), y.split(max(1, size))))
-
-
-def hessian_product(model, x, y, memory_gb=4, tick=None):
-    """The function v (n,) → Hv, H the Hessian of the mean loss. Its `products` counts the calls; tick() follows each.
-
-    The graph of the gradient is built once and gone through again for every product, which measured a quarter faster
-    than forward over reverse, and a third faster than building it anew; that happens where it does not fit memory_gb.
-    """
-    params = list(model.parameters())
-    parts = in_chunks(model, x, y, memory_gb)
-
-    def gradient(x_part, y_part):
-        loss = F.cross_entropy(model(x_part), y_part, reduction="sum") / len(x)
-        return torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
-
-    kept = gradient(*parts[0]) if len(parts) == 1 else None
-
-    def product(v):
-        pieces = [piece.view_as(p) for piece, p in zip(v.split([p.numel() for p in params]), params)]
-        result = torch.zeros_like(v)
-        for part in parts:
-            pairs = [(g, piece) for g, piece in zip(kept or gradient(*part), pieces) if g.requires_grad]
-            result += flat(torch.autograd.grad([g for g, _ in pairs], params, [piece for _, piece in pairs],
-                                               retain_graph=kept is not None, materialize_grads=True))
-        product.products += 1
-        if tick:
-            tick()
-        return result
-    product.products = 0
-    return product
-
-
-def orthogonalise(w, *bases):
-    """w (n,) without its part in the span of the orthonormal rows of each basis (m, n), in place; twice is enough."""
-    for _ in range(2):
-        for basis in bases:
-            w.addmv_(basis.T, basis @ w, alpha=-1)
-    return w
-
-
-def largest(values, vectors, k):
-    """The k pairs of largest magnitude, ordered by it."""
-    order = np.argsort(-np.abs(values), kind="stable")[:k]
-    return values[order], vectors[torch.from_numpy(order).to(vectors.device)]
-
-
-def lanczos(product, n, k, tol, draw):
-    """The k eigenpairs of largest magnitude of a symmetric operator: values (k,) float64 and orthonormal rows (k, n).
-
-    product: v (n,) → Hv; draw: () → random (n,) where the vectors are to live; tol: residual / |λ_1|.
-
-    Lanczos with full reorthogonalisation, as a sequence of chains. A chain runs until all its pairs among the k
-    largest have residuals, estimated by beta |s_m|, of at most tol |λ_1|; or until its space is invariant (beta = 0),
-    or as large as memory should hold. These pairs are set aside, and the next chain starts orthogonally to them: from
-    the sum of the ones that are not there yet, else at random. Since one chain sees one vector only of a multiple
-    eigenvalue, the search ends when a random chain of 20 steps has met none beyond |λ_k| + tol |λ_1|. It also ends
-    after 30 k + 200 products, and then returns what it has.
-    """
-    values, vectors = np.zeros(0), draw()[None, :][:0]
-    start, left = draw(), 30 * k + 200
-    while len(values) < n and left:
-        q = orthogonalise(start, vectors)
-        q /= q.norm()
-        blocks, alpha, beta = [], [], []
-        room = min(4 * k + 100, n - len(values))
-        while True:
-            m = len(alpha)
-            if m % 32 == 0:
-                blocks.append(torch.zeros(min(32, room - m), n, dtype=q.dtype, device=q.device))
-            blocks[-1][m % 32] = q
-            w = product(q)
-            left -= 1
-            alpha.append(float(q @ w))
-            beta.append(float(orthogonalise(w, vectors, *blocks).norm()))
-            invariant = beta[-1] <= 10 * torch.finfo(q.dtype).eps * max(map(abs, alpha + beta))
-            over = invariant or len(alpha) == room or not left
-            if over or len(alpha) >= 20 and len(alpha) % 5 == 0:
-                theta, s = scipy.linalg.eigh_tridiagonal(alpha, beta[:-1])
-                sizes = np.abs(np.concatenate([values, theta]))
-                # 0.8 since the true residual has rounding in it too, a third of 1e-3 in float32
-                close = beta[-1] * np.abs(s[-1]) <= 0.8 * tol * sizes.max()
-                close |= invariant or len(alpha) == n - len(values)
-                wanted = np.isin(np.arange(len(sizes)), np.argsort(-sizes, kind="stable")[:k])[len(values):]
-                if len(values) == k:
-                    wanted &= np.abs(theta) > np.abs(values).min() + tol * sizes.max()
-                if over or len(sizes) >= k and close[wanted].all():
-                    break
-            q = w / beta[-1]
-
-        def combine(weights):  # (m, …) → the combinations of the chain's vectors
-            weights = torch.from_numpy(np.ascontiguousarray(weights.T)).to(q)
-            return sum(part @ block[:part.shape[-1]] for part, block in zip(weights.split(32, -1), blocks))
-        rest = wanted & ~close
-        start = combine(s[:, rest].sum(1)) if rest.any() else draw()
-        chosen = wanted & close if left else wanted
-        values, vectors = largest(np.concatenate([values, theta[chosen]]),
-                                  torch.cat([vectors, combine(s[:, chosen])]), k)
-        if not wanted.any():
-            break
-    return values, vectors
-
-
-def power_method(product, n, k, draw, residual=None):
-    """k eigenpairs, one after the other, by the power method on H minus those found: values (k,) and rows (k, n).
-
-    As in pytorch-hessian-eigenthings v1 (E.2): 100 steps at most, stopping where the eigenvalue changes by less than
-    1e-4 of itself. With residual=r a pair goes on, ten times as long at most, until ||Hv - λv|| <= r |λ_1|.
-    """
-    values, vectors = torch.zeros_like(draw()[:0]), draw()[None, :][:0]
-    for _ in range(k):
-        v, old = draw(), 0.0
-        v /= v.norm()
-        for _ in range(POWER_STEPS * (1 if residual is None else 10)):
-            w = product(v)
-            w.addmv_(vectors.T, values * (vectors @ v), alpha=-1)
-            value = float(v @ w)
-            change = abs(value - old)
-            if residual is None:
-                done = change < POWER_TOLERANCE * abs(value)
-            else:  # the change too, since a random vector has a small residual
-                largest = max([abs(value), *values.abs().tolist()])
-                done = change < 0.01 * abs(value) and (w - value * v).norm() <= residual * largest
-            if not w.any():
-                break
-            v, old = w / w.norm(), value
-            if done:
-                break
-        values, vectors = torch.cat([values, values.new_tensor([value])]), torch.cat([vectors, v[None]])
-    return values.double().cpu().numpy(), vectors
-
-
-def hessian_eigs(model, x, y, k=100, method="lanczos", tol=EIGEN_TOLERANCE, seed=0, memory_gb=4, tick=None):
-    """Eigenpairs of the Hessian of the mean loss over all n parameters, of largest magnitude, ordered by it (E.2).
-
-    model in eval mode; method "lanczos" or "power" (the paper's); k at most n pairs are returned: eigenvalues (k,)
-    float64, eigenvectors (k, n) orthonormal rows (in CPU memory where the device's does not hold them), residuals (k,)
-    ||Hv - λv||, each computed by a product of its own, converged (k,) residual <= tol |λ_1|, and products, the number
-    of Hessian-vector products, those for the residuals included.
-    """
-    n, like = sum(p.numel() for p in model.parameters()), next(model.parameters())
-    k, store = min(k, n), like.device
-    product = hessian_product(model, x, y, memory_gb, tick)
-    if store.type == "cuda" and torch.cuda.mem_get_info(store)[0] < 2 * (6 * k + 100) * n * like.element_size():
-        store = torch.device("cpu")
-    generator = torch.Generator().manual_seed(seed)
-
-    def apply(v):
-        return product(v.to(like.device)).to(v.device)
-
-    def draw():
-        return torch.randn(n, generator=generator, dtype=like.dtype).to(store)
-    found = lanczos(apply, n, k, tol, draw) if method == "lanczos" else power_method(apply, n, k, draw)
-    values, vectors = largest(*found, k)
-    residuals = np.array([float((apply(v) - value * v).norm()) for value, v in zip(values.tolist(), vectors)])
-    return {"eigenvalues": values, "eigenvectors": vectors, "residuals": residuals,
-            "converged": residuals <= tol * np.abs(values).max(), "products": product.products}
-
-
-def hessian_trace(model, x, y, products=TRACE_PRODUCTS, seed=0, memory_gb=4, tick=None):
-    """Tr(H) by Hutch++ (Meyer et al. 2021): (estimate, standard error), from `products` Hessian-vector products.
-
-    A third of them spans a sketch HS, S random signs, with orthonormal basis Q; a third gives Tr(Q'HQ) exactly; g
-    Hutchinson samples z'(I-QQ')H(I-QQ')z estimate the rest. For any Q the sum is unbiased, so all its variance is
-    that of the samples, and the standard error is their standard deviation over sqrt(g). Exact where n <= products / 3.
-    """
-    like, generator = next(model.parameters()), torch.Generator().manual_seed(seed)
-    product = hessian_product(model, x, y, memory_gb, tick)
-    n = sum(p.numel() for p in model.parameters())
-    third = min(products // 3, n)
-
-    def signs():
-        return (2.0 * torch.randint(0, 2, (n,), generator=generator) - 1).to(like)
-    q = torch.linalg.qr(torch.stack([product(signs()) for _ in range(third)], 1))[0].T.contiguous()
-    exact = sum(float(v @ product(v)) for v in q)
-    if third == n:
-        return exact, 0.0
-    rest = [orthogonalise(signs(), q) for _ in range(third)]
-    samples = np.array([float(z @ product(z)) for z in rest])
-    return exact + samples.mean(), samples.std(ddof=1) / math.sqrt(third)
-
-
-class LayerTap(torch.overrides.TorchFunctionMode):
-    """While it is entered, see(function, args, kwargs, output) is told of each convolution, batch norm and linear map.
-
-    Blocks call these functions with masked parameters, so no hook on a module would see them.
-    """
-
-    def __init__(self, see):
-        super().__init__()
-        self.see = see
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        if function in (torch.conv2d, F.batch_norm, F.linear):
-            self.see(function, args, kwargs, output)
-        return output
-
-
-def mask_factors(model, x):
-    """For each layer that LayerTap sees, in order: what its weight and its bias come multiplied by, (c, 1) or None.
-
-    Raises ValueError unless the layers are all of the network's parameters, and its batch norms are in eval mode.
-    """
-    params, factors, covered = list(model.parameters()), [], 0
-
-    def factor(tensor):
-        nonlocal covered
-        if tensor is not None:
-            covered += tensor.numel()
-            gradients = torch.autograd.grad(tensor.sum(), params, retain_graph=True, allow_unused=True)
-            return next(g for g in gradients if g is not None).reshape(len(tensor), -1)[:, :1]
-
-    def see(function, args, kwargs, output):
-        if function is F.batch_norm and kwargs["training"]:
-            raise ValueError("per-sample gradients need batch norm in eval mode: call model.eval()")
-        weight, bias = (kwargs["weight"], kwargs["bias"]) if function is F.batch_norm else args[1:3]
-        factors.append((factor(weight), factor(bias)))
-
-    with LayerTap(see):
-        model(x[:1])
-    if covered != sum(p.numel() for p in params):
-        raise ValueError(f"per-sample gradients cover {covered} of {sum(p.numel() for p in params)} parameters")
-    return factors
-
-
-def kernel_norms(x, g, kernel, stride, padding):
-    """Squared norms (images,) of a kernel's gradients sum_p g_p a_p', a_p the patch of x that output position p sees.
-
-    x (images, c_in, h, w), g (images, c_out, h', w'). Where there are few positions, as the sum over all p and q of
-    (g_p'g_q)(a_p'a_q) instead, in which a_p'a_q sums x's own products between positions, one for each of the taps.
-    """
-    size, pad, flat_g = x.shape[2:], (padding[1], padding[1], padding[0], padding[0]), g.flatten(2)
-    c_in, (c_out, positions) = x.shape[1], flat_g.shape[1:]
-    # 64 is what the sums over taps and positions measure as, in products of channels
-    if size.numel() ** 2 * (c_in + c_out + 64) < math.prod(kernel) * c_in * positions * c_out:
-        products = (x.flatten(2).mT @ x.flatten(2)).unflatten(2, size).unflatten(1, size)
-        products = F.pad(products, pad + pad)
-        for axis in (1, 0):  # of the image; the taps are summed along one, then along the other
-            last = stride[axis] * (g.shape[2 + axis] - 1) + 1
-            taps = [slice(tap, tap + last, stride[axis]) for tap in range(kernel[axis])]
-            products = sum(products[(slice(None),) * (1 + axis) + (tap, slice(None), tap)] for tap in taps)
-        return (products.flatten(3).flatten(1, 2) * (flat_g.mT @ flat_g)).sum((1, 2))
-    patches = F.pad(x.contiguous(), pad).unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1])
-    patches = patches.permute(0, 1, 4, 5, 2, 3).reshape(len(x), -1, positions)
-    return (patches @ flat_g.mT).square().sum((1, 2))
-
-
-def layer_norms(g, function, args, kwargs, weight_factor, bias_factor):
-    """Squared norms (images,) of the gradients of a layer that LayerTap saw; g (images, c, …) is its output's."""
-    x, total = args[0].detach(), g.flatten(2).sum(2) if g.ndim > 2 else g
-    if function is torch.conv2d:
-        norms = kernel_norms(x, g * weight_factor[:, :, None], args[1].shape[2:], *args[3:5])
-    elif function is F.batch_norm:
-        mean, deviation = args[1], (args[2] + kwargs["eps"]).sqrt()
-        slope = ((g * x).sum((2, 3)) - mean * total) / deviation
-        norms = (slope * weight_factor.T).square().sum(1)
-    else:
-        norms = (g * weight_factor.T).square().sum(1) * x.square().sum(1)
-    return norms if bias_factor is None else norms + (total * bias_factor.T).square().sum(1)
-
-
-def gradient_norms(model, x, y, memory_gb):
-    """For each part of the images: (logits, the function labels → squared norms of its images' gradients, labels y).
-
-    Layer by layer, without forming the gradients of all layers at once: one pass back to the layers' outputs gives
-    what the parameters' gradients are products of.
-    """
-    factors = mask_factors(model, x)
-    for part, labels in in_chunks(model, x, y, memory_gb, CHUNK):
-        edges, layers = [], []
-
-        def see(function, args, kwargs, output):
-            edges.append(torch.autograd.graph.get_gradient_edge(output))
-            layers.append((function, args, kwargs, *factors[len(layers)]))
-
-        def norms(labels):
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            gradients = torch.autograd.grad(loss, edges, retain_graph=True)
-            return sum(layer_norms(g, *layer).double() for g, layer in zip(gradients, layers))
-
-        with LayerTap(see):
-            logits = model(part)
-        yield logits.detach(), norms, labels
-
-
-def gradient_covariance_trace(model, x, y, memory_gb=4):
-    """Tr(C), C the uncentred gradient covariance: the mean squared norm of the images' own gradients (E.1, E.2)."""
-    return sum(float(norms(labels).sum()) for _, norms, labels in gradient_norms(model, x, y, memory_gb)) / len(x)
-
-
-def fisher_trace(model, x, y, seed=0, memory_gb=4):
-    """Tr(F), F the Fisher information under the model's own labels (E.3): (value, standard error).
-
-    The mean over images of the sum over labels c of p(c) ||grad log p(c)||^2: exact, with standard error 0, for up to
-    10 classes; for more, 10 labels are drawn per image, and the standard error is that of the draws. y is not used.
-    """
-    generator, total, variance = torch.Generator().manual_seed(seed), 0.0, 0.0
-    for logits, norms, _ in gradient_norms(model, x, y, memory_gb):
-        p = logits.double().softmax(1)
-        if p.shape[1] <= EXACT_CLASSES:
-            each = torch.arange(p.shape[1], device=p.device)[:, None].expand(-1, len(p))
-            total += float(sum((p_c * norms(labels)).sum() for p_c, labels in zip(p.T, each)))
-        else:
-            draws = torch.multinomial(p.cpu(), LABEL_DRAWS, True, generator=generator).T.to(p.device)
-            drawn = torch.stack([norms(labels) for labels in draws])
-            total += float(drawn.mean(0).sum())
-            variance += float(drawn.var(0).sum()) / LABEL_DRAWS
-    return total / len(x), math.sqrt(variance) / len(x)
-
-
-def line_loss(model, x, y, direction, memory_gb=4):
-    """The function ε → mean loss at w + ε direction, direction (n,); each value is computed once."""
-    parts, params = in_chunks(model, x, y, memory_gb), dict(model.named_parameters())
-    pieces = direction.to(x.device).split([p.numel() for p in params.values()])
-
-    @functools.cache
-    @torch.no_grad()
-    def loss(epsilon):
-        moved = {name: p + epsilon * piece.view_as(p) for (name, p), piece in zip(params.items(), pieces)}
-        return sum(float(F.cross_entropy(torch.func.functional_call(model, moved, (part,)), labels, reduction="sum"))
-                   for part, labels in parts) / len(x)
-    return loss
-
-
-def first_rise(loss, rise):
-    """The smallest |ε| at which loss(ε) exceeds loss(0) by `rise`, on either side; None if there is none up to 10.
-
-    Both sides are searched outward together in steps of 0.01, from 0.2 on of a twentieth of ε, since the loss need
-    not be monotone; then Brent's method. Only a rise and fall within one step can be missed.
-    """
-    def excess(epsilon):  # bounded, since Brent's method cannot interpolate infinities
-        return float(np.clip(np.nan_to_num(loss(epsilon), nan=np.inf) - loss(0.0) - rise, -1e3, 1e3))
-    inner = 0.0
-    while inner < FAR:
-        outer = min(FAR, round(inner + max(0.01, inner / 20), 10))
-        crossed = [side for side in (1, -1) if excess(side * outer) > 0]
-        if crossed:
-            return min(scipy.optimize.brentq(lambda e: excess(side * e), inner, outer, xtol=1e-12) for side in crossed)
-        inner = outer
-    return None
-
-
-def loss_rise_epsilon(model, x, y, direction, rise=RISE, memory_gb=4):
-    """The smallest |ε| along the unit vector direction (n,) that raises the mean loss by `rise` (E.3; first_rise)."""
-    return first_rise(line_loss(model, x, y, direction, memory_gb), rise)
-
 
 def load_network(run_dir, data_dir, device, checkpoint=None):
     """(network in eval mode, data on the device, what the checkpoint is) of a run; files.UserError where it cannot be.
@@ -783,18 +399,23 @@ def load_network(run_dir, data_dir, device, checkpoint=None):
     return model.to(device).eval(), train.put_on_device(arrays, device, *kept), source
 
 
-def measure_flatness(run_dir, eigs=100, images=512, eig="lanczos", memory_gb=4, checkpoint=None, data_dir="data"):
-    """All flatness measures of a run's checkpoint (load_network) on the first `images` test images, in float32.
+def flatness_file(run_dir, split):
+    return pathlib.Path(run_dir, "flatness.json" if split == "test" else f"flatness-{split}.json")
 
-    Returns what it writes to <run_dir>/flatness.json (README, "Flatness"); if that file holds the same measurement
-    already, only reads it. Raises files.UserError for missing or damaged files, too few images, or an infinite loss.
+
+def measure_flatness(run_dir, args, checkpoint=None):
+    """All flatness measures of a run's checkpoint (load_network) on the split's first images, in float32.
+
+    args: what main parses; split, images, eigs, eig, memory_gb and data_dir are read. Returns what it writes to
+    flatness_file (docs/flatness.md); if that file holds the same measurement already, only reads it. Raises
+    files.UserError for missing or damaged files, too few images, or an infinite loss.
     """
-    path, seed = pathlib.Path(run_dir, "flatness.json"), 0
+    path, seed, images, seconds = flatness_file(run_dir, args.split), 0, args.images, {}
     label = "/".join(path.absolute().parts[-4:-1])
     device = choose_device(argparse.Namespace(device="auto", precision="fp32", deterministic=False))
-    model, data, source = load_network(run_dir, data_dir, device, checkpoint)
-    settings = {"version": 1, **source, "mode": "eval", "split": "test", "images": images, "dtype": "float32",
-                "seed": seed, "eig": eig, "eigs": eigs, "tol": EIGEN_TOLERANCE}
+    model, data, source = load_network(run_dir, args.data_dir, device, checkpoint)
+    settings = {"version": 2, **source, "mode": "eval", "split": args.split, "images": images, "dtype": "float32",
+                "seed": seed, "eig": args.eig, "eigs": args.eigs, "tol": flatness.EIGEN_TOLERANCE}
     try:
         old = json.loads(path.read_text())
         if {k: old.get(k) for k in settings} == settings:
@@ -802,58 +423,48 @@ def measure_flatness(run_dir, eigs=100, images=512, eig="lanczos", memory_gb=4, 
             return old
     except (OSError, ValueError, AttributeError):
         pass  # measure it (again)
-    x, y = (tensor[:images] for tensor in data["test"])
-    files.require(len(x) == images, f"--images {images}, but there are {len(x)} test images: give fewer")
-    x, seconds = train.normalise(x, data), {}
-    bar = tqdm(total=5, desc=label, disable=not (sys.stderr.isatty() and sys.stdout.isatty()),
+    x, y = (tensor[:images] for tensor in data[args.split])
+    files.require(len(x) == images, f"--images {images}, but there are {len(x)} {args.split} images: give fewer")
+    x, products = train.normalise(x, data), itertools.count(1)
+    bar = tqdm(total=12, desc=label, disable=not (sys.stderr.isatty() and sys.stdout.isatty()),
                bar_format="{desc} |{bar:20}| {n_fmt}/{total_fmt} {postfix}")
-    products = itertools.count(1)
 
-    def timed(name, function, *arguments, **options):
+    @contextlib.contextmanager
+    def stage(name):
         bar.set_postfix_str(name)
         clock = time.monotonic()
-        result = function(model, x, y, *arguments, memory_gb=memory_gb, **options)
+        yield
         seconds[name] = round(time.monotonic() - clock, 3)
         bar.update()
         if bar.disable:
             print(f"{label} {name}: {seconds[name]:.1f} s", flush=True)
-        return result
 
     def tick():
         bar.set_postfix_str(f"{next(products)} Hessian-vector products")
-
-    def walk(model, x, y, memory_gb):
-        losses = [line_loss(model, x, y, v, memory_gb) for v in pairs["eigenvectors"][:LINES]]
-        return [floats(map(loss, LINE)) for loss in losses], [first_rise(loss, RISE) for loss in losses]
 
     with bar:
         with torch.no_grad():
             logits = torch.cat([model(part) for part in x.split(128)])
         loss, accuracy = float(F.cross_entropy(logits, y)), 100 * float((logits.argmax(1) == y).double().mean())
         files.require(math.isfinite(loss), f"{run_dir}: the loss of {source['checkpoint']} is {loss}")
-        pairs = timed("eigs", hessian_eigs, eigs, eig, seed=seed, tick=tick)
-        trace, trace_se = timed("trace", hessian_trace, seed=seed, tick=tick)
-        tr_c = timed("covariance", gradient_covariance_trace)
-        tr_f, tr_f_se = timed("fisher", fisher_trace, seed=seed)
-        lines, rises = timed("line", walk)
-    parameters, trace_eigs = sum(p.numel() for p in model.parameters()), float(pairs["eigenvalues"].sum())
-    result = settings | {
-        **{k: pairs[k].tolist() for k in ("eigenvalues", "residuals", "converged")}, "eig_products": pairs["products"],
-        "trace_eigs": trace_eigs, "trace": trace, "trace_se": trace_se,
-        "trace_products": 3 * min(TRACE_PRODUCTS // 3, parameters), "tr_c": tr_c, "tr_f": tr_f, "tr_f_se": tr_f_se,
-        **{name: tr_c / by if by else None for name, by in (("tic", trace_eigs), ("tic_trace", trace),
-                                                            ("c_over_f", tr_f))},
-        "loss": loss, "accuracy": accuracy, "line": {"epsilon": LINE, "loss": lines}, "rise": RISE, "epsilon": rises,
-        "epsilon_min": min((e for e in rises if e is not None), default=None), "seconds": seconds,
-        "products_per_second": pairs["products"] / seconds["eigs"], "parameters": parameters, "memory_gb": memory_gb,
+        options = {"eigs": args.eigs, "method": args.eig, "seed": seed, "memory_gb": args.memory_gb, "tick": tick,
+                   "stage": stage}
+        try:
+            found = flatness.measures(model, x, y, full=True, **options)
+            found["control"] = flatness.control(model, x, y, **options)
+        except ValueError as error:
+            raise files.UserError(f"{run_dir}: {error}") from None
+    result = settings | found | {
+        "loss": loss, "accuracy": accuracy, "rise": flatness.RISE, "seconds": seconds, "memory_gb": args.memory_gb,
+        "parameters": sum(p.numel() for p in model.parameters()),
         "versions": {"python": platform.python_version(),
                      **{module.__name__: module.__version__ for module in (torch, np, scipy)}},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads()}
     files.write_json(path, result)
-    print(f"{label}: λ1 {pairs['eigenvalues'][0]:.4g}, {pairs['converged'].sum()} of {len(pairs['converged'])} pairs "
-          f"converged, Tr(H) {trace:.4g} ± {trace_se:.2g}, Tr(C) {tr_c:.4g}, Tr(C)/Tr(H) "
-          f"{result['tic'] or math.nan:.4g}", flush=True)
+    print(f"{label}: λ1 {max(result['eigenvalues'], key=abs, default=math.nan):.4g}, {sum(result['converged'])} of "
+          f"{args.eigs} pairs converged, Tr(H) {result['trace']:.4g} ± {result['trace_se']:.2g}, Tr(C) "
+          f"{result['tr_c']:.4g}, Tr(C)/Tr(H) {result['tic'] or math.nan:.4g}", flush=True)
     return result
 
 
@@ -861,15 +472,14 @@ def with_flatness(runs, left_out, args):
     """Copies of the runs with what their flatness.json adds, measured now where there is none; the others go to
     left_out of this figure, not of others."""
     for run in (run for run in runs if "flatness" not in run):  # kept for the next figure
-        path = pathlib.Path(run["dir"], "flatness.json")
+        path = flatness_file(run["dir"], args.split)
         try:
-            flat = json.loads(path.read_text()) if path.exists() else measure_flatness(
-                run["dir"], args.eigs, args.images, args.eig, args.memory_gb, data_dir=args.data_dir)
+            flat = json.loads(path.read_text()) if path.exists() else measure_flatness(run["dir"], args)
             run["flatness"] = {**{k: flat[k] for k in LABELS if k in flat}, "flat": flat, "top": flat["eigenvalues"][0]}
         except files.UserError as error:
             run["flatness"] = {"problem": str(error)}
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            run["flatness"] = {"problem": f"flatness.json is damaged ({type(error).__name__}): delete it to measure "
+            run["flatness"] = {"problem": f"{path.name} is damaged ({type(error).__name__}): delete it to measure "
                                "again"}
     runs = [{**run, **run["flatness"]} for run in runs]
     name_mixed(runs, lambda run: "", lambda run: {k: run["flat"].get(k) for k in ("images", "eig", "epoch", "eigs")})
@@ -1447,10 +1057,13 @@ def main(argv=None):
     add("--live", action="store_true", help="with --figure 2: redraw every 20 s while runs go on")
     add = parser.add_argument_group("flatness, of the runs named or those of a figure").add_argument
     add("--eigs", type=int, default=100, help="eigenvalues of the Hessian (default: 100)")
-    add("--images", type=int, default=512, help="test images, the first ones (default: 512)")
+    add("--images", type=int, default=512, help="images of the split, the first ones (default: 512)")
+    add("--split", choices=("test", "train"), default="test", help="the paper: test; train goes to flatness-train.json "
+        "(default: test)")
     add("--eig", choices=("lanczos", "power"), default="lanczos",
         help="power is the paper's method, slower and less precise (default: lanczos)")
-    add("--memory-gb", type=float, default=4, help="for graphs and activations (default: 4)")
+    add("--memory-gb", type=float, default=4, help="for graphs and activations; the eigenvectors need 3 * eigs + 1 "
+        "copies of the network beside that (default: 4)")
     add = parser.add_argument_group("files").add_argument
     add("--log-dir", default="logs", help="(default: logs)")
     add("--fig-dir", default="figures", help="(default: figures)")
@@ -1466,7 +1079,7 @@ def main(argv=None):
         if args.list:
             list_figures(args.log_dir)
         for run_dir in args.flatness:
-            measure_flatness(run_dir, args.eigs, args.images, args.eig, args.memory_gb, data_dir=args.data_dir)
+            measure_flatness(run_dir, args)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=scipy.stats.ConstantInputWarning)
             if args.live:

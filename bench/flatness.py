@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Lanczos against the paper's power method, and per-sample gradients against a loop, on a network trained on CIFAR-10.
+"""Lanczos (ARPACK's) against the paper's power method, and per-sample gradients against a loop, on a network trained on CIFAR-10.
 
     python bench/flatness.py                            # 100 pairs of vgg11, width 0.25, 512 images: hours on 2 cores
     python bench/flatness.py --eigs 30 --images 128     # a quarter of an hour
@@ -25,6 +25,7 @@ import analyze  # noqa: E402
 import step  # noqa: E402  (bench/step.py, for the machine's description)
 from gst_ext import files, runs  # noqa: E402
 import train  # noqa: E402
+from gst_ext import flatness  # noqa: E402
 
 TOLERANCE = 1e-3
 
@@ -35,7 +36,7 @@ class OutOfProducts(Exception):
 
 def search(method, model, x, y, k, cap=None):
     """One search for k pairs: products, seconds, residuals / |λ_1|, and how many of them are within 1e-3."""
-    product, generator = analyze.hessian_product(model, x, y), torch.Generator().manual_seed(0)
+    product, generator = flatness.hessian_product(model, x, y), torch.Generator().manual_seed(0)
     n = sum(p.numel() for p in model.parameters())
 
     def counted(v):
@@ -48,9 +49,9 @@ def search(method, model, x, y, k, cap=None):
     clock = time.monotonic()
     try:
         if method == "lanczos":
-            values, vectors = analyze.lanczos(counted, n, k, TOLERANCE, draw)
+            values, vectors = flatness.lanczos(counted, n, k, TOLERANCE, draw)
         else:
-            values, vectors = analyze.power_method(counted, n, k, draw, TOLERANCE if method == "residual" else None)
+            values, vectors = flatness.power_method(counted, n, k, draw, TOLERANCE if method == "residual" else None)
     except OutOfProducts:
         return {"method": method, "products": product.products, "finished": False,
                 "seconds": round(time.monotonic() - clock, 1)}
@@ -64,7 +65,7 @@ def search(method, model, x, y, k, cap=None):
 
 
 def per_sample(model, x, y, rounds=3):
-    """Milliseconds an image for Tr(C): a loop of batch-1 backward passes against analyze, in turn, and their ratio."""
+    """Milliseconds an image for Tr(C): a loop of batch-1 backward passes against flatness, in turn, and their ratio."""
     params = list(model.parameters())
 
     def loop():
@@ -78,9 +79,9 @@ def per_sample(model, x, y, rounds=3):
 
     ours = [None] * rounds
     theirs = [None] * rounds
-    analyze.gradient_covariance_trace(model, x, y)
+    flatness.gradient_covariance_trace(model, x, y)
     for i in range(rounds):
-        (a, theirs[i]), (b, ours[i]) = timed(loop), timed(lambda: analyze.gradient_covariance_trace(model, x, y))
+        (a, theirs[i]), (b, ours[i]) = timed(loop), timed(lambda: flatness.gradient_covariance_trace(model, x, y))
     return {"loop_ms": theirs, "ms": ours, "images": len(x), "relative_difference": abs(b / a - 1),
             "ratio": statistics.median(t / o for t, o in zip(theirs, ours))}
 

@@ -1,4 +1,5 @@
 """No command line and no file, however wrong, ends in a traceback: each is read, or refused in one line."""
+import argparse
 import contextlib
 import io
 import json
@@ -156,7 +157,7 @@ def check_logs(finished):
     for (dataset, setting), runs in analyze.runs_of("4", found)[0].items():
         analyze.rest_command("4", dataset, setting, runs)
         if (finished.directory / "flatness.json").exists():
-            analyze.with_flatness(runs, [], None)
+            analyze.with_flatness(runs, [], argparse.Namespace(split="test"))
     assert all(run["problem"] is None or len(run["problem"].splitlines()) == 1 for run in found)
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
         print_status([finished.listed], train.runs_of)
