@@ -37,6 +37,7 @@ from tqdm import tqdm
 import train
 from gst_ext import drawing, files, flatness
 from gst_ext.drawing import matplotlib
+from gst_ext.runs import choose_device
 from gst_ext.statistics import (KINDS, bootstrap_correlation, correlations, floats, gap_of, interval, measured,
                                 paired_differences, partial_correlation, plus_minus, share, stated, t_test)
 
@@ -283,7 +284,7 @@ def rest_command(name, dataset, setting, found):
         more = ["--preset", preset] * bool(preset) + ["--"] * bool(different)
         for k, value in different.items():
             values = value if isinstance(value, list) else [] if isinstance(value, bool) else [value]
-            more += [f"--{'no-' * (value is False)}{k.replace('_', '-')}", *(train.short(value) for value in values)]
+            more += [f"--{'no-' * (value is False)}{k.replace('_', '-')}", *map(files.short, values)]
     wanted = {(model, method, seed) for model, methods in models.items() for method in methods for seed in seeds}
     there = wanted & {(run["model"], run["method"], run["seed"]) for run in found}
     span = f"{seeds[0]}-{seeds[-1]}" if seeds[-1] - seeds[0] == len(seeds) - 1 else ",".join(map(str, seeds))
@@ -389,7 +390,7 @@ def measure_flatness(run_dir, args, checkpoint=None):
     """
     path, seed, images, seconds = flatness_file(run_dir, args.split), 0, args.images, {}
     label = "/".join(path.absolute().parts[-4:-1])
-    device = train.choose_device(argparse.Namespace(device="auto", precision="fp32", deterministic=False))
+    device = choose_device(argparse.Namespace(device="auto", precision="fp32", deterministic=False))
     model, data, source = load_network(run_dir, args.data_dir, device, checkpoint)
     settings = {"version": 2, **source, "mode": "eval", "split": args.split, "images": images, "dtype": "float32",
                 "seed": seed, "eig": args.eig, "eigs": args.eigs, "tol": flatness.EIGEN_TOLERANCE}
@@ -1026,7 +1027,7 @@ def main(argv=None):
         files.require(not args.live or args.figure == ["2"], "--live is for --figure 2")
         for name in ("eigs", "images", "memory_gb"):
             value = getattr(args, name)
-            files.require(0 < value < 1e6, f"--{name.replace('_', '-')} {train.short(value)}: give a number above 0")
+            files.require(0 < value < 1e6, f"--{name.replace('_', '-')} {files.short(value)}: give a number above 0")
         if args.list:
             list_figures(args.log_dir)
         for run_dir in args.flatness:

@@ -568,11 +568,12 @@ def line_loss(model, x, y, direction, memory_gb=4):
     return loss
 
 
-def first_rise(loss, rise, step=0.01):
+def first_rise(loss, rise, step=0.01, tolerance=1e-12):
     """The smallest |ε| at which loss(ε) exceeds loss(0) by `rise`, on either side; None if there is none up to 10.
 
     Both sides are searched outward together in steps of `step`, from 20 of them on of a twentieth of ε, since the loss
-    need not be monotone; then Brent's method. Only a rise and fall within one step can be missed.
+    need not be monotone; then Brent's method, until ε is known to `tolerance`. Only a rise and fall within one step
+    can be missed.
     """
     def excess(epsilon):  # bounded, since Brent's method cannot interpolate infinities
         return float(np.clip(np.nan_to_num(loss(epsilon), nan=np.inf) - loss(0.0) - rise, -1e3, 1e3))
@@ -581,7 +582,8 @@ def first_rise(loss, rise, step=0.01):
         outer = min(FAR, round(inner + max(step, inner / 20), 10))
         crossed = [side for side in (1, -1) if excess(side * outer) > 0]
         if crossed:
-            return min(scipy.optimize.brentq(lambda e: excess(side * e), inner, outer, xtol=1e-12) for side in crossed)
+            return min(scipy.optimize.brentq(lambda e: excess(side * e), inner, outer, xtol=tolerance)
+                       for side in crossed)
         inner = outer
     return None
 
@@ -641,8 +643,8 @@ def measures(model, x, y, eigs=100, method="lanczos", samples=None, seed=0, memo
             pairs = hessian_eigs(model, x, y, eigs, method, seed=seed, scale=scale, product=product)
         with stage(f"{name}trace"):
             before, basis = product.products, pairs if method == "lanczos" else None
-            trace, trace_se = hessian_trace(model, x, y, (samples or TRACE_SAMPLES) if basis else TRACE_PRODUCTS, seed,
-                                            scale=scale, product=product, eigs=basis)
+            drawn = (samples or TRACE_SAMPLES) if basis else TRACE_PRODUCTS
+            trace, trace_se = hessian_trace(model, x, y, drawn, seed, scale=scale, product=product, eigs=basis)
             products = product.products - before
         with stage(f"{name}covariance"):
             tr_c = gradient_covariance_trace(model, x, y, memory_gb, scale)
@@ -655,7 +657,8 @@ def measures(model, x, y, eigs=100, method="lanczos", samples=None, seed=0, memo
             lines = [[loss(epsilon) for epsilon in LINE] for loss in losses] if on_grid else None
             # a tenth of where a parabola of this curvature has risen; on the grid its steps, which are known
             steps = [min(0.5, math.sqrt(2 * RISE / max(abs(value), 1e-9)) / 10) for value in pairs["eigenvalues"]]
-            rises = [first_rise(loss, RISE, 0.01 if on_grid else step) for loss, step in zip(losses, steps)]
+            # to 1e-6, since float32's rounding of the loss hides more
+            rises = [first_rise(loss, RISE, 0.01 if on_grid else step, 1e-6) for loss, step in zip(losses, steps)]
         trace_eigs = float(pairs["eigenvalues"].sum())
         found = {**{k: pairs[k].tolist() for k in ("eigenvalues", "residuals", "converged")},
                  "eig_products": pairs["products"], "trace_eigs": trace_eigs, "trace": float(trace),
