@@ -55,7 +55,7 @@ import torch.nn.functional as F
 
 from gst_ext import files, ops, runs
 from gst_ext.files import UserError, reason, require
-from gst_ext.graphs import fed, hold_for, new_graphs, replayed, stream_of
+from gst_ext.graphs import fed, hold_for, new_graphs, numbers, replayed, stream_of
 
 # +--------------------------------------------------------------------------------------------------------------------+
 # | Configuration: the paper's settings, the command line, the run's name                                              |
@@ -91,8 +91,8 @@ PRESETS = {  # --preset: by optimizer, what takes the place of the settings abov
     "small": dict.fromkeys(OPTIMIZERS, dict(train_images=2560, test_images=3000, width=0.25, batch_size=64,
                                               scale_epochs=0.2)),
 }
-NOT_THE_RESULT = ("log_dir", "data_dir", "device", "backend", "save_epoch", "tensorboard", "seeds", "runs", "at_once",
-                  "plan", "retry_failed", "status", "preset")  # not what a run computes
+NOT_THE_RESULT = ("log_dir", "data_dir", "device", "backend", "cuda_graphs", "save_epoch", "tensorboard", "seeds",
+                  "runs", "at_once", "plan", "retry_failed", "status", "preset")  # not what a run computes
 BUILT_IN = ("cifar10", "cifar100", "digits")
 MULTIPLE = {"cpu": 1, "cuda": 32}  # a layer's live filters are computed as so many, rounded up: shapes a device likes
 CHECKPOINT_EVERY = {"cpu": 0, "cuda": 30}  # seconds at least; on a GPU, writing may take longer than an epoch
@@ -208,6 +208,7 @@ def make_parser():
     add("--precision", choices=("fp32", "tf32", "bf16"), help="(default: fp32)")
     add("--deterministic", action=flag,
         help="CUDA: only deterministic kernels; CPU runs repeat exactly anyway (default: no)")
+    add("--cuda-graphs", action=flag, default=True, help="CUDA: capture a step once, then replay it (default: yes)")
     add("--log-dir", default="logs", help="(default: logs)")
     add("--save-epoch", type=int, metavar="N", help="also keep the weights after the N-th epoch, as epoch<N>.pt; 0: no")
     add("--tensorboard", action=flag, default=False, help="also write <run>/tensorboard, if installed (default: no)")
@@ -1041,8 +1042,8 @@ def start(run, config):
     path = run.directory / "checkpoint.pt"
     if path.exists():
         run.epoch, run.step, run.lines = resume(path, run.model, run.optimizer, run.generators, run.noise, run.device)
-        print(f"{run.label}: continues after epoch {run.epoch} of {run.times['epochs']}"
-              f"{what_it_lacks(run.args, run.directory, run.epoch)}", flush=True)
+        files.say(f"{run.label}: continues after epoch {run.epoch} of {run.times['epochs']}"
+                  f"{what_it_lacks(run.args, run.directory, run.epoch)}")
     else:
         scratch, tied = filters_due(run.model, run.args, run.plan, -1, run.noise), {}
         prune_now(run.model, run.optimizer, run.args, run.plan, scratch, run.noise, run.generators["target"], tied)
@@ -1055,8 +1056,8 @@ def start(run, config):
 def say_ties(run, tied):
     """One line where filters went because of their order (prune_now)."""
     if tied:
-        print(f"{run.label}: equal {run.args.score} scores, so that the first of them went: " +
-              ", ".join(f"{n} filters of layer {layer}" for layer, n in tied.items()), flush=True)
+        files.say(f"{run.label}: equal {run.args.score} scores, so that the first of them went: " +
+                  ", ".join(f"{n} filters of layer {layer}" for layer, n in tied.items()))
 
 
 @contextlib.contextmanager
@@ -1095,8 +1096,8 @@ def measured(where, data, trained, before, after=None, val=None, event=False):
     went (event) or noise was added, after that. Raises UserError, which begins with `where`, unless all is finite.
     """
     after = after or before
-    changed, *found = torch.cat([(before[1] != after[1]).sum()[None], trained, before[0], after[0],
-                                 *([val[0]] if val else ())]).tolist()
+    changed, *found = numbers(torch.cat([(before[1] != after[1]).sum()[None], trained, before[0], after[0],
+                                         *([val[0]] if val else ())]))
     train_loss, train_right, right_before, loss_before, _, right, loss, *_ = found
     n_train, n = len(data["train"][1]), len(data["test"][1])
     finite = sum(found[4::3]) == 2 * n + (len(data["val"][1]) if val else 0)
@@ -1254,9 +1255,9 @@ def new_run(args, num_classes, device):
     generators = make_generators(args, device)
     model = build_model(args.model, num_classes, args.width).to(device)
     model.multiple = MULTIPLE[device.type]
-    use_backend(model, choose_backend(args))
+    use_backend(model, choose_backend(args, device))
     plan = pruning_plan(model, args, times)
-    noise, graphs = [], new_graphs(device)
+    noise, graphs = [], new_graphs(device) if args.cuda_graphs else None
     hooks = {"graphs": graphs}
     if args.noise != "none":
         noise = [new_noise(model.prunable[layer]) for layer, _ in plan]
@@ -1327,7 +1328,7 @@ def training(args, shared):
     directory = run_directory(args)
     if (directory / "done.json").exists():
         check_finished(args, directory, shared)
-        print(f"{directory}: finished already{what_it_lacks(args, directory, schedule(args)['epochs'])}", flush=True)
+        files.say(f"{directory}: finished already{what_it_lacks(args, directory, schedule(args)['epochs'])}")
         return None
     for line in doubts_about_rate(args):
         files.say_once(f"train.py: {line}")
@@ -1341,6 +1342,7 @@ def training(args, shared):
             data["padded"] = F.pad(data["train"][0], (0, 0, *[CROP_PADDING] * 4))
         if device.type == "cuda":
             torch.cuda.synchronize()  # the other runs' streams do not wait for this one
+            shared["bytes"] = torch.cuda.memory_allocated()  # which no further run takes
         shared[source] = facts, data
     facts, data = shared[source]
     with contextlib.ExitStack() as stack:
@@ -1357,9 +1359,9 @@ def training(args, shared):
                 choose_device(args)  # whoever had its turn may have set another precision
         summary = summarize_epochs(run.records, config)
         files.write_json(directory / "done.json", summary)
-        print(f"{run.label}: best accuracy {summary['best_acc']:.2f}% (epoch {summary['best_epoch']}), last "
+        files.say(f"{run.label}: best accuracy {summary['best_acc']:.2f}% (epoch {summary['best_epoch']}), last "
               f"{summary['last_acc']:.2f}%, mean stability {summary['mean_stability']:.2f}% over {summary['events']} "
-              "pruning events", flush=True)
+              "pruning events")
         return summary
 
 
@@ -1392,14 +1394,15 @@ def choose_device(args):
     return device
 
 
-def choose_backend(args):
+def choose_backend(args, device):
     """"ext" or "eager", as --backend says; one line where "auto" has to do without the extension."""
-    require(ops.available or args.backend != "ext", f"--backend ext, but the extension is not built here "
-            f"({ops.why_not}): run bash runs.sh setup, or use --backend eager")
-    if not ops.available and args.backend == "auto":
-        files.say_once(f"train.py: the extension is not built ({ops.why_not}); plain PyTorch takes its place. bash "
-                       "runs.sh setup builds it")
-    return "ext" if ops.available and args.backend != "eager" else "eager"
+    there, why_not = ops.computes_on(device), ops.why_not or "it has no CUDA kernels: there was no CUDA toolkit"
+    require(there or args.backend != "ext", f"--backend ext, but the extension is not built for this device ({why_not})"
+            ": run bash runs.sh setup, or use --backend eager")
+    if not there and args.backend == "auto":
+        files.say_once(f"train.py: the extension is not built for this device ({why_not}); plain PyTorch takes its "
+                       "place. bash runs.sh setup builds it")
+    return "ext" if there and args.backend != "eager" else "eager"
 
 
 def runs_of(command):

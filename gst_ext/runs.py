@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from . import files, graphs
-from .files import UserError, reason, require
+from .files import UserError, reason, require, say
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # before CUDA starts: as many streams at once as runs
 
@@ -87,22 +87,22 @@ def print_plan(runs, retry_failed, loaded, check_finished):
     todo = {directory: run for directory, run in runs.items() if directory in left}
     done = [len(log_of(directory)) for directory in todo]
     epochs = sum(run.epochs for run in todo.values()) - sum(done)
-    print(f"{len(runs)} runs: {len(finished)} finished, {sum(map(bool, done))} half-done; to do now: "
-          f"{len(todo)} runs, {epochs:,} epochs", file=sys.stderr)
+    say(f"{len(runs)} runs: {len(finished)} finished, {sum(map(bool, done))} half-done; to do now: "
+        f"{len(todo)} runs, {epochs:,} epochs", sys.stderr)
     if running:
-        print(f"{len(running)} runs are being trained by another process, such as {running[0]}", file=sys.stderr)
+        say(f"{len(running)} runs are being trained by another process, such as {running[0]}", sys.stderr)
     if failed and not retry_failed:
-        print(f"{len(failed)} runs that failed before are left alone, such as {failed[0]}: "
-              f"{files.why_failed(failed[0])} (--retry-failed trains them again)", file=sys.stderr)
+        say(f"{len(failed)} runs that failed before are left alone, such as {failed[0]}: "
+            f"{files.why_failed(failed[0])} (--retry-failed trains them again)", sys.stderr)
     for run in todo.values():
         loaded(run.args, shared)  # a download that fails should fail here, once
     for run in todo.values():
-        print(run.line)
+        say(run.line)
 
 
 def print_status(lists, runs_of):
     """--status: a line for each list of runs, a file, named after it, and a line for each run that failed."""
-    print(f"{'':12} {'runs':>6} {'done':>6} {'running':>8} {'failed':>7} {'waiting':>8}  time left")
+    say(f"{'':12} {'runs':>6} {'done':>6} {'running':>8} {'failed':>7} {'waiting':>8}  time left")
     for file in lists:
         runs, pace = read_runs(file, runs_of), []
         done, running, failed, waiting = by_state(runs).values()
@@ -113,10 +113,10 @@ def print_status(lists, runs_of):
         at_once = max(1, len(running))
         hours = sum(left) * sum(pace) / max(1, len(pace)) / at_once / 3600
         time_left = f"{hours:.1f} h, {at_once} at once" if pace else "not known"
-        print(f"{pathlib.Path(file).name:12} {len(runs):6} {len(done):6} {len(running):8} {len(failed):7} "
-              f"{len(waiting):8}  {time_left if left else 'nothing to do'}")
+        say(f"{pathlib.Path(file).name:12} {len(runs):6} {len(done):6} {len(running):8} {len(failed):7} "
+            f"{len(waiting):8}  {time_left if left else 'nothing to do'}")
         for directory in failed:
-            print(f"  failed: {directory}: {files.why_failed(directory)}")
+            say(f"  failed: {directory}: {files.why_failed(directory)}")
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -145,9 +145,11 @@ def train_all(runs, at_once, training, choose_device):
     """--runs, --seeds: so many at once take turns; a run that fails is reported, and the others go on.
 
     at_once: None for one, and on a GPU, once the first run has shown what memory it takes, for as many as fit.
-    choose_device(args) is the device that a run works on, for its stream there.
+    choose_device(args) is the device that a run works on, for its stream there, which the next run takes over.
     """
+    require((at_once or 1) <= graphs.STREAMS, f"--at-once {at_once}: give {graphs.STREAMS} or fewer")
     waiting, going, streams, shared, failed, limit = list(runs), {}, {}, {}, 0, at_once or 1
+    free, first_epoch = collections.defaultdict(list), True
     try:
         while waiting or going:
             while waiting and len(going) < limit:
@@ -156,8 +158,9 @@ def train_all(runs, at_once, training, choose_device):
             for directory, run in list(going.items()):
                 try:
                     if directory not in streams:
-                        streams[directory] = graphs.stream_of(choose_device(runs[directory].args))
-                    with streams[directory]:
+                        device = choose_device(runs[directory].args)
+                        streams[directory] = device, free[device].pop() if free[device] else graphs.stream_of(device)
+                    with streams[directory][1]:
                         next(run)
                 except StopIteration:
                     del going[directory]
@@ -166,19 +169,27 @@ def train_all(runs, at_once, training, choose_device):
                     if going and isinstance(error, torch.OutOfMemoryError):
                         limit = at_once = len(going)
                         waiting.append(directory)
-                        print(f"train.py: the GPU's memory holds {limit} runs at once: {directory} goes on when one of "
-                              "them has ended", file=sys.stderr)
+                        say(f"train.py: the GPU's memory holds {limit} runs at once: {directory} goes on when one of "
+                            "them has ended", sys.stderr)
                         continue
                     files.tell(error, "train.py")
                     refused = isinstance(error, UserError) and error.code == 2
                     if refused or state_of(directory) not in ("running", "done"):  # by another process
-                        print(f"failed: train.py {runs[directory].line}", file=sys.stderr)
+                        say(f"failed: train.py {runs[directory].line}", sys.stderr)
                         failed += 1
+                finally:
+                    if directory not in going and directory in streams:
+                        device, stream = streams.pop(directory)
+                        free[device].append(stream)
             if at_once is None and torch.cuda.is_available() and torch.cuda.max_memory_reserved():
-                limit = at_once = fit_at_once(torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[0])
+                if first_epoch:  # its peak is that of the data's coming and of the search for the fastest algorithms
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats()
+                    first_epoch = False
+                else:
+                    peak = torch.cuda.max_memory_reserved() - shared.get("bytes", 0)
+                    limit = at_once = fit_at_once(peak, torch.cuda.mem_get_info()[0])
     finally:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # each run's stream, which is not the one that works from here on
         for run in going.values():
             run.close()  # which writes the checkpoints that are not on disk yet
     require(not failed, f"{failed} of {len(runs)} runs failed; the same command continues them", 1)
@@ -225,6 +236,6 @@ def report(label, records, stability, bar):
         return
     event = f" -> {record['test_acc']:.2f}% ({sum(record['removed'])} filters)" if any(record["removed"]) else ""
     left = sum(r["seconds"] for r in records[-5:]) / len(records[-5:]) * (bar.total - len(records)) / 60
-    print(f"{label} epoch {len(records)}/{bar.total} lr {record['lr']:g} loss {record['train_loss']:.4f} train "
-          f"{record['train_acc']:.2f}% test {record['test_acc_before']:.2f}%{event} stability {stability:.2f}% "
-          f"{record['seconds']:.1f} s, {left:.0f} min left", flush=True)
+    say(f"{label} epoch {len(records)}/{bar.total} lr {record['lr']:g} loss {record['train_loss']:.4f} train "
+        f"{record['train_acc']:.2f}% test {record['test_acc_before']:.2f}%{event} stability {stability:.2f}% "
+        f"{record['seconds']:.1f} s, {left:.0f} min left")
