@@ -52,7 +52,7 @@ import torch.nn.functional as F
 
 from gst_ext import files, ops, runs
 from gst_ext.files import UserError, require, short
-from gst_ext.graphs import fed, hold_for, new_graphs, replayed
+from gst_ext.graphs import fed, hold_for, new_graphs, numbers, replayed
 
 # +--------------------------------------------------------------------------------------------------------------------+
 # | Configuration: the paper's settings, the command line, the run's name                                              |
@@ -88,8 +88,8 @@ PRESETS = {  # --preset: by optimizer, what takes the place of the settings abov
     "small": dict.fromkeys(OPTIMIZERS, dict(train_images=2560, test_images=3000, width=0.25, batch_size=64,
                                               scale_epochs=0.2)),
 }
-NOT_THE_RESULT = ("log_dir", "data_dir", "device", "backend", "save_epoch", "tensorboard", "seeds", "runs", "at_once",
-                  "plan", "retry_failed", "status", "preset")  # not what a run computes
+NOT_THE_RESULT = ("log_dir", "data_dir", "device", "backend", "cuda_graphs", "save_epoch", "tensorboard", "seeds",
+                  "runs", "at_once", "plan", "retry_failed", "status", "preset")  # not what a run computes
 BUILT_IN = ("cifar10", "cifar100", "digits")
 MULTIPLE = {"cpu": 1, "cuda": 32}  # a layer's live filters are computed as so many, rounded up: shapes a device likes
 
@@ -174,6 +174,7 @@ def make_parser():
     add("--precision", choices=("fp32", "tf32", "bf16"), help="(default: fp32)")
     add("--deterministic", action=flag,
         help="CUDA: only deterministic kernels; CPU runs repeat exactly anyway (default: no)")
+    add("--cuda-graphs", action=flag, default=True, help="CUDA: capture a step once, then replay it (default: yes)")
     add("--log-dir", default="logs", help="(default: logs)")
     add("--save-epoch", type=int, metavar="N", help="also keep the weights after the N-th epoch, as epoch<N>.pt; 0: no")
     add("--tensorboard", action=flag, default=False, help="also write <run>/tensorboard, if installed (default: no)")
@@ -897,8 +898,8 @@ def measured(where, data, trained, before, after=None, val=None, event=False):
     went (event) or noise was added, after that. Raises UserError, which begins with `where`, unless all is finite.
     """
     after = after or before
-    changed, *found = torch.cat([(before[1] != after[1]).sum()[None], trained, before[0], after[0],
-                                 *([val[0]] if val else ())]).tolist()
+    changed, *found = numbers(torch.cat([(before[1] != after[1]).sum()[None], trained, before[0], after[0],
+                                         *([val[0]] if val else ())]))
     train_loss, train_right, right_before, loss_before, _, right, loss, *_ = found
     n_train, n = len(data["train"][1]), len(data["test"][1])
     finite = sum(found[4::3]) == 2 * n + (len(data["val"][1]) if val else 0)
@@ -1056,9 +1057,9 @@ def new_run(args, num_classes, device):
     generators = make_generators(args, device)
     model = build_model(args.model, num_classes, args.width).to(device)
     model.multiple = MULTIPLE[device.type]
-    use_backend(model, choose_backend(args))
+    use_backend(model, runs.choose_backend(args, device))
     plan = pruning_plan(model, args, times)
-    noise, graphs = [], new_graphs(device)
+    noise, graphs = [], new_graphs(device) if args.cuda_graphs else None
     hooks = {"graphs": graphs}
     if args.noise != "none":
         noise = [new_noise(model.prunable[layer]) for layer, _ in plan]
@@ -1113,16 +1114,6 @@ def experiment(run, data, record):
 # +--------------------------------------------------------------------------------------------------------------------+
 # | Entry                                                                                                              |
 # +--------------------------------------------------------------------------------------------------------------------+
-
-def choose_backend(args):
-    """"ext" or "eager", as --backend says; one line where "auto" has to do without the extension."""
-    require(ops.available or args.backend != "ext", f"--backend ext, but the extension is not built here "
-            f"({ops.why_not}): run bash runs.sh setup, or use --backend eager")
-    if not ops.available and args.backend == "auto":
-        files.say_once(f"train.py: the extension is not built ({ops.why_not}); plain PyTorch takes its place. bash "
-                       "runs.sh setup builds it")
-    return "ext" if ops.available and args.backend != "eager" else "eager"
-
 
 def runs_of(command):
     """The runs of an option list, one for each seed: (directory, runs.Run) each."""
