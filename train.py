@@ -29,7 +29,6 @@ The experiment in ten lines; `experiment` below is these, with noise, learning r
         print(epoch, measured(f"epoch {epoch}", data, totals, before, after, event=bool(gone)))
 """
 import argparse
-import contextlib
 import io
 import math
 import os
@@ -37,7 +36,6 @@ import pathlib
 import platform
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -869,10 +867,6 @@ def describe_run(run, facts):
     """config.json: every option, the schedule it gives, the constants behind it, the data, machine and versions."""
     args, model = run.args, run.model
     method, setting = run_name(args)
-    git = None
-    with contextlib.suppress(OSError):  # no git here
-        command = ["git", "-C", pathlib.Path(__file__).resolve().parent, "describe", "--always", "--dirty"]
-        git = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     return {
         "method": method, "setting": setting, "backend": model.backend,
         "options": result_options(args), "schedule": run.times,
@@ -886,7 +880,7 @@ def describe_run(run, facts):
         "data": facts | {"train": args.train_images or facts["train"] - args.val_split, "val": args.val_split,
                          "test": args.test_images or facts["test"]},
         "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(), "machine": platform.machine(), "git": git,
+        "threads": torch.get_num_threads(), "machine": platform.machine(), "git": files.commit_of(__file__),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
 

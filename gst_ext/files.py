@@ -20,6 +20,7 @@ import math
 import os
 import pathlib
 import platform
+import subprocess
 import sys
 import threading
 import time
@@ -481,3 +482,10 @@ def described(arrays):
     return {"train": len(arrays["train_x"]), "test": len(arrays["test_x"]), "classes": len(arrays["classes"]),
             "image": list(arrays["train_x"].shape[1:]),
             "crc32": {k: zlib.crc32(np.ascontiguousarray(arrays[k])) for k in sorted(arrays) if k != "classes"}}
+
+
+def commit_of(path):
+    """The git commit that holds a file, "-dirty" where something was changed since; None without git."""
+    command = ["git", "-C", pathlib.Path(path).resolve().parent, "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
