@@ -284,7 +284,7 @@ def rest_command(name, dataset, setting, found):
         more = ["--preset", preset] * bool(preset) + ["--"] * bool(different)
         for k, value in different.items():
             values = value if isinstance(value, list) else [] if isinstance(value, bool) else [value]
-            more += [f"--{'no-' * (value is False)}{k.replace('_', '-')}", *(files.short(value) for value in values)]
+            more += [f"--{'no-' * (value is False)}{k.replace('_', '-')}", *map(files.short, values)]
     wanted = {(model, method, seed) for model, methods in models.items() for method in methods for seed in seeds}
     there = wanted & {(run["model"], run["method"], run["seed"]) for run in found}
     span = f"{seeds[0]}-{seeds[-1]}" if seeds[-1] - seeds[0] == len(seeds) - 1 else ",".join(map(str, seeds))
