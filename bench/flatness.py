@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""ARPACK's Lanczos against the paper's power method, and per-sample gradients against a loop, after training on CIFAR-10.
+"""ARPACK's Lanczos against the power method of the paper, per-sample gradients against a loop, on a trained VGG11.
 
     python bench/flatness.py                            # 100 pairs of vgg11, width 0.25, 512 images: hours on 2 cores
     python bench/flatness.py --eigs 30 --images 128     # a quarter of an hour
