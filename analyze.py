@@ -21,13 +21,12 @@ import math
 import pathlib
 import platform
 import re
+import shlex
 import sys
 import textwrap
 import time
-import warnings
 import zlib
 
-import matplotlib
 import numpy as np
 import scipy.stats
 import torch
@@ -36,10 +35,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import train
-from gst_ext import files, flatness
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of backend)
+from gst_ext import drawing, files, flatness
+from gst_ext.drawing import matplotlib
+from gst_ext.runs import choose_device
+from gst_ext.statistics import (KINDS, bootstrap_correlation, correlations, floats, gap_of, interval, measured,
+                                paired_differences, partial_correlation, plus_minus, share, stated, t_test)
 
 # +--------------------------------------------------------------------------------------------------------------------+
 # | Configuration: which runs make which figure, how each method looks, what the paper reports                         |
@@ -52,6 +52,7 @@ RATES = {"vgg11": tuple(f"{target}-r{r}" for r in (4, 20, 40, 60, 100, 200, 300)
 NOISE = ("none", "L-r40-bnkeep", *(f"{kind}-{k}" for kind in ("zero", "gauss") for k in (1, 50, 1105)))
 HIGH = "-p0.25,0.8,0.25,0.95"  # Table C.1's 59%
 F1 = ("scratch-S-ebn-signed-p0,0,0,0.7", *(f"{t}-r750-ebn-signed-s2500x4-e3250x4-p0,0,0,0.7" for t in "SL"))
+ANY = None  # in place of methods: whatever prunes, of any experiment, and the baselines
 FIGURES = {  # name: (what it shows, runs.sh target, {model: the methods drawn})
     "2": ("accuracy while training, and best accuracy against mean stability", "fig2",
           {"vgg11": ADAM, "resnet18": ADAM}),
@@ -78,7 +79,10 @@ FIGURES = {  # name: (what it shows, runs.sh target, {model: the methods drawn})
         "E4": "the loss along the leading eigenvectors",
         "E5": "TIC proxy against stability, and accuracy against it",
         "E6": "accuracy against stability for the runs of the flatness figures",
-        "flatness": "every flatness measure against accuracy, with rank correlations"}.items()},
+        "flatness": "accuracy against every flatness measure, plain and adaptive, with rank correlations",
+        "density": "the spectral density of the Hessian"}.items()},
+    "stability": ("all runs' accuracy, best and last, against what pruning events do", "fig2", ANY),
+    "compute": ("all runs' accuracy, best and last, against the multiply-adds spent", "fig2", ANY),
 }
 TABLES = {
     "C1": ("accuracy and stability at 46% and 59% total pruning", "tabC1",
@@ -86,23 +90,33 @@ TABLES = {
     "F1": ("CIFAR-100: the methods, and t-tests of L against S and scratch", "tabF1", {"resnet18": ("none", *F1)}),
 }
 EVERYTHING = {**FIGURES, **{f"table {name}": entry for name, entry in TABLES.items()}}
-SCATTERS = {  # figure: the (x, y) of its panels
-    **dict.fromkeys(("4", "C3"), [("mean_stability", "best_acc"), ("mean_stability", "gap")]),
-    "6": [("mean_stability", "trace_eigs"), ("trace_eigs", "best_acc"),
-          ("mean_stability", "tr_c"), ("tr_c", "best_acc")],
-    "E3": [("mean_stability", "epsilon_min"), ("epsilon_min", "best_acc")],
-    "E5": [("mean_stability", "tic"), ("tic", "best_acc")],
-    "E6": [("mean_stability", "best_acc")],
-    "flatness": [(x, "best_acc") for x in ("trace_eigs", "trace", "tr_c", "tic", "tic_trace", "c_over_f",
-                                           "epsilon_min", "top")],
+MEASURES = {  # of flatness
+    "trace_eigs": "Tr(H), sum of the leading eigenvalues", "trace": "Tr(H), Hutch++", "tr_c": "Tr(C)",
+    "tic": "TIC proxy Tr(C)/Tr(H)", "tic_trace": "Tr(C)/Tr(H), Hutch++", "c_over_f": "Tr(C)/Tr(F)",
+    "epsilon_min": "|ε| at a loss rise of 0.1", "top": "Largest eigenvalue"}
+FORMS = ("", "adaptive_")
+EVENTS = {
+    "mean_stability": "Mean stability (%)", "loss_rise": "Rise in test loss at an event (nats)",
+    "churn": "Churn at an event (%)", "min_stability": "Smallest stability (%)",
+    "below_99": "Events below 99% stability"}
+LABELS = {
+    **EVENTS, "best_acc": "Best test accuracy (%)", "last_acc": "Last test accuracy (%)",
+    "gap": "Train − test accuracy (points)", "compute": "Multiply-adds spent (% of no pruning's)",
+    "events": "Pruning events", "converged": "Share of converged eigenpairs", **MEASURES,
+    **{f"adaptive_{k}": f"Adaptive {label}" for k, label in MEASURES.items()}}
+SCATTERS = {  # figure: (columns, the (x, y) of its panels)
+    **dict.fromkeys(("4", "C3"), (2, [("mean_stability", "best_acc"), ("mean_stability", "gap")])),
+    "6": (2, [("mean_stability", "trace_eigs"), ("trace_eigs", "best_acc"),
+              ("mean_stability", "tr_c"), ("tr_c", "best_acc")]),
+    "E3": (2, [("mean_stability", "epsilon_min"), ("epsilon_min", "best_acc")]),
+    "E5": (2, [("mean_stability", "tic"), ("tic", "best_acc")]),
+    "E6": (2, [("mean_stability", "best_acc")]),
+    "flatness": (4, [(form + x, "best_acc") for x in MEASURES for form in FORMS]),
+    "stability": (5, [(x, y) for y in ("best_acc", "last_acc") for x in EVENTS]),
+    "compute": (2, [("compute", "best_acc"), ("compute", "last_acc")]),
 }
 NEEDS_FLATNESS = {name for name, (_, target, _) in FIGURES.items() if target == "fig6"} - {"E6"}
-LABELS = {
-    "mean_stability": "Mean stability (%)", "best_acc": "Best test accuracy (%)",
-    "gap": "Train − test accuracy (points)", "trace_eigs": "Tr(H), sum of the leading eigenvalues",
-    "trace": "Tr(H), Hutch++", "tr_c": "Tr(C)", "tic": "TIC proxy Tr(C)/Tr(H)", "tic_trace": "Tr(C)/Tr(H), Hutch++",
-    "c_over_f": "Tr(C)/Tr(F)", "epsilon_min": "|ε| at a loss rise of 0.1", "top": "Largest eigenvalue",
-}
+MOVED = 0.05  # by what share of itself rescaling must move a measure for the figures to say so
 # Okabe and Ito's colour-blind-safe colours; one method looks the same in every figure.
 BLACK, BLUE, SKY, ORANGE, RED, GREEN, PINK = "#000000 #0072B2 #56B4E9 #E69F00 #D55E00 #009E73 #CC79A7".split()
 STYLES = {  # by the beginning of the method's name, the first that fits
@@ -114,6 +128,7 @@ STYLES = {  # by the beginning of the method's name, the first that fits
         (1, ORANGE, ":", "s"), (50, SKY, "--", "^"), (1105, BLUE, "-", "D"), (89, ORANGE, ":", "s"),
         (630, SKY, "--", "^"), (1220, BLUE, "-", "D"), (2480, GREEN, "-", "v"))},
 }
+MARKERS = "os^DvPX*<>ph8"  # a second method of one colour in a panel takes the next one
 PAPER = {  # what the appendix reports; accuracies and stabilities in %
     ("2", "resnet18"): {"S-r4": {"best_acc": 87.65, "best_acc_sd": 0.26, "stability": 99.957},
                         "S-r40": {"best_acc": 87.72, "best_acc_sd": 0.18, "stability": 99.470},
@@ -122,9 +137,8 @@ PAPER = {  # what the appendix reports; accuracies and stabilities in %
                       "pearson": [-0.88, 1.2e-10], "kendall": [-0.64, 8.4e-07]},
     ("B2", "resnet18"): {"S-r4": {"stability": 99.96}, "S-r40": {"stability": 98.14}, "L-r40": {"stability": 96.66},
                          "pearson": [-0.65, 5e-05], "kendall": [-0.43, 0.00061]},
-    ("C3", "resnet18"): {"none": {"best_acc": 94.35},
-                         "S-r1-s24x16-p0.06x16": {"best_acc": 94.25, "stability": 99.96},
-                         "S-r1-s24x16": {"best_acc": 94.41, "stability": 99.93}},
+    ("C3", "resnet18"): {"none": {"best_acc": 94.35}, "S-r1-s24x16": {"best_acc": 94.41, "stability": 99.93},
+                         "S-r1-s24x16-p0.06x16": {"best_acc": 94.25, "stability": 99.96}},
     ("table C1", "resnet18"): {  # method: (total pruning, accuracy, deviation, stability, deviation)
         "S-r4": (46, 87.65, 0.26, 99.957, 0.006), "S-r4" + HIGH: (59, 87.52, 0.11, 99.935, 0.012),
         "S-r40": (46, 87.72, 0.18, 99.470, 0.203), "S-r40" + HIGH: (59, 87.95, 0.18, 98.912, 0.303),
@@ -134,30 +148,36 @@ PAPER = {  # what the appendix reports; accuracies and stabilities in %
         F1[1]: (15, 73.22, 0.09, 91.94, 4.10), F1[2]: (15, 73.41, 0.08, 86.98, 6.87)},
 }
 SUMMARY = (("best accuracy", "best_acc", 2), ("last accuracy", "last_acc", 2), ("mean stability", "mean_stability", 3))
-RESAMPLES = 2000
-plt.rcParams.update({"font.size": 8, "axes.titlesize": 7, "legend.fontsize": 7, "xtick.labelsize": 7,
-                     "ytick.labelsize": 7, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42,
-                     "legend.frameon": False})
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
-# | Runs: reading logs, and saying what is wrong with them                                                             |
+# | Runs: what their logs say, what is wrong with them, and their statistics                                           |
 # +--------------------------------------------------------------------------------------------------------------------+
+
+def exact(record, images):
+    """The record with accuracies, and the stability they give, as exact fractions; images: {split: their number}."""
+    for key, split in (("train_acc", "train"), ("test_acc_before", "test"), ("test_acc", "test"), ("val_acc", "val")):
+        if record[key] is not None:
+            record[key] = share(record[key], images.get(split))
+    if record["stability"] is not None:
+        record["stability"] = 100 * record["test_acc"] / record["test_acc_before"]
+    return record
+
 
 def summarize(run_dir):
     """Everything a run's logs say, as a dict.
 
     dir, model, dataset, method, setting, seed and config; curve (epochs,), the test accuracy after each epoch; live,
-    the filters left of each prunable layer; best_acc, best_epoch, gap, last_acc, val_chosen_acc, mean_stability (all
-    in %) and events (train.summarize_epochs); problem: None, or one line saying why the run must not be averaged with
-    others (unfinished or damaged). Raises nothing for a bad log.
+    the filters left of each prunable layer; and what train.summarize_epochs says, accuracies and stabilities as exact
+    fractions; problem: None, or one line saying why the run must not be averaged with others (unfinished or damaged).
+    Raises nothing for a bad log.
     """
     run_dir = pathlib.Path(run_dir)
-    run, records = {"dir": str(run_dir), "problem": None, "curve": np.empty(0)}, []
-    wrong = "config.json is missing or damaged"
+    run = {"dir": str(run_dir), "problem": None, "curve": np.empty(0)}
+    records, wrong = [], "config.json is missing or damaged"
     try:
         config = json.loads((run_dir / "config.json").read_text())
-        options, epochs = config["options"], config["schedule"]["epochs"]
+        options, epochs, images = config["options"], config["schedule"]["epochs"], config.get("data", {})
         named = dict(method=config["method"], setting=config["setting"], model=options["model"], seed=options["seed"])
         if [type(value) for value in named.values()] != [str, str, str, int] or (
                 options.get("optimizer") not in (None, *train.OPTIMIZERS)):
@@ -166,13 +186,19 @@ def summarize(run_dir):
         wrong = "has no epochs.jsonl"
         for number, line in enumerate((run_dir / "epochs.jsonl").read_text().splitlines(), 1):
             wrong = f"line {number} of epochs.jsonl is damaged"
-            records.append(json.loads(line))
-            if records[-1]["epoch"] != number - 1:
-                return {**run, "problem": f"line {number} of epochs.jsonl is of epoch {records[-1]['epoch']}"}
+            record = json.loads(line)
+            if record["epoch"] != number - 1:
+                return {**run, "problem": f"line {number} of epochs.jsonl is of epoch {record['epoch']}"}
+            for key, value in record.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    return {**run, "problem": f"{key} of epoch {number - 1} is {value}"}
+            records.append(exact(record, images))
         wrong = "epochs.jsonl is damaged"
-        run.update(train.summarize_epochs(records, config), live=records[-1].get("live"),
+        found = train.summarize_epochs(records, config)
+        run.update(found, live=records[-1].get("live"), below_99=found["below"]["99"],
+                   compute=100 * found["macs_spent"] / found["macs_unpruned"] if found["macs_spent"] else None,
                    curve=np.array([record["test_acc"] for record in records], float))
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, ArithmeticError) as error:
         return {**run, "problem": f"{wrong} ({type(error).__name__})"}
     if len(records) != epochs:
         run.update(problem=f"unfinished, {len(records)} of {epochs} epochs", unfinished=True)
@@ -208,10 +234,18 @@ def name_mixed(runs, group, content):
             run["problem"] = f"differs from {most[0]['dir']} in {', '.join(names)}"
 
 
+def methods_of(name, runs):
+    """{model: the methods that a figure shows, in order}; for ANY, the baselines and what prunes among these runs."""
+    if EVERYTHING[name][2] is not ANY:
+        return EVERYTHING[name][2]
+    found = {(run["model"], run["method"]) for run in runs if re.match("none|scratch|[SLR]-", run.get("method", ""))}
+    found = sorted(found, key=lambda pair: (list(STYLES.values()).index(style(pair[1])), len(pair[1]), pair[1]))
+    return {model: [method for of, method in found if of == model] for model in train.PRUNABLE_BLOCKS}
+
+
 def runs_of(name, runs):
     """(what a figure or table is drawn from, {(dataset, setting): [run …]}; what is left out of it, [run …])."""
-    methods, sgd = EVERYTHING[name][2], name in ("4", "C3")
-    found, left_out = {}, []
+    methods, sgd, found, left_out = methods_of(name, runs), name in ("4", "C3"), {}, []
     for run in runs:
         if "method" in run and run["method"] not in methods.get(run["model"], ()):
             continue
@@ -222,9 +256,8 @@ def runs_of(name, runs):
         else:
             setting = run["setting"].removeprefix("sgd").lstrip("-") if sgd else run["setting"]
             found.setdefault((run["dataset"], setting), []).append(run)
-    # A baseline alone makes no figure: it belongs to every figure of its setting.
-    only_baselines = set(sum(map(list, methods.values()), [])) == {"none"}
-    return {k: v for k, v in found.items() if only_baselines or any(r["method"] != "none" for r in v)}, left_out
+    # A baseline alone makes no figure but B1: it belongs to every figure of its setting.
+    return {k: v for k, v in found.items() if name == "B1" or any(r["method"] != "none" for r in v)}, left_out
 
 
 def is_papers(name, dataset, setting):
@@ -236,6 +269,8 @@ def is_papers(name, dataset, setting):
 def rest_command(name, dataset, setting, found):
     """(how many of its runs are there, how many there should be, the command that trains the rest)."""
     _, target, models = EVERYTHING[name]
+    if models is ANY:
+        return len(found), len(found), ""
     papers, seeds, more = is_papers(name, dataset, setting), sorted({run["seed"] for run in found}), []
     if papers:
         seeds = list(range(1, {"tabF1": 4, "figB1": 2}.get(target, 11)))
@@ -249,11 +284,11 @@ def rest_command(name, dataset, setting, found):
         more = ["--preset", preset] * bool(preset) + ["--"] * bool(different)
         for k, value in different.items():
             values = value if isinstance(value, list) else [] if isinstance(value, bool) else [value]
-            more += [f"--{'no-' if value is False else ''}{k.replace('_', '-')}", *map(train.short, values)]
+            more += [f"--{'no-' * (value is False)}{k.replace('_', '-')}", *(files.short(value) for value in values)]
     wanted = {(model, method, seed) for model, methods in models.items() for method in methods for seed in seeds}
     there = wanted & {(run["model"], run["method"], run["seed"]) for run in found}
     span = f"{seeds[0]}-{seeds[-1]}" if seeds[-1] - seeds[0] == len(seeds) - 1 else ",".join(map(str, seeds))
-    return len(there), len(wanted), " ".join(["bash runs.sh", target, "--seeds", span, *more])
+    return len(there), len(wanted), shlex.join(["bash", "runs.sh", target, "--seeds", span, *more])
 
 
 def total_pruned(run):
@@ -270,94 +305,38 @@ def total_pruned(run):
     return 100 * gone / run["config"]["parameters"]
 
 
-# +--------------------------------------------------------------------------------------------------------------------+
-# | Statistics                                                                                                         |
-# +--------------------------------------------------------------------------------------------------------------------+
+def accuracy_correlations(runs, x, y="best_acc"):
+    """correlations of the runs' x and y; where y is the best accuracy, also of the last epoch's ("by last_acc") and the
+    validation-chosen one.
 
-def interval(values):
-    """Mean over axis 0 and its bootstrapped 95% percentile interval: (mean, low, high); low, high NaN for one run."""
-    values = np.asarray(values, float)
-    mean = values.mean(0)
-    if len(values) < 2:
-        return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
-    result = scipy.stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, batch=200, method="percentile", axis=0,
-                                   vectorized=True, rng=np.random.default_rng(0))
-    return mean, result.confidence_interval.low, result.confidence_interval.high
-
-
-def floats(values):
-    """Numbers as a list for JSON, which has no NaN: None stands for it."""
-    return [None if np.isnan(v) else float(v) for v in values]
-
-
-def correlations(x, y):
-    """{"n", "pearson": [r, p], "kendall": [tau, p]}; None for either where it is undefined (n < 3, or no spread)."""
-    result = {"n": len(x), "pearson": None, "kendall": None}
-    if len(x) >= 3 and np.ptp(x) > 0 and np.ptp(y) > 0:
-        result |= {"pearson": floats(scipy.stats.pearsonr(x, y)), "kendall": floats(scipy.stats.kendalltau(x, y))}
-    return result
-
-
-def correlation_interval(x, y, kind):
-    """Bootstrapped 95% interval [low, high] of "pearson" or "kendall" over resampled runs; None where undefined."""
-    if correlations(x, y)[kind] is None:
-        return None
-    score = np.sign if kind == "kendall" else np.asarray
-
-    def statistic(x, y, axis):  # both are the cosine of all pairs' differences, or of their signs (tau-b)
-        dx, dy = (score(v[..., :, None] - v[..., None, :]) for v in (x, y))
-        return (dx * dy).sum((-2, -1)) / np.sqrt((dx**2).sum((-2, -1)) * (dy**2).sum((-2, -1)))
-
-    with np.errstate(invalid="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a resample of one run many times over has none: left out of the percentiles
-        drawn = scipy.stats.bootstrap((x, y), statistic, n_resamples=RESAMPLES, batch=200, paired=True, vectorized=True,
-                                      method="percentile", rng=np.random.default_rng(0)).bootstrap_distribution
-    return floats(np.nanpercentile(drawn, [2.5, 97.5]))
-
-
-def measured(values):
-    """n, mean, standard deviation and 95% interval of one number per run, for the JSON; None where a run lacks it."""
-    if any(v is None for v in values):
-        return None
-    mean, low, high = interval(values)
-    return {"n": len(values), "mean": float(mean), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-            "ci95": floats((low, high)) if len(values) > 1 else None, "values": floats(values)}
-
-
-def t_test(a, b):
-    """Two-tailed t-tests of two samples' means: {"difference" (a's minus b's), "student": [t, p], "welch": [t, p]}.
-
-    The paper's stars (C.2, F) are Student's, of equal variances; None where a sample has one value, or neither spread.
+    disagrees: whether a coefficient has another sign by the last epoch's accuracy. The best is a maximum over all
+    epochs since the last event, which are more without pruning than with it.
     """
-    result = {"difference": float(np.mean(a) - np.mean(b)), "student": None, "welch": None}
-    if min(len(a), len(b)) > 1 and max(np.ptp(a), np.ptp(b)) > 0:
-        for name, equal in (("student", True), ("welch", False)):
-            result[name] = floats(scipy.stats.ttest_ind(a, b, equal_var=equal))
-    return result
-
-
-def paired_differences(groups):
-    """Best accuracy of each method minus the baseline's and each other's under the same seed, with a paired t-test."""
-    result = {}
-    best = {method: {run["seed"]: run["best_acc"] for run in runs} for method, runs in groups.items()}
-    for (first, a), (second, b) in itertools.combinations(best.items(), 2):
-        seeds = sorted(a.keys() & b.keys())
-        gaps = [b[s] - a[s] for s in seeds]
-        if seeds:
-            p = float(scipy.stats.ttest_1samp(gaps, 0).pvalue) if np.ptp(gaps) > 0 else None
-            result[f"{second} minus {first}"] = {**measured(gaps), "seeds": seeds, "p": p}
+    result = correlations([run[x] for run in runs], [run[y] for run in runs])
+    if y == "best_acc":
+        for other in ("last_acc", "val_chosen_acc"):
+            if all(run[other] is not None for run in runs):
+                result["by " + other] = correlations([run[x] for run in runs], [run[other] for run in runs])
+        last = result["by last_acc"]
+        result["disagrees"] = any(result[k] and last[k] and result[k][0] * last[k][0] < 0 for k in KINDS)
     return result
 
 
 def method_numbers(groups):
-    """What a figure's JSON says of each method: every measure with n, mean, deviation and interval; and the pairs."""
+    """What a figure's JSON says of each method: every measure with n, mean, deviation and interval; and the pairs.
+
+    disagree: the pairs whose difference has one sign by the best accuracies, and the other by the last epoch's.
+    """
     keys = ("best_acc", "last_acc", "val_chosen_acc", "gap", "mean_stability")
     keys += tuple(k for k in LABELS if k not in keys and all(k in run for runs in groups.values() for run in runs))
+    best, last = (paired_differences({m: {run["seed"]: run[key] for run in runs} for m, runs in groups.items()})
+                  for key in ("best_acc", "last_acc"))
     return {"methods": {method: {
         "label": method_label(runs[0]).replace("$", ""), "seeds": [run["seed"] for run in runs],
         "iterative_rate": runs[0]["config"]["iterative_rate"], "runs": [run["dir"] for run in runs],
         **{k: measured([run[k] for run in runs]) for k in keys}} for method, runs in groups.items()},
-        "paired_best_acc": paired_differences(groups)}
+        "paired_best_acc": best, "paired_last_acc": last,
+        "disagree": [pair for pair in best if best[pair]["mean"] * last[pair]["mean"] < 0]}
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -411,7 +390,7 @@ def measure_flatness(run_dir, args, checkpoint=None):
     """
     path, seed, images, seconds = flatness_file(run_dir, args.split), 0, args.images, {}
     label = "/".join(path.absolute().parts[-4:-1])
-    device = train.choose_device(argparse.Namespace(device="auto", precision="fp32", deterministic=False))
+    device = choose_device(argparse.Namespace(device="auto", precision="fp32", deterministic=False))
     model, data, source = load_network(run_dir, args.data_dir, device, checkpoint)
     settings = {"version": 2, **source, "mode": "eval", "split": args.split, "images": images, "dtype": "float32",
                 "seed": seed, "eig": args.eig, "eigs": args.eigs, "tol": flatness.EIGEN_TOLERANCE}
@@ -474,7 +453,9 @@ def with_flatness(runs, left_out, args):
         path = flatness_file(run["dir"], args.split)
         try:
             flat = json.loads(path.read_text()) if path.exists() else measure_flatness(run["dir"], args)
-            run["flatness"] = {**{k: flat[k] for k in LABELS if k in flat}, "flat": flat, "top": flat["eigenvalues"][0]}
+            files.require(any(flat["converged"]), f"none of the eigenpairs in {path.name} converged: measure it again")
+            run["flatness"] = {"flat": flat, "converged": sum(flat["converged"]) / len(flat["converged"]),
+                               **{form + k: flatness.measure_of(flat, form + k) for k in MEASURES for form in FORMS}}
         except files.UserError as error:
             run["flatness"] = {"problem": str(error)}
         except (ValueError, KeyError, TypeError, IndexError) as error:
@@ -487,7 +468,7 @@ def with_flatness(runs, left_out, args):
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
-# | Panels                                                                                                             |
+# | Panels; figures and tables, each {model: {method: runs}} → the canvas and, by model, the numbers drawn             |
 # +--------------------------------------------------------------------------------------------------------------------+
 
 def style(method):
@@ -507,112 +488,87 @@ def method_label(run):
     return f"Prune$_{kind}$ " + (f"{rate:.0f}%" if rate >= 0.95 else f"{rate:.1g}%")
 
 
-def panels(count, columns=2, height=3.3, width=3.375, **more):
-    """A canvas of `count` panels in so many columns: (canvas, [axis …])."""
-    columns = min(count, columns)
-    rows = -(-count // columns)
-    canvas, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False,
-                                layout="constrained", **more)
-    for axis in axes.flat[count:]:
-        axis.axis("off")
-    return canvas, list(axes.flat[:count])
-
-
-def legend_below(axis, columns=2, title=None):
-    axis.legend(title=title, title_fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncol=columns)
-
-
-def draw_means(axis, x, bounds, method, bars=False, **more):
-    """A method's means and 95% intervals, bounds (mean, low, high), as a band or bars; returns the numbers drawn."""
-    (mean, low, high), (colour, line, marker) = bounds, style(method)
-    if bars:
-        axis.vlines(x, low, high, color=colour, lw=0.9)
-        more = {"marker": marker, "ms": 3} | more
-    else:
-        axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
-    axis.plot(x, mean, **{"ls": line, "color": colour, "lw": 1} | more)
-    return {"mean": floats(mean), "low": floats(low), "high": floats(high)}
-
-
 def draw_dynamics(axis, groups, title, columns=2):
     """Mean test accuracy per epoch and its 95% band, a method each; returns the numbers drawn, by method."""
-    numbers, tops, floors = {}, [], []
+    numbers = {}
     for method, runs in groups.items():
         length = min(len(run["curve"]) for run in runs)  # they differ while runs go on (--live)
         epochs = np.arange(1, length + 1)
-        stability = np.mean([run["mean_stability"] for run in runs])
-        bounds = interval([run["curve"][:length] for run in runs])
-        numbers[method] = {"n": len(runs), "epoch": epochs.tolist(), **draw_means(
-            axis, epochs, bounds, method, label=f"{stability:.2f}% stable ({method_label(runs[0])})")}
-        tops.append(np.nanmax(bounds))
-        floors.append(np.percentile(bounds[0][length // 4:], 15))
-    # The axis shows what separates the methods; a drop below it is marked with its depth, as in the paper.
-    top, floor = max(tops), min(floors)
-    floor -= 0.15 * (top - floor) or 1
-    axis.set_ylim(floor, top + 0.05 * (top - floor))
-    for method, curve in numbers.items():
-        mean = curve["mean"]
-        drops = [i for i in range(1, len(mean)) if mean[i] < floor <= mean[i - 1]]
-        if drops:
-            worst = min(drops, key=lambda i: mean[i])
-            axis.annotate(f"{mean[worst]:.0f}%", (curve["epoch"][worst], floor), (0, 2), ha="center",
-                          textcoords="offset points", fontsize=7, color=style(method)[0],
-                          bbox={"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.8})
+        stability = measured([run["mean_stability"] for run in runs])["mean"]
+        numbers[method] = {"n": len(runs), "epoch": epochs.tolist(), **drawing.means(
+            axis, epochs, interval([run["curve"][:length] for run in runs]), style(method), len(runs),
+            bars=length == 1, label=f"{stability:.2f}% stable ({method_label(runs[0])})")}
+    drawing.mark_drops(axis, [(curve["mean"], style(method)[0]) for method, curve in numbers.items()])
     counts = sorted({len(runs) for runs in groups.values()})
     axis.set(xlabel="Epoch", ylabel="Test accuracy (%)",
-             title=f"{title}, {' to '.join(map(str, counts[::len(counts) - 1 or 1]))} runs a method")
-    legend_below(axis, columns, "Stability (method)")
+             title=f"{title}, {' to '.join(map(str, counts[::len(counts) - 1 or 1]))} runs a method" +
+                   (", too few for a band" if counts[-1] < 3 else ""))
+    drawing.legend_below(axis, columns, "Stability (method)")
     return numbers
 
 
-def draw_scatter(axis, groups, x="mean_stability", y="best_acc", baseline=False, legend=2):
+def draw_scatter(axis, groups, x="mean_stability", y="best_acc", baseline=False, short=False, given=None):
     """y against x, a point per run; with baseline, the runs without pruning are points too, else a line at their mean.
 
-    Returns {"x", "y", n and correlations}; where accuracy is drawn, also by last-epoch and validation-chosen accuracy.
+    Returns {"x", "y"} and accuracy_correlations, and as "given <measure>" a partial_correlation. The panel says so
+    where the last epoch's accuracy disagrees, where eigenpairs have not converged (a white dot in the point), and
+    where writing the same networks in other scales moves x by more than MOVED.
     """
-    points = []
-    for method, runs in groups.items():
+    points, colours, labels = [], [], [method_label(runs[0]) for runs in groups.values()]
+
+    def place(runs):
+        return ([float(run[k]) for run in runs] for k in (x, y))
+
+    for (method, runs), label in zip(groups.items(), labels):
         colour, _, marker = style(method)
-        if baseline or method != "none":
-            axis.plot([r[x] for r in runs], [r[y] for r in runs], marker, color=colour, ms=4, mec="white", mew=0.4,
-                      label=method_label(runs[0]), clip_on=False)
-            points += [r for r in runs if r[x] is not None and r[y] is not None]
-        else:
-            axis.axhline(np.mean([r[y] for r in runs]), color=colour, lw=0.8, ls=":", label="no pruning (mean)")
-    result = {"x": x, "y": y, **correlations([r[x] for r in points], [r[y] for r in points])}
-    for other in ("last_acc", "val_chosen_acc"):
-        if "best_acc" in (x, y) and all(run[other] is not None for run in points):
-            values = ([run[other if k == "best_acc" else k] for run in points] for k in (x, y))
-            result["by " + other] = correlations(*values)
-    text = [f"{symbol} = {result[name][0]:.2f} (p = {result[name][1]:.2g})"
-            for name, symbol in (("pearson", "Pearson r"), ("kendall", "Kendall τ")) if result[name]]
-    axis.set_title(", ".join(filter(None, [f"n = {result['n']}", "\n".join(text)])))
-    axis.set(xlabel=LABELS[x], ylabel=LABELS[y])
+        here = [run for run in runs if run.get(x) is not None and run.get(y) is not None]
+        if method == "none" and not baseline:
+            axis.axhline(np.mean([float(run[y]) for run in runs]), color=colour, lw=0.8, ls=":",
+                         label="no pruning (mean)")
+            continue
+        marker = MARKERS[(MARKERS.index(marker) + colours.count(colour)) % len(MARKERS)]
+        axis.plot(*place(here), marker, color=colour, ms=4, mec="white", mew=0.4, clip_on=False,
+                  label=label if labels.count(label) == 1 else method)
+        colours.append(colour)
+        points += here
+    result = {"x": x, "y": y, **accuracy_correlations(points, x, y)}
+    text = [f"n = {len(points)}" if points else "not in these logs", *(stated(result, kind, short) for kind in KINDS)]
+    if result.get("disagrees"):
+        text += [f"by last: {stated(result['by last_acc'], kind, True)}" for kind in KINDS]
+    if given:
+        partial = result[f"given {given}"] = partial_correlation(*([run[k] for run in points] for k in (x, y, given)))
+        text.append(f"given {given}: {stated(partial, 'pearson', True) if partial else 'undefined'}")
+    flat = [run for run in points if "flat" in run]
+    doubtful = [run for run in flat if any(flatness.share_converged(run["flat"], k) < 1 for k in (x, y))]
+    if doubtful:
+        axis.plot(*place(doubtful), "o", color="white", ms=1.5, mew=0)
+        text.append("white dot: not all eigenpairs converged")
+    moved = [flatness.moved_by_rescaling(run["flat"], x) for run in flat]
+    if any(moved):
+        result["moved_by_rescaling"], largest = moved, max(filter(None, moved))
+        text += [f"† moved by {100 * largest:.0f}% by rescaling"] if largest > MOVED else []
+    axis.set_title("\n".join(filter(None, text)))
     axis.ticklabel_format(useOffset=False)
     axis.locator_params(axis="x", nbins=5)
-    if legend:
-        legend_below(axis, legend)
+    axis.set(xlabel=LABELS[x], ylabel=LABELS[y], **({} if points else {"xticks": [], "yticks": []}))
     return result
 
 
-# +--------------------------------------------------------------------------------------------------------------------+
-# | Figures: each takes {model: {method: runs}} and returns the canvas and, by model, the numbers drawn                |
-# +--------------------------------------------------------------------------------------------------------------------+
-
 def dynamics_and_scatter(name, models, args):
     """Figures 2 and B2. The unfinished runs that --live adds are in the curves only."""
-    canvas, axes = panels(2 * len(models))
-    return canvas, {model: {"dynamics": draw_dynamics(left, groups, model),
-                            "scatters": [draw_scatter(right, finished(groups))]}
-                    for left, right, (model, groups) in zip(axes[::2], axes[1::2], models.items())}
+    (canvas, axes), numbers = drawing.panels(2 * len(models)), {}
+    for left, right, (model, groups) in zip(axes[::2], axes[1::2], models.items()):
+        numbers[model] = {"dynamics": draw_dynamics(left, groups, model),
+                          "scatters": [draw_scatter(right, finished(groups))]}
+        drawing.legend_below(right)
+    return canvas, numbers
 
 
 def noise_dynamics(name, models, args):
     """Figures 5 and D2: a panel for each kind of noise there is, each beside pruning and the baseline."""
-    groups, dynamics = models["vgg11"], {}
-    titles = {"zero": "Zeroing noise", "gauss": "Gaussian noise"}
+    groups, dynamics, titles = models["vgg11"], {}, {"zero": "Zeroing noise", "gauss": "Gaussian noise"}
     kinds = [kind for kind in titles if any(m.startswith(kind) for m in groups)] or ["none"]
-    canvas, axes = panels(len(kinds), 2, 4.0, 6.75 / len(kinds))
+    canvas, axes = drawing.panels(len(kinds), 2, 4.0, 6.75 / len(kinds))
     for axis, kind in zip(axes, kinds):
         shown = {m: runs for m, runs in groups.items() if m.startswith((kind, "none", "L"))}
         dynamics |= draw_dynamics(axis, shown, titles.get(kind, "no noise"), 1)
@@ -630,17 +586,25 @@ def by_rate(groups):
 
 
 def draw_rate_correlation(axis, rates, kind):
-    """Correlation of accuracy and stability over the runs of each rate, with its bootstrapped 95% interval."""
-    numbers, drawn = {}, {}
+    """Correlation of accuracy and stability over the runs of each rate, with its 95% interval; and that of the last
+    epoch's accuracy where it has another sign."""
+    numbers, drawn, last = {}, {}, {}
     for rate, (r, groups) in rates.items():
-        x, y = ([run[k] for runs in groups.values() for run in runs] for k in ("mean_stability", "best_acc"))
-        found = numbers[f"{rate:.3g}"] = {"r": r, **correlations(x, y), "ci95": correlation_interval(x, y, kind)}
+        runs = list(itertools.chain(*groups.values()))
+        found = accuracy_correlations(runs, "mean_stability")
+        paper = bootstrap_correlation([run["mean_stability"] for run in runs], [run["best_acc"] for run in runs], kind)
+        numbers[f"{rate:.3g}"] = {"r": r, **found, f"{kind}_ci95_bootstrap": paper}
         if found[kind]:
-            drawn[rate] = (found[kind][0], *found["ci95"])
-    draw_means(axis, list(drawn), np.array(list(drawn.values())).reshape(-1, 3).T, "none", bars=True)
+            drawn[rate] = (found[kind][0], *(found[f"{kind}_ci95"] or [np.nan] * 2), *paper)
+        if found["disagrees"]:
+            last[rate] = found["by last_acc"][kind][0]
+    drawing.means(axis, list(drawn), np.array(list(drawn.values())).reshape(-1, 5).T, style("none"), bars=True)
     axis.axhline(0, color="0.6", lw=0.6)
     axis.set(ylabel=f"{kind.title()} correlation of\naccuracy and stability", ylim=(-1.05, 1.05))
     rate_axis(axis, rates)
+    if last:
+        axis.plot(list(last), list(last.values()), "o", color=RED, mfc="white", ms=4, label="by last accuracy")
+        drawing.legend_below(axis)
     return numbers
 
 
@@ -654,20 +618,22 @@ def rate_axis(axis, rates):
 def rates_figure(name, models, args):
     """Figure 3."""
     rates = by_rate(models["vgg11"])
-    canvas, axes = panels(3, 3, 3.0, 2.25)
+    canvas, axes = drawing.panels(3, 3, 3.0, 2.25)
     inset = axes[1].inset_axes([0.24, 0.08, 0.42, 0.36])
     for axis, key in ((axes[0], "best_acc"), (axes[1], "mean_stability"), (inset, "mean_stability")):
         for target in "SRL":
             values = {rate: [run[key] for run in runs] for rate, (_, groups) in rates.items()
                       for method, runs in groups.items() if method[0] == target}
             if values:
-                bounds = np.array([interval(v) for v in values.values()]).T
-                draw_means(axis, list(values), bounds, target, bars=True, label=f"Prune$_{target}$")
+                bounds = np.stack([interval(v) for v in values.values()], 1)
+                drawing.means(axis, list(values), bounds, style(target), [len(v) for v in values.values()],
+                              bars=True, label=f"Prune$_{target}$")
         rate_axis(axis, rates)
         axis.set_ylabel(LABELS[key])
     for axis in axes[:2]:
-        legend_below(axis, 3)
-    stable = [np.mean([run["mean_stability"] for run in g]) for _, groups in rates.values() for g in groups.values()]
+        drawing.legend_below(axis, 3)
+    stable = [np.mean([float(run["mean_stability"]) for run in runs])
+              for _, groups in rates.values() for runs in groups.values()]
     top, reach = max(stable), max(stable) - np.median(stable)
     inset.set(ylim=(top - 2.2 * reach - 1e-3, top + 0.3 * reach + 1e-3), xlabel="", ylabel="")
     inset.tick_params(labelsize=7, labelbottom=False)
@@ -678,82 +644,98 @@ def rates_figure(name, models, args):
 def rate_scatters(name, models, args):
     """Figure C1: a panel for each rate."""
     rates, numbers = by_rate(models["vgg11"]), {}
-    canvas, axes = panels(len(rates), 4, 2.2, 6.75 / min(4, len(rates)))
+    canvas, axes = drawing.panels(len(rates), 4, 2.2, 6.75 / min(4, len(rates)))
     for axis, (rate, (r, groups)) in zip(axes, rates.items()):
-        result = draw_scatter(axis, groups, legend=0)
-        axis.set_title(f"rate {rate:.3g}% (r = {r})\n" + axis.get_title().replace(", ", "\n"))
+        result = draw_scatter(axis, groups, short=True)
+        axis.set_title(f"rate {rate:.3g}% (r = {r})\n{axis.get_title()}")
         axis.set(ylabel=LABELS["best_acc"] if axis in axes[::4] else "")
         numbers[f"{rate:.3g}"] = {"r": r, **method_numbers(groups), "scatters": [result]}
-    looks = {target: style(target) for target in "SRL" if any(m[0] == target for m in models["vgg11"])}
-    marks = [plt.Line2D([], [], marker=m, color=c, ls="", ms=4, label=f"Prune$_{t}$") for t, (c, _, m) in looks.items()]
-    canvas.legend(handles=marks, loc="outside lower center", ncol=3)
+    drawing.legend_outside(canvas, axes, lambda label: label.split()[0])
     return canvas, {"vgg11": {"by_rate": numbers}}
 
 
 def rate_kendall(name, models, args):
     """Figure C2."""
-    canvas, (axis,) = panels(1, height=3.0)
+    canvas, (axis,) = drawing.panels(1, height=3.0)
     return canvas, {"vgg11": {"by_rate": draw_rate_correlation(axis, by_rate(models["vgg11"]), "kendall")}}
 
 
 def scatters(name, models, args):
-    """Figures 4, C3, 6, E3, E5, E6 and flatness: the panels that SCATTERS lists, for each model.
+    """The panels that SCATTERS lists, for each model.
 
-    The flatness figures' points are all six methods; the others' only those that prune while they train (section 9).
+    The points are the runs that prune while they train (section 9); in the figures of flatness and cost, all runs.
     """
-    pairs, numbers = SCATTERS[name], {}
-    canvas, axes = panels(len(models) * len(pairs), 2, 2.9)
-    for axis, (model, i) in zip(axes, itertools.product(models, range(len(pairs)))):
-        result = draw_scatter(axis, models[model], *pairs[i], baseline=name not in ("4", "C3"),
-                              legend=2 * (i >= len(pairs) - 2))
-        numbers.setdefault(model, {"scatters": []})["scatters"].append(result)
+    columns, pairs = SCATTERS[name]
+    canvas, axes = drawing.panels(len(models) * len(pairs), columns, 2.9, 3.375 if columns == 2 else 2.5)
+    numbers = {model: {"scatters": []} for model in models}
+    for axis, (model, pair) in zip(axes, itertools.product(models, pairs)):
+        groups = {m: runs for m, runs in models[model].items() if name != "stability" or "scratch" not in m}
+        numbers[model]["scatters"].append(draw_scatter(
+            axis, groups, *pair, baseline=name not in ("4", "C3", "stability"), short=columns > 2,
+            given="events" if name == "stability" else None))
         if len(models) > 1:
             axis.set_title(f"{model}: {axis.get_title()}")
+    drawing.legend_outside(canvas, axes)
     return canvas, numbers
 
 
 def eigenvalues(name, models, args):
     """Figures E1, the first ten eigenvalues of the Hessian of the test loss, and E2, the sizes of all computed."""
     groups, first_ten, numbers = models["vgg11"], name == "E1", {}
-    canvas, (axis,) = panels(1, height=3.6, width=5.0)
+    canvas, (axis,) = drawing.panels(1, height=3.6, width=5.0)
     for i, (method, runs) in enumerate(groups.items()):
-        count = min(len(run["flat"]["eigenvalues"]) for run in runs)
-        count = min(count, 10) if first_ten else count
+        count = min(10 if first_ten else math.inf, *(len(run["flat"]["eigenvalues"]) for run in runs))
         values = np.array([run["flat"]["eigenvalues"][:count] for run in runs])
         x = np.arange(1, count + 1) + (0.12 * (i - (len(groups) - 1) / 2) if first_ten else 0)
         numbers[method] = {
-            **draw_means(axis, x, interval(values if first_ten else np.abs(values)), method, bars=first_ten,
-                         label=method_label(runs[0]), **({"ls": ""} if first_ten else {})),
+            **drawing.means(axis, x, interval(values if first_ten else np.abs(values)), style(method), len(runs),
+                            first_ten, label=method_label(runs[0]), **({"ls": ""} if first_ten else {})),
             "negative": (values < 0).sum(0).tolist(), "n": len(runs),  # negative in so many runs
-            "converged": [all(run["flat"]["converged"][:count]) for run in runs]}
+            "converged": np.mean([run["flat"]["converged"][:count] for run in runs], 0).tolist()}  # in such a share
     axis.set(xlabel="Eigenvalue, ordered by magnitude", ylabel="Eigenvalue" if first_ten else "|Eigenvalue|",
              yscale="linear" if first_ten else "log")
-    legend_below(axis, 3)
+    drawing.legend_below(axis, 3)
     return canvas, {"vgg11": {"eigenvalues": numbers}}
 
 
 def loss_along_eigenvectors(name, models, args):
     """Figure E4: a panel for each method, a line for each eigenvector, means over runs."""
-    groups, colours, numbers = models["vgg11"], plt.get_cmap("viridis"), {}
-    canvas, axes = panels(len(groups), 3, 2.3, 6.75 / min(3, len(groups)), sharex=True, sharey=True)
+    groups, colours, numbers = models["vgg11"], matplotlib.colormaps["viridis"], {}
+    canvas, axes = drawing.panels(len(groups), 3, 2.3, 6.75 / min(3, len(groups)), sharex=True, sharey=True)
     for axis, (method, runs) in zip(axes, groups.items()):
         epsilon = runs[0]["flat"]["line"]["epsilon"]
-        mean = np.mean([run["flat"]["line"]["loss"] for run in runs], 0)
+        mean = np.array([run["flat"]["line"]["loss"] for run in runs], float).mean(0)  # NaN where one is not finite
         for i, loss in enumerate(mean):
             axis.plot(epsilon, loss, color=colours(i / 10), lw=0.9)
-        axis.set(title=f"{method_label(runs[0])}, n = {len(runs)}", yscale="log", xlabel="ε", ylabel="Test loss")
+        axis.set(title=f"{method_label(runs[0])}, n = {len(runs)}", yscale="log", xlabel="ε",
+                 ylabel=f"{args.split.title()} loss")
         axis.label_outer()
-        numbers[method] = {"n": len(runs), "epsilon": epsilon, "loss": mean.tolist()}
+        numbers[method] = {"n": len(runs), "epsilon": epsilon, "loss": [floats(loss) for loss in mean]}
     scale = matplotlib.cm.ScalarMappable(matplotlib.colors.BoundaryNorm(np.arange(0.5, 11), 256), colours)
     canvas.colorbar(scale, ax=canvas.axes, label="Eigenvector, by magnitude", ticks=range(1, 11), shrink=0.8)
     return canvas, {"vgg11": {"lines": numbers}}
 
 
+def spectra(name, models, args):
+    """The density of the Hessian's eigenvalues by method, means over runs with their 95% band."""
+    canvas, (axis,) = drawing.panels(1, height=3.6, width=5.0)
+    found = {method: [run["flat"]["density"] for run in runs] for method, runs in models["vgg11"].items()}
+    ends = [grid[end] for runs in found.values() for run in runs for grid in [run["grid"]] for end in (0, -1)]
+    grid, numbers = np.linspace(min(ends), max(ends), 400), {}
+    for method, runs in found.items():
+        each = [np.interp(grid, run["grid"], run["density"], 0, 0) for run in runs]
+        numbers[method] = {"n": len(runs), "lambda": floats(grid), "width": floats([run["width"] for run in runs]),
+                           **drawing.means(axis, grid, interval(each), style(method), len(runs),
+                                           label=method_label(models["vgg11"][method][0]))}
+    axis.set(xlabel="Eigenvalue of the Hessian", ylabel="Density", yscale="log", ylim=(1e-8, None))
+    drawing.legend_below(axis, 3)
+    return canvas, {"vgg11": {"density": numbers}}
+
+
 @torch.no_grad()
 def normalised_activations(model, layers, images):
-    """The convolutions' outputs, each feature map normalised by its own mean and deviation over the batch, as batch
-    normalisation does in training mode: a flat array for each of `layers` (train.Block or nn.Conv2d), without the maps
-    that are constant."""
+    """The convolutions' outputs, each feature map normalised over the batch as batch norm does in training: a flat
+    array for each of `layers` (train.Block or nn.Conv2d), without the maps that are constant."""
     result = []
 
     def take(layer, inputs, output):
@@ -796,7 +778,7 @@ def activation_histograms(name, models, args):
     """Figure B1: from a finished VGG19 run, its initial weights and its last ones, or from torchvision's weights."""
     run = models["vgg19"]["none"][0] if models else None
     make, images = own_vgg19(run, args) if run else vgg19_from_torchvision(args)
-    canvas, axes = panels(16, 2, 1.0, sharex=True)
+    canvas, axes = drawing.panels(16, 2, 1.0, sharex=True)
     grid = np.linspace(-4, 4, 81)
     source = run["dir"] if run else "torchvision's vgg19_bn, ImageNet weights"
     numbers = {"run": source, "images": len(images), "layers": []}
@@ -823,7 +805,7 @@ def activation_histograms(name, models, args):
 
 
 def weight_path(kind):
-    """A targeted weight in every forward pass of a short VGG11 run on digits: (training batches, values, event).
+    """A targeted weight in every training pass of a short VGG11 run on digits: (training batches, values, event).
 
     kind: "prune", "zero" or "gauss", of a quarter of the last layer's filters, the largest, after the first epoch.
     """
@@ -831,34 +813,24 @@ def weight_path(kind):
         "--dataset digits --width 0.0625 --target L --s 0 --e 0 --r 1 --p 0.25 --epochs 2 --lrs 2 --batch-size 25 "
         "--device cpu" + (f" --noise {kind} --noise-batches 15" if kind != "prune" else "")).split())
     data = train.put_on_device(train.load_data("digits"), torch.device("cpu"))
-    generators = train.make_generators(options, torch.device("cpu"))
-    model = train.build_model("vgg11", 10, options.width)
-    optimizer = train.make_optimizer(model, options)
-    plan = train.pruning_plan(model, options, train.schedule(options))
-    noise = [train.new_noise(model.prunable[layer]) for layer, _ in plan] if kind != "prune" else []
-    block, seen = model.prunable[plan[0][0]], []
+    run, seen, records = train.new_run(options, 10, torch.device("cpu")), [], []
+    block, noise = run.model.prunable[run.plan[0][0]], run.hooks.get("before_batch", lambda training: None)
 
     def before_batch(training):
-        for state in noise:
-            train.noise_pass(block, state, options, generators.get("noise"), training)
-        seen.append(block.conv.weight.detach()[:, 0, 1, 1].clone())
+        noise(training)
+        if training:
+            seen.append(block.conv.weight.detach()[:, 0, 1, 1].clone())
 
-    def after_batch():
-        for state in noise:
-            train.end_noise_if_due(block, state, options)
-
-    step, gone = 0, {}
-    for epoch in range(2):
-        *_, step = train.train_epoch(model, data, optimizer, options, generators, step, before_batch, after_batch)
-        due = train.filters_due(model, options, plan, epoch, noise)
-        gone |= train.prune_now(model, optimizer, options, plan, due, noise, generators["target"])
-    filter_index = next(iter(gone.values()))[0]
-    return list(range(1, len(seen) + 1)), [float(values[filter_index]) for values in seen], len(seen) // 2
+    run.hooks["before_batch"] = before_batch
+    for _ in train.experiment(run, data, records.append):
+        pass
+    index = next(filters[0] for record in records for filters in record["filters"].values())
+    return list(range(1, len(seen) + 1)), [float(values[index]) for values in seen], len(seen) // 2
 
 
 def one_weight(name, models, args):
     """Figure D1: a short real run of each kind, the same seed and thus the same path up to the event."""
-    canvas, axes = panels(3, 3, 2.4, 2.25, sharey=True)
+    canvas, axes = drawing.panels(3, 3, 2.4, 2.25, sharey=True)
     numbers = {"run": "vgg11, width 0.0625, digits, seed 1, 2 epochs of 40 batches, noise for 15 batches"}
     for axis, (kind, title, look) in zip(axes, (("prune", "Pruning", "L"), ("zero", "Zeroing", "zero-50"),
                                                 ("gauss", "Gaussian", "gauss-1"))):
@@ -873,10 +845,6 @@ def one_weight(name, models, args):
     return canvas, {"vgg11": numbers}
 
 
-# +--------------------------------------------------------------------------------------------------------------------+
-# | Tables                                                                                                             |
-# +--------------------------------------------------------------------------------------------------------------------+
-
 def table(name, models, args):
     """Tables C1 and F1: mean and deviation of accuracy and stability, and two-tailed t-tests of the accuracies."""
     groups, rows, t_tests = models["resnet18"], [], {}
@@ -885,31 +853,21 @@ def table(name, models, args):
     for method, runs in groups.items():
         m, paper, tests = numbers["methods"][method], PAPER[name, "resnet18"].get(method), []
         m["total_pruned"] = measured([total_pruned(run) for run in runs])
-        for other in against.get(method, []):
-            if other in groups:
-                test = t_test(m["best_acc"]["values"], numbers["methods"][other]["best_acc"]["values"])
-                t_tests[f"{method} against {other}"] = test
-                tests += [f"{method_label(groups[other][0])}: {test['student'][1]:.2g}"] if test["student"] else []
+        for other in (other for other in against.get(method, []) if other in groups):
+            best, last = (t_test([run[k] for run in runs], [run[k] for run in groups[other]])
+                          for k in ("best_acc", "last_acc"))
+            disagrees = best["difference"] * last["difference"] < 0
+            t_tests[f"{method} against {other}"] = {**best, "by last_acc": last}
+            if best["student"]:
+                tests.append(f"{method_label(groups[other][0])}: {best['student'][1]:.2g}" + disagrees * (
+                    f" ({best['difference']:+.2f}; last epoch {last['difference']:+.2f})"))
         label = method_label(groups.get(method.removesuffix(HIGH), runs)[0])  # C.2 names a method by its rate at 46%
         rows.append({
             "method": label, "pruned": f"{m['total_pruned']['mean']:.0f}%", "n": m["best_acc"]["n"],
             **{f"{title} (%)": plus_minus(m[key], digits) for title, key, digits in SUMMARY},
-            "p, two-tailed, against": "; ".join(tests) or "–",
+            "p, two-tailed, against": "\n".join(tests) or "–",
             **({"paper's": f"{paper[1]:.2f} ± {paper[2]}; {paper[3]:g}" if paper else "–"} if args.papers else {})})
-    canvas, (axis,) = panels(1, height=0.35 + 0.22 * (len(rows) + 1), width=6.75)
-    canvas.set_layout_engine("none")
-    axis.axis("off")
-    drawn = axis.table([list(row.values()) for row in rows], colLabels=list(rows[0]), loc="center", cellLoc="center")
-    drawn.auto_set_font_size(False)
-    drawn.set_fontsize(7)
-    drawn.auto_set_column_width(list(range(len(rows[0]))))
-    for (row, _), cell in drawn.get_celld().items():
-        cell.visible_edges = "B" if row == 0 else ""
-    return canvas, {"resnet18": {**numbers, "t_tests": t_tests}}
-
-
-def plus_minus(m, digits):
-    return f"{m['mean']:.{digits}f}" + (f" ± {m['sd']:.{digits}f}" if m["sd"] is not None else "")
+    return drawing.table(rows), {"resnet18": {**numbers, "t_tests": t_tests}}
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -918,7 +876,8 @@ def plus_minus(m, digits):
 
 DRAW = {"2": dynamics_and_scatter, "B2": dynamics_and_scatter, "3": rates_figure, "C1": rate_scatters,
         "C2": rate_kendall, "5": noise_dynamics, "D2": noise_dynamics, "B1": activation_histograms, "D1": one_weight,
-        "E1": eigenvalues, "E2": eigenvalues, "E4": loss_along_eigenvectors, "table C1": table, "table F1": table,
+        "E1": eigenvalues, "E2": eigenvalues, "E4": loss_along_eigenvectors, "density": spectra, "table C1": table,
+        "table F1": table,
         **dict.fromkeys(SCATTERS, scatters)}
 
 
@@ -930,15 +889,13 @@ def finished(groups):
 
 def draw(name, runs, args):
     """Draws a figure or "table <name>" for every data set and setting found; raises files.UserError without any."""
-    _, target, methods = EVERYTHING[name]
     settings, left_out = runs_of(name, runs)
     going_on = [run for run in left_out if args.live and run.get("unfinished")]
     for run in going_on:
         if len(run["curve"]):
             settings.setdefault((run["dataset"], run["setting"]), []).append(run)
     if name in NEEDS_FLATNESS:
-        settings = {key: with_flatness(found, left_out, args) for key, found in settings.items()}
-        settings = {key: found for key, found in settings.items() if found}
+        settings = {key: fit for key, found in settings.items() if (fit := with_flatness(found, left_out, args))}
     for run in left_out:
         if run not in going_on:
             print(f"left out: {run['dir']}: {run['problem']}")
@@ -946,30 +903,38 @@ def draw(name, runs, args):
         settings = {("imagenet" if name == "B1" else "digits", ""): []}
     label = f"{'Figure ' * (name in FIGURES)}{name}"
     files.require(settings, f"no finished runs of {label} under {args.log_dir}/: train them with 'bash runs.sh "
-                  f"{target}', or name another --log-dir")
+                  f"{EVERYTHING[name][1]}', or name another --log-dir")
     for (dataset, setting), found in settings.items():
-        models = {model: {m: [r for r in found if r["model"] == model and r["method"] == m] for m in wanted}
-                  for model, wanted in methods.items()}
-        models = {model: {m: g for m, g in groups.items() if g} for model, groups in models.items()}
-        models = {model: g for model, g in models.items() if set(g) - {"none"} or g and methods[model] == ("none",)}
+        models = {model: {m: own for m in wanted
+                          if (own := [run for run in found if (run["model"], run["method"]) == (model, m)])}
+                  for model, wanted in methods_of(name, found).items()}
+        models = {model: g for model, g in models.items() if set(g) - {"none"} or g and name == "B1"}
         args.papers = is_papers(name, dataset, setting)
-        canvas, numbers = DRAW[name](name, models, args)
-        title = " ".join(filter(None, (dataset, setting)))
-        canvas.suptitle(textwrap.fill(title, int(13 * canvas.get_figwidth())), fontsize=8)
-        for model, panel in numbers.items():
-            numbers[model] = {**(method_numbers(finished(models[model])) if model in models else {}), **panel,
-                              "paper": PAPER.get((name, model)) if args.papers else None}
-            print_numbers(f"{label}, {model}, {title}", numbers[model])
-        file = "-".join([f"fig{name}" if name in FIGURES else name.replace("table ", "tab"),
-                         *([] if args.papers or name == "D1" else title.split())])
-        save(canvas, pathlib.Path(args.fig_dir, file), {
-            "figure": name, "dataset": dataset, "setting": setting, "models": numbers,
-            "left_out": {run["dir"]: run["problem"] for run in left_out}})
+        with matplotlib.rc_context(drawing.LOOK):
+            canvas, numbers = DRAW[name](name, models, args)
+            title = " ".join(filter(None, (dataset, setting)))
+            notes = [title]
+            if name in NEEDS_FLATNESS:
+                notes.append(flatness.in_words([run["flat"] for run in found], args.eigs))
+            for model, panel in numbers.items():
+                numbers[model] = {**(method_numbers(finished(models[model])) if model in models else {}), **panel,
+                                  "paper": PAPER.get((name, model)) if args.papers else None}
+                print_numbers(f"{label}, {model}, {title}", numbers[model])
+                pairs = numbers[model].get("disagree")
+                notes += [f"{model}, best and last accuracy differ in sign: {', '.join(pairs[:3])}" +
+                          f" and {len(pairs) - 3} more" * (len(pairs) > 3)] if pairs else []
+            title = "\n".join(textwrap.fill(note, int(13 * canvas.get_figwidth())) for note in notes)
+            canvas.suptitle(title, fontsize=8, parse_math=False)
+            file = "-".join([f"fig{name}" if name in FIGURES else name.replace("table ", "tab"),
+                             *([] if args.papers or name == "D1" else notes[0].split()),
+                             *(["train"] if name in NEEDS_FLATNESS and args.split == "train" else [])])
+            drawing.save(canvas, pathlib.Path(args.fig_dir, file), {
+                "figure": name, "dataset": dataset, "setting": setting, "notes": notes[1:], "models": numbers,
+                "left_out": {run["dir"]: run["problem"] for run in left_out}})
         print(f"drawn: {args.fig_dir}/{file}.pdf, .png and .json" + f" from {len(found)} runs" * bool(found))
-        if found:
-            there, wanted, command = rest_command(name, dataset, setting, found)
-            if there < wanted:
-                print(f"{there} of {wanted} runs are there; the rest: {command}")
+        there, wanted, command = rest_command(name, dataset, setting, found) if found else (0, 0, "")
+        if there < wanted:
+            print(f"{there} of {wanted} runs are there; the rest: {command}")
 
 
 def print_numbers(title, panel):
@@ -979,37 +944,26 @@ def print_numbers(title, panel):
     for method, m in panel.get("methods", {}).items():
         cells = "".join(f" {plus_minus(m[key], digits):>20}" for _, key, digits in SUMMARY)
         print(f"  {method:22} {m['best_acc']['n']:3}{cells}")
+    best, last, disagree = (panel.get(k, {}) for k in ("paired_best_acc", "paired_last_acc", "disagree"))
+    for pair in best if len(best) <= 15 else disagree:
+        print(f"  {pair}, under the same seed: best accuracy {gap_of(best[pair])}, last {gap_of(last[pair])}" +
+              ": they disagree" * (pair in disagree))
     for c in panel.get("scatters", []):
         print(f"  {c['y']} against {c['x']}: n = {c['n']}" + "".join(
-            f", {k} {c[k][0]:.2f} (p = {c[k][1]:.2g})" if c[k] else f", {k} undefined" for k in ("pearson", "kendall")))
+            f", {stated(c, kind) or KINDS[kind][1] + ' undefined'}" for kind in KINDS))
+        if c.get("disagrees"):
+            print("    by last accuracy: " + ", ".join(stated(c["by last_acc"], kind) for kind in KINDS))
     for pair, test in panel.get("t_tests", {}).items():
         p = f"p = {test['student'][1]:.2g}" if test["student"] else "no test: too few runs"
-        print(f"  best accuracy, {pair}: {test['difference']:+.2f} points, {p}")
-
-
-def save(canvas, name, numbers):
-    """Writes name.pdf, name.png and name.json, each atomically."""
-    canvas.draw_without_rendering()
-    canvas.set_layout_engine("none")  # it is laid out now, and would be again for every file
-    for kind in ("pdf", "png"):
-        partial = name.with_name(f"{name.name}.partial.{kind}")
-        try:
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            canvas.savefig(partial, dpi=200, metadata={"CreationDate": None} if kind == "pdf" else None)
-            partial.replace(name.with_name(f"{name.name}.{kind}"))
-        except OSError as error:
-            raise files.UserError(f"cannot write {name}.{kind} ({error.strerror}): make room or name another --fig-dir",
-                                  1) from None
-    plt.close(canvas)
-    files.write_json(name.with_name(f"{name.name}.json"), numbers)
+        print(f"  {pair}: best {test['difference']:+.2f} points, {p}; last {test['by last_acc']['difference']:+.2f}")
 
 
 def list_figures(log_dir):
     runs = find_runs(log_dir)
     for name, (what, target, models) in EVERYTHING.items():
-        option = f"--figure {name}" if name in FIGURES else f"--{name}"
-        print(f"{option}: {what}; " + (f"from 'bash runs.sh {target}'" if models else "needs no runs"))
-        settings, left_out = runs_of(name, runs) if models else ({}, [])
+        source = f"'bash runs.sh {target}'" if target else "no runs"
+        print(f"--{'figure ' * (name in FIGURES)}{name}: {what}; from {source}")
+        settings, left_out = runs_of(name, runs) if models != {} else ({}, [])
         for (dataset, setting), found in settings.items():
             there, wanted, _ = rest_command(name, dataset, setting, found)
             print(f"    {' '.join(filter(None, (dataset, setting)))}: {there} of {wanted} runs finished")
@@ -1057,8 +1011,7 @@ def main(argv=None):
     add = parser.add_argument_group("flatness, of the runs named or those of a figure").add_argument
     add("--eigs", type=int, default=100, help="eigenvalues of the Hessian (default: 100)")
     add("--images", type=int, default=512, help="images of the split, the first ones (default: 512)")
-    add("--split", choices=("test", "train"), default="test", help="the paper: test; train goes to flatness-train.json "
-        "(default: test)")
+    add("--split", choices=("test", "train"), default="test", help="train goes to flatness-train.json (default: test)")
     add("--eig", choices=("lanczos", "power"), default="lanczos",
         help="power is the paper's method, slower and less precise (default: lanczos)")
     add("--memory-gb", type=float, default=4, help="for graphs and activations; the eigenvectors need 3 * eigs + 1 "
@@ -1074,18 +1027,16 @@ def main(argv=None):
         files.require(not args.live or args.figure == ["2"], "--live is for --figure 2")
         for name in ("eigs", "images", "memory_gb"):
             value = getattr(args, name)
-            files.require(0 < value < 1e6, f"--{name.replace('_', '-')} {train.short(value)}: give a number above 0")
+            files.require(0 < value < 1e6, f"--{name.replace('_', '-')} {files.short(value)}: give a number above 0")
         if args.list:
             list_figures(args.log_dir)
         for run_dir in args.flatness:
             measure_flatness(run_dir, args)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=scipy.stats.ConstantInputWarning)
-            if args.live:
-                draw_live(args)
-            elif args.figure or args.table:
-                names = args.figure + [f"table {name}" for name in args.table]
-                draw_all(list(EVERYTHING) if "all" in names else names, args)
+        if args.live:
+            draw_live(args)
+        elif args.figure or args.table:
+            names = args.figure + [f"table {name}" for name in args.table]
+            draw_all(list(EVERYTHING) if "all" in names else names, args)
         return 0
     except files.UserError as error:
         print(f"analyze.py: {error}", file=sys.stderr)

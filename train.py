@@ -18,7 +18,7 @@ done.json. The same command again continues a half-done run and leaves a finishe
 The experiment in ten lines; `experiment` below is these, with noise, learning rates, validation and CUDA graphs:
 
     args = parse_options(["--preset", "quick", "--target", "L", "--device", "cpu"])
-    device, arrays = choose_device(args), load_data(args.dataset)
+    device, arrays = runs.choose_device(args), load_data(args.dataset)
     data, run = put_on_device(arrays, device, args.val_split), new_run(args, len(arrays["classes"]), device)
     for epoch in range(run.times["epochs"]):
         totals, run.step = train_epoch(run.model, data, run.optimizer, args, run.generators, run.step)
@@ -29,10 +29,8 @@ The experiment in ten lines; `experiment` below is these, with noise, learning r
         print(epoch, measured(f"epoch {epoch}", data, totals, before, after, event=bool(gone)))
 """
 import argparse
-import collections
 import contextlib
 import io
-import json
 import math
 import os
 import pathlib
@@ -45,7 +43,6 @@ import threading
 import time
 import types
 import warnings
-import zlib
 from fractions import Fraction
 
 import numpy as np
@@ -54,8 +51,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from gst_ext import files, ops, runs
-from gst_ext.files import UserError, reason, require
-from gst_ext.graphs import fed, hold_for, new_graphs, replayed, stream_of
+from gst_ext.files import UserError, require, short
+from gst_ext.graphs import fed, hold_for, new_graphs, replayed
 
 # +--------------------------------------------------------------------------------------------------------------------+
 # | Configuration: the paper's settings, the command line, the run's name                                              |
@@ -95,7 +92,6 @@ NOT_THE_RESULT = ("log_dir", "data_dir", "device", "backend", "save_epoch", "ten
                   "plan", "retry_failed", "status", "preset")  # not what a run computes
 BUILT_IN = ("cifar10", "cifar100", "digits")
 MULTIPLE = {"cpu": 1, "cuda": 32}  # a layer's live filters are computed as so many, rounded up: shapes a device likes
-CHECKPOINT_EVERY = {"cpu": 0, "cuda": 30}  # seconds at least; on a GPU, writing may take longer than an epoch
 
 
 def paper_settings(model, optimizer=None):
@@ -112,36 +108,6 @@ def usual_settings(model, optimizer=None, preset=None):
     """What a run of `model` (str) uses where no option is given: the paper's settings, or a preset's in their place."""
     settings = paper_settings(model, optimizer) | DEFAULTS
     return settings | (PRESETS[preset][settings["optimizer"]] if preset else {})
-
-
-def short(value):
-    """A value as it stands in names and messages: 0.25, 3,4,5,6, 0.1x16."""
-    if isinstance(value, (list, tuple)):
-        return f"{short(value[0])}x{len(value)}" if len(value) > 1 == len(set(value)) else ",".join(map(short, value))
-    return str(value).removesuffix(".0")
-
-
-def repeated(kind):
-    """An argparse type for list options: `V` is one value, `VxN` is V repeated N times; gives a list."""
-    def parse(text):
-        value, _, times = text.partition("x")
-        if not 1 <= int(times or 1) <= 1000:
-            raise ValueError
-        return [kind(value)] * int(times or 1)
-    parse.__name__ = f"{kind.__name__} or VxN"
-    return parse
-
-
-def seed_list(text):
-    """An argparse type: 1-3,7 is [1, 2, 3, 7]."""
-    parts = [[int(end) for end in part.split("-")] for part in text.split(",")]
-    spans = [range(part[0], part[-1] + 1) for part in parts]
-    if not all(spans) or sum(map(len, spans)) > 10_000 or max(map(len, parts)) > 2 or max(map(max, parts)) >= 2**32:
-        raise ValueError  # a span that holds no seed, such as 3-1, too
-    return [seed for span in spans for seed in span]
-
-
-seed_list.__name__ = "range or list of seeds"  # as argparse names it
 
 
 def make_parser():
@@ -174,7 +140,7 @@ def make_parser():
         help="prune the filters with the Smallest or the Largest score, or Random ones (default: none)")
     add("--r", type=int, help="retrain period: epochs between pruning iterations")
     for name, kind, what in (("s", int, "first epochs"), ("e", int, "last epochs"), ("p", float, "pruned fractions")):
-        add(f"--{name}", type=repeated(kind), nargs="+", metavar=name,
+        add(f"--{name}", type=files.repeated(kind), nargs="+", metavar=name,
             help=f"{what} of pruning, one value (VxN: N times V) for each of the last n prunable layers")
     add("--score", choices=SCORES, help="what makes a filter small or large")
     add("--scratch", action=flag, default=False, help="prune everything once, before training (default: no)")
@@ -196,7 +162,7 @@ def make_parser():
     add("--batch-size", type=int, help="(default: 128)")
     add("--test-batch-size", type=int, help="each adds its noise in a noise run (default: 128)")
     add("--epochs", type=int)
-    add("--lrs", type=repeated(int), nargs="*", metavar="epoch", help="epochs that divide the learning rate by ten")
+    add("--lrs", type=files.repeated(int), nargs="*", metavar="epoch", help="epochs that divide the rate by ten")
     add("--scale-epochs", type=float, metavar="F",
         help="multiply epochs, lrs, s, e and r by F, each rounded, r at least 1 (default: 1)")
     add("--seed", type=int, default=1, help="(default: 1)")
@@ -213,7 +179,7 @@ def make_parser():
     add("--tensorboard", action=flag, default=False, help="also write <run>/tensorboard, if installed (default: no)")
 
     add = parser.add_argument_group("many runs, each with the files and results it would have alone").add_argument
-    add("--seeds", type=seed_list, metavar="1-10", help="a run for each seed, 1-10 or 1,4,7, in place of --seed")
+    add("--seeds", type=files.seed_list, metavar="1-10", help="a run for each seed, 1-10 or 1,4,7, in place of --seed")
     add("--runs", metavar="FILE", help="train the runs listed in FILE, a line of options each")
     add("--at-once", type=int, metavar="N", help="runs that take turns in this process; on a GPU they compute side by "
         "side (default: what a GPU's memory holds, at most 16; 1 on a CPU)")
@@ -376,76 +342,13 @@ def load_data(name, data_dir="data"):
             with files.lock_directory(path.parent, wait=True):
                 if not path.exists():
                     buffer = io.BytesIO()
-                    np.savez(buffer, **download_cifar(name, data_dir))
+                    np.savez(buffer, **files.download_cifar(name, data_dir))
                     files.write_atomically(path, buffer.getbuffer())
     elif name != "digits":
         require(name.endswith(".npz") or path.is_dir(), f"--dataset {name}: no such thing; give cifar10, cifar100, "
                 "digits, a .npz file, or a folder with train/ and test/ class folders of images")
-    data = load_digits() if name == "digits" else read_image_folder(path) if path.is_dir() else files.read_npz(path)
-
-    missing = [k for k in ("train_x", "train_y", "test_x", "test_y", "classes") if k not in data]
-    require(not missing, f"{path} lacks {', '.join(missing)}: it needs train_x, train_y, test_x, test_y and classes")
-    k = len(data["classes"]) if data["classes"].ndim == 1 else 0
-    require(k >= 2, f"{path}: classes must be a list of at least two names")
-    for split in ("train", "test"):
-        x, y = data[f"{split}_x"], data[f"{split}_y"]
-        require(x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] == 3 and min(x.shape[1:3]) >= 32,
-                f"{path}: {split}_x is {x.dtype} {x.shape}; it must be uint8 (n, height, width, 3), at least 32x32")
-        require(len(x) > 0 and y.shape == (len(x),) and y.dtype.kind in "iu",
-                f"{path}: {split}_y is {y.dtype} {y.shape}; it must hold one whole number for each of {len(x)} images")
-        require(0 <= y.min() and y.max() < k,
-                f"{path}: {split}_y goes from {y.min()} to {y.max()}; the labels of {k} classes are 0 to {k - 1}")
-        data[f"{split}_y"] = y.astype(np.int64)
-    require(data["train_x"].shape[1:] == data["test_x"].shape[1:], f"{path}: training and test images differ in size")
-    return data
-
-
-def download_cifar(name, data_dir):
-    try:
-        import torchvision
-        kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
-        train, test = (kind(data_dir, train=flag, download=True) for flag in (True, False))
-    except Exception as error:
-        raise UserError(f"cannot download {name} ({reason(error)}): put {name}.npz into {data_dir}/, or the official "
-                        f"cifar-{name[5:]}-python.tar.gz, or use --dataset digits, which needs no download") from None
-    return dict(train_x=train.data, train_y=np.array(train.targets), test_x=test.data, test_y=np.array(test.targets),
-                classes=np.array(train.classes))
-
-
-def load_digits():
-    """scikit-learn's 1,797 handwritten digits, 8x8 grey, as 32x32 in three equal channels: 1,000 train, 797 test."""
-    import sklearn.datasets
-    from PIL import Image
-    digits = sklearn.datasets.load_digits()
-    grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    x = np.stack([np.asarray(Image.fromarray(image).resize((32, 32), Image.BILINEAR)) for image in grey])
-    x = np.repeat(x[..., None], 3, axis=3)
-    order = np.random.RandomState(0).permutation(len(x))  # one split for everybody: the bundled order is by writer
-    train, test = order[:1000], order[1000:]
-    return dict(train_x=x[train], train_y=digits.target[train], test_x=x[test], test_y=digits.target[test],
-                classes=digits.target_names.astype(str))
-
-
-def read_image_folder(folder):
-    """The images of folder/train/<class>/ and folder/test/<class>/; what was made of them is said in one line."""
-    def seen(path):
-        return sorted(p for p in path.glob("*") if not p.name.startswith("."))  # .ipynb_checkpoints is no class
-
-    classes, notes = [p.name for p in seen(folder / "train") if p.is_dir()], collections.Counter()
-    unknown = {p.name for p in seen(folder / "test") if p.is_dir()} - set(classes)
-    require(classes, f"{folder}/train has no class folders: lay the images out as train/<class>/<image>")
-    require(not unknown, f"{folder}/test/{min(unknown, default='')} is no class of {folder}/train: rename or remove it")
-    data = {"classes": np.array(classes)}
-    for split in ("train", "test"):
-        found = [(path, label) for label, name in enumerate(classes) for path in seen(folder / split / name)]
-        for label in set(range(len(classes))) - {label for _, label in found}:
-            raise UserError(f"{folder}/{split}/{classes[label]} has no images: put some there, or remove the class")
-        notes["beside the class folders left out"] += sum(not p.is_dir() for p in seen(folder / split))
-        data[f"{split}_x"] = np.stack([files.read_image(path, notes) for path, _ in found])
-        data[f"{split}_y"] = np.array([label for _, label in found], np.int64)
-    if +notes:
-        files.say_once(f"train.py: images of {folder}: " + ", ".join(f"{n} {what}" for what, n in (+notes).items()))
-    return data
+    read = files.read_image_folder if path.is_dir() else files.read_npz
+    return files.checked_arrays(path, files.load_digits() if name == "digits" else read(path))
 
 
 def subset(n, *counts):
@@ -454,8 +357,9 @@ def subset(n, *counts):
     return [np.sort(order[start:end]) for start, end in zip(bounds, bounds[1:])]
 
 
-def put_on_device(data, device, val_split=0, train_images=0, test_images=0, label_noise=0.0):
-    """The arrays as tensors on `device`: {"train": (x uint8 NHWC, y), "test": …, "val": … if asked, "mean", "std"}.
+def put_on_device(data, device, val_split=0, train_images=0, test_images=0, label_noise=0.0, padded=False):
+    """The arrays as tensors on `device`: {"train": (x uint8 NHWC, y), "test": …, "val": … if asked, "mean", "std"}
+    and, with padded, "padded", the training images in a border for crop_and_flip.
 
     mean and std (3,) are the training images' per-channel ones, in units of a uint8 pixel, exact. The options draw the
     same images and labels for every seed, so that runs differ in what they learn and not in what teaches and judges it.
@@ -484,6 +388,8 @@ def put_on_device(data, device, val_split=0, train_images=0, test_images=0, labe
     variance = counts @ np.arange(256) ** 2 - mean**2
     require(variance.min() > 1e-9, "the training images are constant in one channel: nothing can be learnt from it")
     tensors = {k: tuple(torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in v) for k, v in splits.items()}
+    if padded:
+        tensors["padded"] = F.pad(tensors["train"][0], (0, 0, *[CROP_PADDING] * 4))
     return tensors | {k: torch.tensor(v, dtype=torch.float32, device=device)
                       for k, v in (("mean", mean), ("std", np.sqrt(variance)))}
 
@@ -844,6 +750,14 @@ def prune_block(block, indices, keep_bn=False, optimizer=None):
                 value[indices] = 0
 
 
+def prune_scratch(run):
+    """--scratch: prunes before the first step; returns what was tied (prune_now)."""
+    due, tied = filters_due(run.model, run.args, run.plan, -1, run.noise), {}
+    prune_now(run.model, run.optimizer, run.args, run.plan, due, run.noise, run.generators["target"], tied)
+    runs.say_ties(run, tied)
+    return tied
+
+
 def filters_due(model, args, plan, epoch, noise):
     """{index in plan: number of filters to go after this epoch}; nothing to remove is nothing due (A.4)."""
     due = {}
@@ -945,147 +859,35 @@ def end_noise(block, state, args):
 # | What a run records: its settings, its checkpoint, a line for each epoch, a summary                                 |
 # +--------------------------------------------------------------------------------------------------------------------+
 
-def describe_data(arrays):
-    """What config.json says of a data set."""
-    return {"train": len(arrays["train_x"]), "test": len(arrays["test_x"]), "classes": len(arrays["classes"]),
-            "image": list(arrays["train_x"].shape[1:]),
-            "crc32": {k: zlib.crc32(np.ascontiguousarray(arrays[k])) for k in sorted(arrays) if k != "classes"}}
+def result_options(args):
+    """The options that decide a result, a dict."""
+    return {k: v for k, v in vars(args).items() if k not in NOT_THE_RESULT}
 
 
-def describe_run(args, facts, model, times, plan, device):
+def describe_run(run, facts):
     """config.json: every option, the schedule it gives, the constants behind it, the data, machine and versions."""
+    args, model = run.args, run.model
     method, setting = run_name(args)
     git = None
     with contextlib.suppress(OSError):  # no git here
         command = ["git", "-C", pathlib.Path(__file__).resolve().parent, "describe", "--always", "--dirty"]
         git = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     return {
-        "method": method, "setting": setting,
-        "options": {k: v for k, v in vars(args).items() if k not in NOT_THE_RESULT}, "schedule": times,
+        "method": method, "setting": setting, "backend": model.backend,
+        "options": result_options(args), "schedule": run.times,
         "pruned_layers": [{"layer": layer, "filters": len(model.prunable[layer].mask), "epochs": list(kept),
-                           "kept": list(kept.values())} for layer, kept in plan],
+                           "kept": list(kept.values())} for layer, kept in run.plan],
         # in %, the largest of any layer (A.4)
-        "iterative_rate": max((100 * p / len(kept) for p, (_, kept) in zip(args.p or (), plan)), default=0.0),
+        "iterative_rate": max((100 * p / len(kept) for p, (_, kept) in zip(args.p or (), run.plan)), default=0.0),
         **dict(zip(("parameters", "macs"), cost(model, facts["image"]))),
         "constants": {"momentum": MOMENTUM, "adam_betas": [0.9, 0.999], "adam_eps": 1e-8, "bn_momentum": BN_MOMENTUM,
                       "bn_eps": BN_EPS, "act_keep": ACT_KEEP, "act_every": ACT_EVERY, "crop_padding": CROP_PADDING},
         "data": facts | {"train": args.train_images or facts["train"] - args.val_split, "val": args.val_split,
                          "test": args.test_images or facts["test"]},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(), "machine": platform.machine(), "git": git,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
-
-
-def check_same_run(directory, args, facts):
-    """Refuses a directory, half-done or finished, whose config.json says another experiment or other data.
-
-    facts: describe_data's. An option that an older version did not have is not compared: directories' names hold every
-    option that differs from its default.
-    """
-    try:
-        old = json.loads((directory / "config.json").read_text())
-        different = [k for k, v in vars(args).items() if k not in (*NOT_THE_RESULT, "dataset")
-                     and old["options"].get(k, v) != v]
-        different += ["data set"] * any(old["data"][k] != facts[k] for k in ("classes", "image", "crc32"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{directory}/config.json is missing or damaged: move the directory away to train this run "
-                        "afresh") from None
-    require(not different, f"{directory} holds a run with another {', '.join(different)}: move it away, or choose "
-            "another --log-dir")
-
-
-def check_finished(args, directory, shared):
-    """check_same_run of a finished run; a built-in data set that is not here is not fetched for it."""
-    if args.dataset not in ("cifar10", "cifar100") or data_path(args.dataset, args.data_dir).exists():
-        check_same_run(directory, args, loaded(args, shared)[1])
-
-
-def what_it_lacks(args, directory, epoch):
-    """Says, for the end of a line, what args ask for that a run which has come to `epoch` did not leave."""
-    times = schedule(args)
-    names = [f"epoch{times['save_epoch']}.pt"] * (0 < times["save_epoch"] <= epoch)
-    names += ["tensorboard"] * (args.tensorboard and epoch == times["epochs"])
-    names = [name for name in names if not (directory / name).exists()]
-    return f", without {' and '.join(names)}: move it away to train it with that" * bool(names)
-
-
-def resume(path, model, optimizer, generators, noise, device):
-    """Puts a run back to where its checkpoint was written; returns (next epoch, step, log lines)."""
-    try:
-        state = files.read_checkpoint(path)
-        require(isinstance(state, dict), "not a checkpoint")
-        epochs = [json.loads(line)["epoch"] for line in state["log"]]
-        require(epochs == list(range(state["epoch"])), "its log is of other epochs")
-        model.load_state_dict(state["model"])
-        use_backend(model, model.backend)
-        optimizer.load_state_dict(state["optimizer"])
-        for group in optimizer.param_groups:
-            if "capturable" in group:  # the checkpoint may come from another device
-                group["capturable"] = device.type == "cuda"
-        for name, generator in generators.items():
-            generator.set_state(state["generators"][name])
-        for layer_state, saved in zip(noise, state["noise"], strict=True):
-            layer_state.update(saved)
-            if saved["active"] is not None:
-                layer_state["active"] = saved["active"].to(device)
-                layer_state["backup"] = saved["backup"] and [tensor.to(device) for tensor in saved["backup"]]
-        return state["epoch"], state["step"], state["log"]
-    except Exception as error:  # zip, pickle and torch each have their own for a damaged file
-        raise UserError(f"{path} is damaged or of another version ({reason(error)}): move it away to train this run "
-                        "afresh", 1) from None
-
-
-def start(run, config):
-    """Begins a run's files, or puts it back to where its checkpoint stands."""
-    path = run.directory / "checkpoint.pt"
-    if path.exists():
-        run.epoch, run.step, run.lines = resume(path, run.model, run.optimizer, run.generators, run.noise, run.device)
-        print(f"{run.label}: continues after epoch {run.epoch} of {run.times['epochs']}"
-              f"{what_it_lacks(run.args, run.directory, run.epoch)}", flush=True)
-    else:
-        scratch, tied = filters_due(run.model, run.args, run.plan, -1, run.noise), {}
-        prune_now(run.model, run.optimizer, run.args, run.plan, scratch, run.noise, run.generators["target"], tied)
-        say_ties(run, tied)
-        files.write_json(run.directory / "config.json", config | {"tied": tied})
-    files.write_atomically(run.directory / "epochs.jsonl", "".join(line + "\n" for line in run.lines).encode())
-    run.records = [json.loads(line) for line in run.lines]
-
-
-def say_ties(run, tied):
-    """One line where filters went because of their order (prune_now)."""
-    if tied:
-        print(f"{run.label}: equal {run.args.score} scores, so that the first of them went: " +
-              ", ".join(f"{n} filters of layer {layer}" for layer, n in tied.items()), flush=True)
-
-
-@contextlib.contextmanager
-def recorder(run, config, still_ours):
-    """Gives what takes an epoch's record into the run's files, and to whoever watches.
-
-    still_ours: what files.claimed gives; nothing is written once the run is another's.
-    """
-    epochs, directory = run.times["epochs"], run.directory
-
-    def record(found):
-        run.records.append(found)
-        run.lines.append(json.dumps(found))
-        still_ours()
-        if run.epoch == run.times["save_epoch"]:
-            files.save_checkpoint(directory / f"epoch{run.epoch}.pt",
-                                  {"epoch": run.epoch, "model": run.model.state_dict()}, still_ours)
-        keep({"epoch": run.epoch, "step": run.step, "model": run.model.state_dict(),
-              "optimizer": run.optimizer.state_dict(), "noise": run.noise,
-              "generators": {name: g.get_state() for name, g in run.generators.items()}, "log": run.lines},
-             last=run.epoch == epochs)
-        files.append_line(directory / "epochs.jsonl", run.lines[-1])  # after the checkpoint, which can rebuild it
-        scalars(found)
-        runs.report(run.label, run.records, summarize_epochs(run.records, config)["mean_stability"], bar)
-
-    with (runs.progress_bar(run.label, epochs, run.epoch) as bar,
-          runs.tensorboard(run.args.tensorboard, directory, run.epoch) as scalars,
-          files.checkpoints(directory / "checkpoint.pt", CHECKPOINT_EVERY[run.device.type], still_ours) as keep):
-        yield record
 
 
 def measured(where, data, trained, before, after=None, val=None, event=False):
@@ -1292,7 +1094,7 @@ def experiment(run, data, record):
         if due:
             measured(where, data, totals, before)  # a network that has diverged must not choose
             gone = prune_now(model, optimizer, args, plan, due, noise, run.generators["target"], tied)
-            say_ties(run, tied)
+            runs.say_ties(run, tied)
             live, left = [int(block.mask.sum()) for block in model.prunable], cost(model, image)
             hold_for(run.graphs, lr, shapes_of(model))
         if due or noise:
@@ -1308,89 +1110,9 @@ def experiment(run, data, record):
             "seconds": round(max(0, time.monotonic() - clock), 3)})
 
 
-def train(args):
-    """Trains, prunes and logs one run as `args` (from parse_options) say; returns its summary (summarize_epochs)."""
-    run = training(args, {})
-    with stream_of(choose_device(args)):
-        while True:
-            try:
-                next(run)
-            except StopIteration as end:
-                return end.value
-
-
-def training(args, shared):
-    """`train` as a generator, which yields once an epoch, when the device has work and the host would wait for it.
-
-    shared: a dict where runs of one process keep the data sets they share on the device.
-    """
-    directory = run_directory(args)
-    if (directory / "done.json").exists():
-        check_finished(args, directory, shared)
-        print(f"{directory}: finished already{what_it_lacks(args, directory, schedule(args)['epochs'])}", flush=True)
-        return None
-    for line in doubts_about_rate(args):
-        files.say_once(f"train.py: {line}")
-    device = choose_device(args)
-    kept = args.val_split, args.train_images, args.test_images, args.label_noise
-    source = args.dataset, args.data_dir, *kept, args.augment, device
-    if source not in shared:
-        arrays, facts = loaded(args, shared)
-        data = put_on_device(arrays, device, *kept)
-        if args.augment:
-            data["padded"] = F.pad(data["train"][0], (0, 0, *[CROP_PADDING] * 4))
-        if device.type == "cuda":
-            torch.cuda.synchronize()  # the other runs' streams do not wait for this one
-        shared[source] = facts, data
-    facts, data = shared[source]
-    with contextlib.ExitStack() as stack:
-        still_ours = stack.enter_context(files.claimed(directory))
-        if (directory / "checkpoint.pt").exists():
-            check_same_run(directory, args, facts)  # not noted as a failure of the run that is there
-        stack.enter_context(files.failure_noted(directory, still_ours))
-        run = new_run(args, facts["classes"], device)
-        config = describe_run(args, facts, run.model, run.times, run.plan, device) | {"backend": run.model.backend}
-        start(run, config)
-        with recorder(run, config, still_ours) as record:
-            for _ in experiment(run, data, record):
-                yield
-                choose_device(args)  # whoever had its turn may have set another precision
-        summary = summarize_epochs(run.records, config)
-        files.write_json(directory / "done.json", summary)
-        print(f"{run.label}: best accuracy {summary['best_acc']:.2f}% (epoch {summary['best_epoch']}), last "
-              f"{summary['last_acc']:.2f}%, mean stability {summary['mean_stability']:.2f}% over {summary['events']} "
-              "pruning events", flush=True)
-        return summary
-
-
-def loaded(args, shared):
-    """(arrays, describe_data's) of a run's data set, read once for all runs that share `shared`."""
-    source = args.dataset, args.data_dir
-    if source not in shared:
-        arrays = load_data(*source)
-        shared[source] = arrays, describe_data(arrays)
-    return shared[source]
-
-
 # +--------------------------------------------------------------------------------------------------------------------+
 # | Entry                                                                                                              |
 # +--------------------------------------------------------------------------------------------------------------------+
-
-def choose_device(args):
-    """The torch device, with precision and determinism set; UserError where the machine lacks what was asked."""
-    cuda = torch.cuda.is_available()
-    require(cuda or args.device != "cuda", "--device cuda, but torch sees no CUDA device here: use --device cpu, or "
-            "check the driver")
-    device = torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
-    require(device.type == "cuda" or args.precision != "tf32", "--precision tf32 needs a CUDA device: use fp32 here")
-    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
-    torch.backends.cudnn.benchmark = not args.deterministic
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(args.deterministic)
-    return device
-
 
 def choose_backend(args):
     """"ext" or "eager", as --backend says; one line where "auto" has to do without the extension."""
@@ -1413,22 +1135,22 @@ def runs_of(command):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
+    argv, this = sys.argv[1:] if argv is None else argv, sys.modules[__name__]
     try:
         args = parse_options(argv)
         runs.keep_freed_memory()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, runs.terminate)
         if args.plan:
-            runs.print_plan(runs.read_runs(args.plan, runs_of), args.retry_failed, loaded, check_finished)
+            runs.print_plan(runs.read_runs(args.plan, runs_of), args.retry_failed, this)
         elif args.status:
             runs.print_status(args.status, runs_of)
         elif args.runs:
-            runs.train_all(runs.read_runs(args.runs, runs_of), args.at_once, training, choose_device)
+            runs.train_all(runs.read_runs(args.runs, runs_of), args.at_once, this)
         elif args.seeds:
-            runs.train_all(runs.once_each([argv], runs_of), args.at_once, training, choose_device)
+            runs.train_all(runs.once_each([argv], runs_of), args.at_once, this)
         else:
-            train(args)
+            runs.train_one(args, this)
         return 0
     except (Exception, KeyboardInterrupt) as error:
         return files.tell(error, "train.py")

@@ -35,7 +35,7 @@ from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 import step  # noqa: E402  (bench/step.py)
-from gst_ext import files, graphs  # noqa: E402
+from gst_ext import files, graphs, runs  # noqa: E402
 from gst_ext.runs import keep_freed_memory  # noqa: E402
 import train  # noqa: E402
 
@@ -109,13 +109,13 @@ def ours(job, device):
         return replay
 
     graphs.record = timed_record
-    runs = []
+    going = []
     for seed in range(runs_at_once(variant)):
         options = options_of(job, *method, f"--seed={seed}")
-        runs.append((train.training(options, shared), graphs.stream_of(device)))
+        going.append((runs.training(options, shared, train), graphs.stream_of(device)))
 
     def epoch():
-        for run, stream in runs:
+        for run, stream in going:
             with stream:
                 next(run)
     return epoch, captures
@@ -191,7 +191,7 @@ def usual_script(job, device):
 
 def new_worker(job):
     """A function that answers n with the seconds of an epoch (of every run), from n of them; 0 warms up."""
-    device = train.choose_device(options_of(job))
+    device = runs.choose_device(options_of(job))
     variant = job["variant"]
     epoch, captures = (usual_script if variant == LOADER else ours if variant.startswith("ours") else in_memory)(
         job, device)
@@ -343,7 +343,7 @@ def targets(results):
 
 def measure(job, cli, device, results, path):
     """Adds all rounds of one network in one precision to results, and writes them after every answer."""
-    train.choose_device(options_of(job | {"variant": ""}))  # sets the precision of the matrix peak
+    runs.choose_device(options_of(job | {"variant": ""}))  # sets the precision of the matrix peak
     flops, peaks = epoch_flops(job, cli), []
     peak = {"model": job["model"], "precision": job["precision"]}
     results["matrix_peak"].append(peak)

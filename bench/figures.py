@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 
 import numpy as np
 import torch
@@ -53,7 +54,8 @@ def write_run(directory, args, facts):
         model = train.build_model(args.model, 10)
     times = train.schedule(args)
     plan = train.pruning_plan(model, args, times)
-    config = train.describe_run(args, facts, model, times, plan, torch.device("cpu"))
+    run = types.SimpleNamespace(args=args, model=model, times=times, plan=plan, device=torch.device("cpu"))
+    config = train.describe_run(run, facts)
     config["schedule"]["epochs"] = 325
     live, lines = [len(block.mask) for block in model.prunable], []
     for epoch in range(325):
@@ -92,7 +94,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         arrays = train.load_data("digits")
-        facts = train.describe_data(arrays)
+        facts = files.described(arrays)
         np.savez(folder / "cifar10.npz", **arrays)  # Figure B1 looks at images
         runs = runs_of_all_targets(folder / "logs")
         vgg19 = train.parse_options(["--model", "vgg19", "--log-dir", str(folder / "logs")])

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""ARPACK's Lanczos against the power method of the paper, per-sample gradients against a loop, on a trained VGG11.
+"""Lanczos (ARPACK's) against the power method, and per-sample gradients against a loop, on a network of CIFAR-10.
 
     python bench/flatness.py                            # 100 pairs of vgg11, width 0.25, 512 images: hours on 2 cores
     python bench/flatness.py --eigs 30 --images 128     # a quarter of an hour
@@ -101,7 +101,7 @@ def main():
         "--model", "vgg11", "--width", str(cli.width), "--epochs", str(cli.epochs), "--lrs", "--device", "cpu",
         "--data-dir", cli.data_dir, "--log-dir", str(ROOT / "logs" / "bench")])
     runs.keep_freed_memory()
-    train.train(options)
+    runs.train_one(options, train)
     model, data, source = analyze.load_network(train.run_directory(options), cli.data_dir, torch.device("cpu"))
 
     def images(n):

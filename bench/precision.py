@@ -102,7 +102,7 @@ def main():
     add("--model", choices=train.PRUNABLE_BLOCKS, default="vgg11", help="(default: vgg11)")
     add("--methods", nargs="+", choices=epoch.METHODS, default=list(epoch.METHODS))
     add("--precisions", nargs="+", choices=("fp32", "tf32", "bf16"), help="fp32 and others (default: the device's)")
-    add("--seeds", type=train.seed_list, default=list(range(1, 11)), help="(default: 1-10)")
+    add("--seeds", type=files.seed_list, default=list(range(1, 11)), help="(default: 1-10)")
     add("--device", choices=("cpu", "cuda"), default="cuda", help="(default: cuda)")
     add("--log-dir", default="logs", help="(default: logs)")
     add("--machine", help="what the results are called (default: made of the GPU's name)")

@@ -278,7 +278,7 @@ def work(job, new_worker):
 
 
 def new_worker(job):
-    device = train.choose_device(options_of(job))
+    device = runs.choose_device(options_of(job))
     return (bn_worker if job["variant"] in BN_WORKERS else network_worker)(job, device)
 
 
@@ -455,7 +455,7 @@ def main():
         return work(cli.worker, new_worker)
 
     job = {name: getattr(cli, name) for name in ("width", "batch_size", "device", "batches")}
-    device = train.choose_device(options_of(job | {"model": cli.models[0]}))
+    device = runs.choose_device(options_of(job | {"model": cli.models[0]}))
     runs.keep_freed_memory()  # this process measures the matrix peak, which page faults would lower
     machine = describe_machine(device)
     path = pathlib.Path(cli.out or results_path(machine, "step", cli.machine))

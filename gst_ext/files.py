@@ -10,6 +10,7 @@
 What the user can mend is a UserError, which `tell` prints as one line. A claim keeps other processes off a directory.
 """
 import argparse
+import collections
 import contextlib
 import fcntl
 import io
@@ -24,6 +25,7 @@ import time
 import traceback
 import uuid
 import zipfile
+import zlib
 
 import numpy as np
 import torch
@@ -87,6 +89,40 @@ def tell(error, program):
         line = "".join(traceback.format_exception(error)).rstrip()
     print(f"{program}: {line}", file=sys.stderr)
     return code
+
+
+# +--------------------------------------------------------------------------------------------------------------------+
+# | Command lines: values as they are given and as they are named                                                      |
+# +--------------------------------------------------------------------------------------------------------------------+
+
+def short(value):
+    """A value as it stands in names and messages: 0.25, 3,4,5,6, 0.1x16."""
+    if isinstance(value, (list, tuple)):
+        return f"{short(value[0])}x{len(value)}" if len(value) > 1 == len(set(value)) else ",".join(map(short, value))
+    return str(value).removesuffix(".0")
+
+
+def repeated(kind):
+    """An argparse type for list options: `V` is one value, `VxN` is V repeated N times; gives a list."""
+    def parse(text):
+        value, _, times = text.partition("x")
+        if not 1 <= int(times or 1) <= 1000:
+            raise ValueError
+        return [kind(value)] * int(times or 1)
+    parse.__name__ = f"{kind.__name__} or VxN"
+    return parse
+
+
+def seed_list(text):
+    """An argparse type: 1-3,7 is [1, 2, 3, 7]."""
+    parts = [[int(end) for end in part.split("-")] for part in text.split(",")]
+    spans = [range(part[0], part[-1] + 1) for part in parts]
+    if not all(spans) or sum(map(len, spans)) > 10_000 or max(map(len, parts)) > 2 or max(map(max, parts)) >= 2**32:
+        raise ValueError  # a span that holds no seed, such as 3-1, too
+    return [seed for span in spans for seed in span]
+
+
+seed_list.__name__ = "range or list of seeds"  # as argparse names it
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -349,3 +385,77 @@ def read_image(path, notes):
                            (image.mode == "CMYK", "converted from CMYK")):
         notes[what] += happened
     return np.asarray(image.convert("RGB").resize((32, 32), Image.BILINEAR))
+
+
+def read_image_folder(folder):
+    """The images of folder/train/<class>/ and folder/test/<class>/; what was made of them is said in one line."""
+    def seen(path):
+        return sorted(p for p in path.glob("*") if not p.name.startswith("."))  # .ipynb_checkpoints is no class
+
+    classes, notes = [p.name for p in seen(folder / "train") if p.is_dir()], collections.Counter()
+    unknown = {p.name for p in seen(folder / "test") if p.is_dir()} - set(classes)
+    require(classes, f"{folder}/train has no class folders: lay the images out as train/<class>/<image>")
+    require(not unknown, f"{folder}/test/{min(unknown, default='')} is no class of {folder}/train: rename or remove it")
+    data = {"classes": np.array(classes)}
+    for split in ("train", "test"):
+        found = [(path, label) for label, name in enumerate(classes) for path in seen(folder / split / name)]
+        for label in set(range(len(classes))) - {label for _, label in found}:
+            raise UserError(f"{folder}/{split}/{classes[label]} has no images: put some there, or remove the class")
+        notes["beside the class folders left out"] += sum(not p.is_dir() for p in seen(folder / split))
+        data[f"{split}_x"] = np.stack([read_image(path, notes) for path, _ in found])
+        data[f"{split}_y"] = np.array([label for _, label in found], np.int64)
+    if +notes:
+        say_once(f"train.py: images of {folder}: " + ", ".join(f"{n} {what}" for what, n in (+notes).items()))
+    return data
+
+
+def download_cifar(name, data_dir):
+    try:
+        import torchvision
+        kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+        train, test = (kind(data_dir, train=flag, download=True) for flag in (True, False))
+    except Exception as error:
+        raise UserError(f"cannot download {name} ({reason(error)}): put {name}.npz into {data_dir}/, or the official "
+                        f"cifar-{name[5:]}-python.tar.gz, or use --dataset digits, which needs no download") from None
+    return dict(train_x=train.data, train_y=np.array(train.targets), test_x=test.data, test_y=np.array(test.targets),
+                classes=np.array(train.classes))
+
+
+def checked_arrays(path, data):
+    """A data set's arrays (train.load_data), labels as int64; UserError, which names path, for what does not fit."""
+    missing = [k for k in ("train_x", "train_y", "test_x", "test_y", "classes") if k not in data]
+    require(not missing, f"{path} lacks {', '.join(missing)}: it needs train_x, train_y, test_x, test_y and classes")
+    k = len(data["classes"]) if data["classes"].ndim == 1 else 0
+    require(k >= 2, f"{path}: classes must be a list of at least two names")
+    for split in ("train", "test"):
+        x, y = data[f"{split}_x"], data[f"{split}_y"]
+        require(x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] == 3 and min(x.shape[1:3]) >= 32,
+                f"{path}: {split}_x is {x.dtype} {x.shape}; it must be uint8 (n, height, width, 3), at least 32x32")
+        require(len(x) > 0 and y.shape == (len(x),) and y.dtype.kind in "iu",
+                f"{path}: {split}_y is {y.dtype} {y.shape}; it must hold one whole number for each of {len(x)} images")
+        require(0 <= y.min() and y.max() < k,
+                f"{path}: {split}_y goes from {y.min()} to {y.max()}; the labels of {k} classes are 0 to {k - 1}")
+        data[f"{split}_y"] = y.astype(np.int64)
+    require(data["train_x"].shape[1:] == data["test_x"].shape[1:], f"{path}: training and test images differ in size")
+    return data
+
+
+def load_digits():
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey, as 32x32 in three equal channels: 1,000 train, 797 test."""
+    import sklearn.datasets
+    from PIL import Image
+    digits = sklearn.datasets.load_digits()
+    grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    x = np.stack([np.asarray(Image.fromarray(image).resize((32, 32), Image.BILINEAR)) for image in grey])
+    x = np.repeat(x[..., None], 3, axis=3)
+    order = np.random.RandomState(0).permutation(len(x))  # one split for everybody: the bundled order is by writer
+    train, test = order[:1000], order[1000:]
+    return dict(train_x=x[train], train_y=digits.target[train], test_x=x[test], test_y=digits.target[test],
+                classes=digits.target_names.astype(str))
+
+
+def described(arrays):
+    """What config.json says of a data set."""
+    return {"train": len(arrays["train_x"]), "test": len(arrays["test_x"]), "classes": len(arrays["classes"]),
+            "image": list(arrays["train_x"].shape[1:]),
+            "crc32": {k: zlib.crc32(np.ascontiguousarray(arrays[k])) for k in sorted(arrays) if k != "classes"}}

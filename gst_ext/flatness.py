@@ -683,3 +683,35 @@ def control(model, x, y, eigs=100, method="lanczos", seed=0, memory_gb=4, tick=N
     with stage("control"):
         return {f"{a:g}": measures(rescaled(model, x, a), x, y, min(eigs, CONTROL["eigs"]), method, CONTROL["samples"],
                                    seed, memory_gb, tick) for a in CONTROL["factors"]}
+
+
+OF_EIGENPAIRS = ("trace_eigs", "tic", "epsilon_min", "top")  # the measures that need these to have converged
+
+
+def measure_of(found, name):
+    """A measure in a dict from `measures`, or None; "top" is the leading eigenvalue, "adaptive_…" the adaptive form."""
+    if name.startswith("adaptive_"):
+        return measure_of(found.get("adaptive", {}), name.removeprefix("adaptive_"))
+    return next(iter(found.get("eigenvalues", ())), None) if name == "top" else found.get(name)
+
+
+def share_converged(found, name):
+    """The share of converged pairs among those that a measure is made of; 1 for what is made of none."""
+    kind = name.removeprefix("adaptive_")
+    pairs = (found if kind == name else found["adaptive"])["converged"] if kind in OF_EIGENPAIRS else [True]
+    return sum(pairs) / len(pairs)
+
+
+def moved_by_rescaling(found, name):
+    """The largest relative change of a measure over the scales of `control`, found["control"]; None where unknown."""
+    values = {a: measure_of(other, name) for a, other in found.get("control", {}).items()}
+    own = values.pop("1", None)
+    return max((abs(value / own - 1) for value in values.values() if own and value is not None), default=None)
+
+
+def in_words(found, asked):
+    """A line on dicts that `measures` gave of several networks, and `asked` eigenpairs were wanted of."""
+    first, pairs = found[0], [ok for each in found for ok in each["converged"]]
+    k, share, split = len(first["eigenvalues"]), 100 * sum(pairs) / len(pairs), first.get("split", "test")
+    return (f"{k} eigenpairs" + f" ({asked} asked)" * (asked != k) +
+            f", {share:.3g}% converged, on {first['images']} {split} images")

@@ -21,6 +21,7 @@ from .files import UserError, reason, require
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # before CUDA starts: as many streams at once as runs
 
+CHECKPOINT_EVERY = {"cpu": 0, "cuda": 30}  # seconds at least; on a GPU, writing may take longer than an epoch
 AT_ONCE = 16  # runs in one process at most, unless --at-once says more
 # Its options, the line that gives them, how many epochs; and what its directory's name does not tell: where its data
 # lie, and what it leaves beside its logs.
@@ -73,16 +74,15 @@ def by_state(runs):
     return found
 
 
-def print_plan(runs, retry_failed, loaded, check_finished):
+def print_plan(runs, retry_failed, script):
     """--plan: what is left of the runs, in numbers on stderr, as lines on stdout.
 
-    loaded(args, shared) loads a run's data, check_finished(args, directory, shared) raises UserError where what is
-    finished is another run; shared: a dict where both keep data sets.
+    script: the module train. Raises UserError where what is finished is another run.
     """
     finished, running, failed, waiting = by_state(runs).values()
     shared = {}
     for directory in finished:
-        check_finished(runs[directory].args, directory, shared)
+        check_finished(runs[directory].args, directory, shared, script)
     left = {*waiting, *failed} if retry_failed else {*waiting}
     todo = {directory: run for directory, run in runs.items() if directory in left}
     done = [len(log_of(directory)) for directory in todo]
@@ -95,7 +95,7 @@ def print_plan(runs, retry_failed, loaded, check_finished):
         print(f"{len(failed)} runs that failed before are left alone, such as {failed[0]}: "
               f"{files.why_failed(failed[0])} (--retry-failed trains them again)", file=sys.stderr)
     for run in todo.values():
-        loaded(run.args, shared)  # a download that fails should fail here, once
+        loaded(run.args, shared, script)  # a download that fails should fail here, once
     for run in todo.values():
         print(run.line)
 
@@ -123,6 +123,22 @@ def print_status(lists, runs_of):
 # | Runs that take turns in one process                                                                                |
 # +--------------------------------------------------------------------------------------------------------------------+
 
+def choose_device(args):
+    """The torch device, with precision and determinism set; UserError where the machine lacks what was asked."""
+    cuda = torch.cuda.is_available()
+    require(cuda or args.device != "cuda", "--device cuda, but torch sees no CUDA device here: use --device cpu, or "
+            "check the driver")
+    device = torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
+    require(device.type == "cuda" or args.precision != "tf32", "--precision tf32 needs a CUDA device: use fp32 here")
+    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    torch.backends.cudnn.benchmark = not args.deterministic
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(args.deterministic)
+    return device
+
+
 def keep_freed_memory():
     """Tells glibc to keep freed activations: it would give them back each step, and page faults cost a fifth of it."""
     with contextlib.suppress(OSError, AttributeError):
@@ -141,7 +157,7 @@ def fit_at_once(peak, free):
     return max(1, min(AT_ONCE, 1 + int(0.8 * free / max(1, peak))))
 
 
-def train_all(runs, at_once, training, choose_device):
+def train_all(runs, at_once, script):
     """--runs, --seeds: so many at once take turns; a run that fails is reported, and the others go on.
 
     at_once: None for one, and on a GPU, once the first run has shown what memory it takes, for as many as fit.
@@ -152,7 +168,7 @@ def train_all(runs, at_once, training, choose_device):
         while waiting or going:
             while waiting and len(going) < limit:
                 directory = waiting.pop(0)
-                going[directory] = training(runs[directory].args, shared)
+                going[directory] = training(runs[directory].args, shared, script)
             for directory, run in list(going.items()):
                 try:
                     if directory not in streams:
@@ -228,3 +244,183 @@ def report(label, records, stability, bar):
     print(f"{label} epoch {len(records)}/{bar.total} lr {record['lr']:g} loss {record['train_loss']:.4f} train "
           f"{record['train_acc']:.2f}% test {record['test_acc_before']:.2f}%{event} stability {stability:.2f}% "
           f"{record['seconds']:.1f} s, {left:.0f} min left", flush=True)
+
+
+# +--------------------------------------------------------------------------------------------------------------------+
+# | One run's directory: is it the same run, where it stands, what an epoch adds                                       |
+# +--------------------------------------------------------------------------------------------------------------------+
+
+def check_same_run(directory, options, facts):
+    """Refuses a directory, half-done or finished, whose config.json says another experiment or other data.
+
+    options: those that decide a result; facts: what files.described says of the data. An option that an older version
+    did not have is not compared: directories' names hold every option that differs from its default.
+    """
+    try:
+        old = json.loads((directory / "config.json").read_text())
+        different = [k for k, v in options.items() if k != "dataset" and old["options"].get(k, v) != v]
+        different += ["data set"] * any(old["data"][k] != facts[k] for k in ("classes", "image", "crc32"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{directory}/config.json is missing or damaged: move the directory away to train this run "
+                        "afresh") from None
+    require(not different, f"{directory} holds a run with another {', '.join(different)}: move it away, or choose "
+            "another --log-dir")
+
+
+def what_it_lacks(directory, times, tensorboard, epoch):
+    """Says, for the end of a line, what was asked for that a run which has come to `epoch` did not leave."""
+    names = [f"epoch{times['save_epoch']}.pt"] * (0 < times["save_epoch"] <= epoch)
+    names += ["tensorboard"] * (tensorboard and epoch == times["epochs"])
+    names = [name for name in names if not (directory / name).exists()]
+    return f", without {' and '.join(names)}: move it away to train it with that" * bool(names)
+
+
+def resume(run):
+    """Puts a run (train.new_run's namespace) back to where its checkpoint was written."""
+    path = run.directory / "checkpoint.pt"
+    try:
+        state = files.read_checkpoint(path)
+        require(isinstance(state, dict), "not a checkpoint")
+        epochs = [json.loads(line)["epoch"] for line in state["log"]]
+        require(epochs == list(range(state["epoch"])), "its log is of other epochs")
+        run.model.load_state_dict(state["model"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        for group in run.optimizer.param_groups:
+            if "capturable" in group:  # the checkpoint may come from another device
+                group["capturable"] = run.device.type == "cuda"
+        for name, generator in run.generators.items():
+            generator.set_state(state["generators"][name])
+        for layer_state, saved in zip(run.noise, state["noise"], strict=True):
+            layer_state.update(saved)
+            if saved["active"] is not None:
+                layer_state["active"] = saved["active"].to(run.device)
+                layer_state["backup"] = saved["backup"] and [tensor.to(run.device) for tensor in saved["backup"]]
+        run.epoch, run.step, run.lines = state["epoch"], state["step"], state["log"]
+    except Exception as error:  # zip, pickle and torch each have their own for a damaged file
+        raise UserError(f"{path} is damaged or of another version ({reason(error)}): move it away to train this run "
+                        "afresh", 1) from None
+    lacking = what_it_lacks(run.directory, run.times, run.args.tensorboard, run.epoch)
+    print(f"{run.label}: continues after epoch {run.epoch} of {run.times['epochs']}{lacking}", flush=True)
+
+
+@contextlib.contextmanager
+def recorder(run, summarize, still_ours):
+    """Gives what takes an epoch's record into the run's files, and to whoever watches.
+
+    summarize: records → their summary; still_ours: what files.claimed gives; nothing is written once the run is
+    another's.
+    """
+    epochs, directory = run.times["epochs"], run.directory
+
+    def record(found):
+        run.records.append(found)
+        run.lines.append(json.dumps(found))
+        still_ours()
+        if run.epoch == run.times["save_epoch"]:
+            files.save_checkpoint(directory / f"epoch{run.epoch}.pt",
+                                  {"epoch": run.epoch, "model": run.model.state_dict()}, still_ours)
+        keep({"epoch": run.epoch, "step": run.step, "model": run.model.state_dict(),
+              "optimizer": run.optimizer.state_dict(), "noise": run.noise,
+              "generators": {name: g.get_state() for name, g in run.generators.items()}, "log": run.lines},
+             last=run.epoch == epochs)
+        files.append_line(directory / "epochs.jsonl", run.lines[-1])  # after the checkpoint, which can rebuild it
+        scalars(found)
+        report(run.label, run.records, summarize(run.records)["mean_stability"], bar)
+
+    with (progress_bar(run.label, epochs, run.epoch) as bar,
+          tensorboard(run.args.tensorboard, directory, run.epoch) as scalars,
+          files.checkpoints(directory / "checkpoint.pt", CHECKPOINT_EVERY[run.device.type], still_ours) as keep):
+        yield record
+
+
+def say_ties(run, tied):
+    """One line where filters went because of their order (prune_now)."""
+    if tied:
+        print(f"{run.label}: equal {run.args.score} scores, so that the first of them went: " +
+              ", ".join(f"{n} filters of layer {layer}" for layer, n in tied.items()), flush=True)
+
+
+# +--------------------------------------------------------------------------------------------------------------------+
+# | One run, from its options to its summary                                                                           |
+# +--------------------------------------------------------------------------------------------------------------------+
+
+def loaded(args, shared, script):
+    """(arrays, what files.described says of them) of a run's data set, read once for all runs that share `shared`."""
+    source = args.dataset, args.data_dir
+    if source not in shared:
+        arrays = script.load_data(*source)
+        shared[source] = arrays, files.described(arrays)
+    return shared[source]
+
+
+def check_finished(args, directory, shared, script):
+    """check_same_run of a finished run; a built-in data set that is not here is not fetched for it."""
+    if args.dataset not in ("cifar10", "cifar100") or script.data_path(args.dataset, args.data_dir).exists():
+        check_same_run(directory, script.result_options(args), loaded(args, shared, script)[1])
+
+
+def on_device(args, device, shared, script):
+    """(what files.described says of a run's data set, its images on the device), shared as by loaded."""
+    kept = args.val_split, args.train_images, args.test_images, args.label_noise
+    source = args.dataset, args.data_dir, *kept, args.augment, device
+    if source not in shared:
+        arrays, facts = loaded(args, shared, script)
+        data = script.put_on_device(arrays, device, *kept, padded=args.augment)
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # the other runs' streams do not wait for this one
+        shared[source] = facts, data
+    return shared[source]
+
+
+def training(args, shared, script):
+    """Trains, prunes and logs one run as args say: a generator, which returns its summary, and yields once an epoch,
+    when the device has work and the host would wait for it.
+
+    shared: a dict where runs of one process keep the data sets they share on the device. script: the module train,
+    whose experiment this keeps in a directory of its own.
+    """
+    directory, times = script.run_directory(args), script.schedule(args)
+    if (directory / "done.json").exists():
+        check_finished(args, directory, shared, script)
+        lacking = what_it_lacks(directory, times, args.tensorboard, times["epochs"])
+        print(f"{directory}: finished already{lacking}", flush=True)
+        return None
+    for line in script.doubts_about_rate(args):
+        files.say_once(f"train.py: {line}")
+    device = choose_device(args)
+    facts, data = on_device(args, device, shared, script)
+    with contextlib.ExitStack() as stack:
+        still_ours = stack.enter_context(files.claimed(directory))
+        if (directory / "checkpoint.pt").exists():  # a refusal is not noted as a failure of the run that is there
+            check_same_run(directory, script.result_options(args), facts)
+        stack.enter_context(files.failure_noted(directory, still_ours))
+        run = script.new_run(args, facts["classes"], device)
+        config = script.describe_run(run, facts)
+        if (directory / "checkpoint.pt").exists():
+            resume(run)
+            script.use_backend(run.model, run.model.backend)
+        else:
+            files.write_json(directory / "config.json", config | {"tied": script.prune_scratch(run)})
+        files.write_atomically(directory / "epochs.jsonl", "".join(line + "\n" for line in run.lines).encode())
+        run.records = [json.loads(line) for line in run.lines]
+        with recorder(run, lambda records: script.summarize_epochs(records, config), still_ours) as record:
+            for _ in script.experiment(run, data, record):
+                yield
+                choose_device(args)  # whoever had its turn may have set another precision
+        summary = script.summarize_epochs(run.records, config)
+        files.write_json(directory / "done.json", summary)
+        print(f"{run.label}: best accuracy {summary['best_acc']:.2f}% (epoch {summary['best_epoch']}), last "
+              f"{summary['last_acc']:.2f}%, mean stability {summary['mean_stability']:.2f}% over {summary['events']} "
+              "pruning events", flush=True)
+        return summary
+
+
+def train_one(args, script):
+    """`training` of one run alone; returns its summary."""
+    run = training(args, {}, script)
+    with graphs.stream_of(choose_device(args)):
+        while True:
+            try:
+                next(run)
+            except StopIteration as end:
+                return end.value

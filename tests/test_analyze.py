@@ -1,6 +1,10 @@
 """analyze.py: every number against one computed by hand from logs written here, and what it says of bad logs."""
 import json
 import math
+import os
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,18 +16,23 @@ import train
 
 def write_run(log_dir, method, seed, accuracies, events=(), setting="", model="vgg11", epochs=None, dataset="cifar10",
               rate=1.3, options=(), **config):
-    """A run's files: test accuracies per epoch, and events as {epoch: (before, filters)}."""
+    """A run's files: test accuracies per epoch, and events as {epoch: (before, filters)}. An event raises the loss by
+    0.01 for each point of accuracy that it costs, changes twice as many predictions, and takes a tenth of the cost."""
     directory = log_dir / dataset / model / "-".join(filter(None, (method, setting))) / f"seed{seed}"
     directory.mkdir(parents=True)
     config |= {"method": method, "setting": setting, "options": {"model": model, "seed": seed, **dict(options)},
-               "schedule": {"epochs": epochs or len(accuracies)}, "iterative_rate": rate}
+               "schedule": {"epochs": epochs or len(accuracies)}, "iterative_rate": rate, "macs": 1000}
+    config["data"] = {"train": 50_000, "val": 0, "test": 10_000, "classes": 10, **config.get("data", {})}
     (directory / "config.json").write_text(json.dumps(config))
-    lines = []
+    lines, macs = [], 1000
     for epoch, accuracy in enumerate(accuracies):
         before, filters = dict(events).get(epoch, (accuracy, 0))
+        macs -= 100 * bool(filters)
         lines.append(json.dumps({
             "epoch": epoch, "train_acc": 90.0 + epoch, "test_acc_before": before, "test_acc": accuracy, "val_acc": None,
-            "stability": 100 * accuracy / before if filters else None, "removed": [filters, 0], "seconds": 1.0}))
+            "stability": 100 * accuracy / before if filters else None, "removed": [filters, 0], "seconds": 1.0,
+            "test_loss_before": 1.0, "test_loss": 1.0 + (before - accuracy) / 100, "parameters": macs, "macs": macs,
+            "churn": 2 * abs(before - accuracy) if filters else None}))
     (directory / "epochs.jsonl").write_text("".join(line + "\n" for line in lines))
     return directory
 
@@ -175,28 +184,112 @@ def test_a_figure_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_bootstrap_interval_covers_the_mean_at_its_level_and_repeats_exactly():
-    rng = np.random.default_rng(1)
-    covered = 0
-    for _ in range(100):
-        mean, low, high = analyze.interval(rng.normal(5, 2, 30))
-        assert low <= mean <= high
-        covered += low <= 5 <= high
-    assert 85 <= covered <= 100  # 95% nominal; a percentile interval of 30 values runs a little short
-    values = rng.normal(size=(4, 3))
-    assert np.array_equal(analyze.interval(values), analyze.interval(values))
-    assert np.isnan(analyze.interval([[1.0]])[1]).all() and analyze.interval([2.0, 2.0])[1] == 2
-
-
-def test_correlations_without_spread_or_with_two_points_are_undefined():
-    assert analyze.correlations([1, 2], [3, 4]) == {"n": 2, "pearson": None, "kendall": None}
-    assert analyze.correlations([1, 1, 1], [3, 4, 5])["pearson"] is None
-    assert analyze.correlations([1, 2, 3], [9, 8, 7])["pearson"][0] == pytest.approx(-1)
-
-
 def test_list_counts_the_runs(tmp_path, capsys):
     write_run(tmp_path, "S-r4", 1, [60, 70], {0: (80, 1)})
     write_run(tmp_path, "S-r4", 2, [60], {0: (80, 1)}, epochs=2)
     assert analyze.main(["--list", "--log-dir", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "cifar10: 1 of 80 runs finished" in out and "1 unfinished or damaged runs" in out
+
+
+def run_with_images(log_dir, method, seed, counts, events=(), images=797, **more):
+    """write_run from numbers of right answers, as train.py logs them."""
+    def percent(count):
+        return 100 * count / images
+    events = {epoch: (percent(before), filters) for epoch, (before, filters) in dict(events).items()}
+    return write_run(log_dir, method, seed, list(map(percent, counts)), events,
+                     data={"train": 1000, "val": 0, "test": images, "classes": 10}, **more)
+
+
+def test_equal_differences_of_counts_are_equal(tmp_path):
+    # 780 - 779 and 776 - 775 of 797 images: as floats, the gaps differ in the last bit
+    gaps = [100 * 780 / 797 - 100 * 779 / 797, 100 * 776 / 797 - 100 * 775 / 797]
+    assert gaps[0] != gaps[1]
+    for seed, (low, high) in enumerate([(779, 780), (775, 776)], 1):
+        run_with_images(tmp_path / "logs", "S-r4", seed, [low], {0: (800 - 10 * seed, 1)})
+        run_with_images(tmp_path / "logs", "L-r40", seed, [high], {0: (800 - 10 * seed, 1)})
+    panel = figure_of(tmp_path, tmp_path / "logs")["models"]["vgg11"]
+    for key in ("paired_best_acc", "paired_last_acc"):
+        difference = panel[key]["L-r40 minus S-r4"]
+        assert difference["p"] is None and difference["sd"] == 0 and difference["values"] == [100 / 797] * 2
+        assert difference["ci95"] == [100 / 797] * 2
+
+
+def test_an_event_that_changes_nothing_is_exactly_100_percent_stable_in_any_order(tmp_path):
+    odd = [n for n in range(1, 798) if 100 * (100 * n / 797) / (100 * n / 797) != 100]
+    assert len(odd) > 20  # in floats
+    for seed, counts in enumerate([odd, odd[::-1]], 1):
+        events = {i: (count, 1) for i, count in enumerate(counts)}
+        run = analyze.summarize(run_with_images(tmp_path, "S-r4", seed, counts, events))
+        assert run["problem"] is None and run["mean_stability"] == run["min_stability"] == 100 and run["below_99"] == 0
+    runs = [run_with_images(tmp_path, "L-r40", seed, [n, 700 + seed], {0: (n, 1)}) for seed, n in enumerate(odd[:5])]
+    stabilities = [analyze.summarize(run)["mean_stability"] for run in runs]
+    accuracies = [analyze.summarize(run)["best_acc"] for run in runs]
+    assert analyze.correlations(stabilities, accuracies)["pearson"] is None
+
+
+def test_ties_of_counts_are_ties_whatever_the_order_of_events(tmp_path):
+    events = [(790, 700), (600, 513), (501, 499), (797, 311)]
+    runs = [analyze.summarize(run_with_images(
+        tmp_path, "S-r4", seed, [after for _, after in order], {i: (before, 1) for i, (before, _) in enumerate(order)}))
+        for seed, order in enumerate([events, events[::-1], events[2:] + events[:2]], 1)]
+    assert len({run["mean_stability"] for run in runs}) == 1
+
+
+def test_a_run_with_an_accuracy_that_is_not_a_number_is_named_and_left_out(tmp_path):
+    log_dir = tmp_path / "logs"
+    for seed in (1, 2, 3):
+        directory = write_run(log_dir, "S-r4", seed, [60, 70, 80], {0: (80, 3)})
+    path = directory / "epochs.jsonl"
+    path.write_text(path.read_text().replace('"test_acc": 70', '"test_acc": NaN'))
+    numbers = figure_of(tmp_path, log_dir)
+    assert numbers["left_out"] == {str(directory): "test_acc of epoch 1 is nan"}
+    assert numbers["models"]["vgg11"]["methods"]["S-r4"]["seeds"] == [1, 2]
+
+
+def test_logs_of_before_the_finer_records_are_read(tmp_path):
+    directory = write_run(tmp_path / "logs", "S-r4", 1, [60, 70], {0: (80, 3)})
+    for name, fields in (("config.json", ("macs", "data")),
+                         ("epochs.jsonl", ("test_loss", "test_loss_before", "churn", "parameters", "macs"))):
+        lines = [json.loads(line) for line in (directory / name).read_text().splitlines()]
+        (directory / name).write_text("".join(json.dumps({k: v for k, v in line.items() if k not in fields}) + "\n"
+                                              for line in lines))
+    run = analyze.summarize(directory)
+    assert run["problem"] is None and run["mean_stability"] == 75 and run["best_acc"] == 70
+    assert run["loss_rise"] is run["churn"] is run["compute"] is None and run["below_99"] == 1
+    assert figure_of(tmp_path, tmp_path / "logs")["models"]["vgg11"]["methods"]["S-r4"]["best_acc"]["n"] == 1
+
+
+def test_best_and_last_accuracy_that_disagree_on_a_sign_are_named(tmp_path, capsys):
+    for seed in (1, 2, 3, 4, 5, 6):  # less stable is better by the best accuracy, worse by the last epoch's
+        write_run(tmp_path / "logs", "S-r4", seed, [65, 70 + seed, 60 + seed], {0: (66, 1)})
+        write_run(tmp_path / "logs", "L-r40", seed, [60, 75 + seed, 50 + seed], {0: (80, 1)})
+    numbers = figure_of(tmp_path, tmp_path / "logs")
+    panel = numbers["models"]["vgg11"]
+    assert panel["disagree"] == ["L-r40 minus S-r4"]
+    best, last = (panel[f"paired_{k}_acc"]["L-r40 minus S-r4"]["mean"] for k in ("best", "last"))
+    assert best > 0 > last
+    scatter, = panel["scatters"]
+    assert scatter["disagrees"] and scatter["kendall"][0] < 0 < scatter["by last_acc"]["kendall"][0]
+    assert "L-r40 minus S-r4" in numbers["notes"][-1] and "they disagree" in capsys.readouterr().out
+
+
+def test_analyze_leaves_the_matplotlib_of_a_notebook_alone():
+    program = """import matplotlib
+matplotlib.rcParams["font.size"] = 31
+matplotlib.use("svg")
+before, backend = dict(matplotlib.rcParams), matplotlib.get_backend(auto_select=False)
+import analyze, sys
+assert dict(matplotlib.rcParams) == before and matplotlib.get_backend(auto_select=False) == backend
+assert "matplotlib.pyplot" not in sys.modules"""
+    root = pathlib.Path(analyze.__file__).parent
+    subprocess.run([sys.executable, "-c", program], cwd=root, check=True)
+
+
+def test_a_notebooks_backend_in_the_environment_does_not_matter(tmp_path):
+    write_run(tmp_path / "logs", "S-r4", 1, [60, 70], {0: (80, 1)}, dataset="cost$5_$")
+    command = [sys.executable, analyze.__file__, "--figure", "2", "--log-dir", tmp_path / "logs", "--fig-dir", tmp_path]
+    environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr == ""
+    assert (tmp_path / "fig2-cost$5_$.png").stat().st_size > 10_000

@@ -6,7 +6,7 @@ import torch
 from conftest import without_seconds
 from test_runs import PRUNE
 
-from gst_ext import files
+from gst_ext import files, runs
 import train
 
 
@@ -19,7 +19,7 @@ def seldom(monkeypatch):
         written.append(state["epoch"])
         save(path, state, check)
 
-    monkeypatch.setattr(train, "CHECKPOINT_EVERY", {"cpu": 1e9})
+    monkeypatch.setattr(runs, "CHECKPOINT_EVERY", {"cpu": 1e9})
     monkeypatch.setattr(files, "save_checkpoint", spy)
     return written
 

@@ -2,6 +2,7 @@
 import pytest
 import torch
 from test_ext_blocks import LAYOUTS, draw, index, outcome, pair_of_networks
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gst_ext import ops
 
@@ -74,10 +75,10 @@ def instead(old, new):
 BARRIER = "  __syncthreads();\n"
 FAULTS = {
     "the first reduction is overwritten while it is read": (
-        without("  __syncthreads();  // an earlier reduction may still be read\n"), "read, then written"),
+        without("  __syncthreads();  // an earlier reduction may still be read\n"), "a race"),
     "a reduction is read before it is there": (without(BARRIER, 0), "a race|before it is written"),
     "the first total is overwritten while it is read": (
-        without("  __syncthreads();  // an earlier total may still be read\n"), "read, then written"),
+        without("  __syncthreads();  // an earlier total may still be read\n"), "a race"),
     "a total is read before it is there": (without(BARRIER, 1), "a race|before it is written"),
     "idle columns leave before a barrier": (
         instead("A sum[V] = {}, sum2[V] = {}", "if (!part.any) return;\n  A sum[V] = {}, sum2[V] = {}"), "a barrier"),
@@ -154,3 +155,16 @@ def test_a_pruned_network_trains_and_evaluates_by_the_kernels_as_by_plain_pytorc
     for k, v in want.items():
         floor = 1e-10 * scale if k.startswith("d") else 0
         torch.testing.assert_close(got[k], v, rtol=1e-5, atol=max(1e-7, floor), msg=lambda m: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 5, 3, 3), (2, 64, 4, 4), (1, 12, 1, 2), (5, 0, 2, 2)])
+def test_what_is_said_of_the_kernels_results_before_they_run_is_so(emulation, dtype, shape):
+    vector = torch.ones(shape[1], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    rest = *[None] * 5, True, True, False, 0.1, 1e-5, 0.9
+    got = emulation.operators.bn_act(torch.ones(shape, dtype=dtype), *[vector.clone() for _ in range(4)], *rest)
+    with FakeTensorMode():
+        like = torch.empty(shape, dtype=dtype, device="cuda")
+        said = torch.ops.gst.bn_act(like, *[torch.empty(shape[1], dtype=vector.dtype, device="cuda")] * 4, *rest)
+    for a, b in zip(got, said, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype and (a.stride() == b.stride() or not a.numel())

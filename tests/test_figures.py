@@ -22,18 +22,30 @@ def fake_flatness(directory, seed, k=12):
     random = np.random.default_rng(seed)
     values = np.sort(random.exponential(5, k))[::-1]
     values[-1] *= -0.1
-    (directory / "flatness.json").write_text(json.dumps({
-        "images": 512, "eig": "lanczos", "epoch": 315, "eigenvalues": list(values), "converged": [True] * k,
-        "trace_eigs": values.sum(), "trace": values.sum() * 1.1, "trace_se": 0.1, "tr_c": 3 + seed, "tr_f": 4 + seed,
+    plain = {
+        "eigenvalues": list(values), "converged": [True] * (k - 1) + [seed != 2], "trace_eigs": values.sum(),
+        "trace": values.sum() * 1.1, "trace_se": 0.1, "tr_c": 3 + seed, "tr_f": 4 + seed,
         "tic": (3 + seed) / values.sum(), "tic_trace": 0.2 + seed, "c_over_f": 0.7, "epsilon": [0.2] * 10,
-        "epsilon_min": None if seed == 2 else 0.1 * seed,
-        "line": {"epsilon": [-0.4, 0.0, 0.4], "loss": [[1.0 + i, 0.5, 1.0] for i in range(10)]}}))
+        "epsilon_min": None if seed == 2 else 0.1 * seed}
+    moved = {k: v * 4 if k in ("trace", "tr_c") else v * 1.04 if k == "trace_eigs" else v for k, v in plain.items()}
+    (directory / "flatness.json").write_text(json.dumps({
+        "images": 512, "eig": "lanczos", "epoch": 315, **plain, "adaptive": plain,
+        "control": {"1": plain | {"adaptive": plain}, "0.5": moved | {"adaptive": plain}},
+        "density": {"probes": 4, "steps": 20, "width": 0.1, "grid": [-1 - seed, 0, 9 + seed],
+                    "density": [0, 1 / (5 + seed), 0], "se": [0, 0, 0]},
+        "line": {"epsilon": [-0.4, 0.0, 0.4], "loss": [[1.0 + i, 0.5, None] for i in range(10)]}}))
+
+
+def methods_of(name):
+    """{model: the methods whose runs write_all writes}."""
+    anything = {"vgg11": (*analyze.FLAT["vgg11"], "S-r20", "S-r40-ebn"), "resnet18": analyze.ADAM}
+    return anything if analyze.EVERYTHING[name][2] is analyze.ANY else analyze.EVERYTHING[name][2]
 
 
 def write_all(log_dir, name, seeds=(1, 2, 3), dataset="cifar10", setting=""):
     """Runs of every method of a figure, each with its own rate, stability and accuracy."""
     random = np.random.default_rng(0)
-    for model, methods in analyze.EVERYTHING[name][2].items():
+    for model, methods in methods_of(name).items():
         sgd = "sgd" if name in ("4", "C3") and model == "resnet18" else ""
         for i, method in enumerate(methods):
             for seed in seeds:
@@ -42,7 +54,7 @@ def write_all(log_dir, name, seeds=(1, 2, 3), dataset="cifar10", setting=""):
                 directory = write_run(
                     log_dir, method, seed, 80 + 8 * random.random(9), events, "-".join(filter(None, (sgd, setting))),
                     model, dataset=dataset, rate=0.5 * 2 ** (i // 3), options={"width": 1.0},
-                    data={"classes": 10}, parameters=11_173_962,
+                    data={"train": 50_000, "val": 0, "test": 10_000, "classes": 10}, parameters=11_173_962,
                     pruned_layers=[{"layer": layer} for layer in (12, 13, 14, 15)])
                 lines = [json.loads(line) for line in (directory / "epochs.jsonl").read_text().splitlines()]
                 (directory / "epochs.jsonl").write_text("".join(json.dumps(x | {"live": kept}) + "\n" for x in lines))
@@ -52,13 +64,10 @@ def write_all(log_dir, name, seeds=(1, 2, 3), dataset="cifar10", setting=""):
 @pytest.fixture
 def canvases(monkeypatch):
     """Every canvas that is saved, by file name."""
-    kept, save = {}, analyze.save
-    monkeypatch.setattr(analyze, "save", lambda canvas, name, numbers: (kept.update({name.name: canvas}),
-                                                                         save(canvas, name, numbers)))
-    monkeypatch.setattr(analyze.plt, "close", lambda canvas: None)
-    yield kept
-    monkeypatch.undo()
-    analyze.plt.close("all")
+    kept, save = {}, analyze.drawing.save
+    monkeypatch.setattr(analyze.drawing, "save", lambda canvas, name, numbers: (kept.update({name.name: canvas}),
+                                                                               save(canvas, name, numbers)))
+    return kept
 
 
 def file_of(name):
@@ -83,13 +92,14 @@ def test_every_figure_and_table_is_drawn_complete_and_readable(tmp_path, canvase
     assert call(*option(name), log_dir=tmp_path / "logs", fig_dir=tmp_path) == 0
     canvas = canvases[file_of(name)]
     numbers = json.loads((tmp_path / f"{file_of(name)}.json").read_text(), parse_constant=lambda c: pytest.fail(c))
-    assert set(numbers["models"]) == set(analyze.EVERYTHING[name][2]) and not numbers["left_out"]
+    assert set(numbers["models"]) == set(methods_of(name)) and not numbers["left_out"]
     for panel in numbers["models"].values():
         for method in panel.get("methods", {}).values():
             assert method["best_acc"]["n"] == 3 == len(method["best_acc"]["values"]) == len(method["runs"])
     for kind in ("pdf", "png"):
         assert (tmp_path / f"{file_of(name)}.{kind}").stat().st_size > 5_000
-    canvas.draw_without_rendering()
+    with analyze.matplotlib.rc_context(analyze.drawing.LOOK):  # ticks are made while drawing
+        canvas.draw_without_rendering()
     edges = canvas.get_window_extent()
     for text in canvas.findobj(analyze.matplotlib.text.Text):
         if text.get_visible() and text.get_text().strip():
@@ -109,7 +119,7 @@ def test_every_figure_and_table_is_drawn_complete_and_readable(tmp_path, canvase
             assert len(set(looks)) == len(looks)
 
 
-@pytest.mark.parametrize("name", [n for n in analyze.EVERYTHING if analyze.EVERYTHING[n][1] and n not in ("B1",)])
+@pytest.mark.parametrize("name", [n for n in analyze.EVERYTHING if analyze.EVERYTHING[n][2] and n != "B1"])
 def test_the_methods_of_a_figure_are_those_that_runs_sh_trains(name):
     _, target, models = analyze.EVERYTHING[name]
     methods = {(args.model, train.run_name(args)[0]) for args in directories(target, "--seeds", "1").values()}
@@ -142,17 +152,6 @@ def test_total_pruning_percentages_are_the_papers(p, percent):
     assert analyze.total_pruned(run) == 0
 
 
-def test_t_tests_against_the_formulas():
-    a, b = np.array([1.0, 2, 4, 5]), np.array([3.0, 7, 8])
-    pooled = (((a - a.mean()) ** 2).sum() + ((b - b.mean()) ** 2).sum()) / 5
-    t = (a.mean() - b.mean()) / np.sqrt(pooled * (1 / 4 + 1 / 3))
-    result = analyze.t_test(a, b)
-    assert result["difference"] == -3 and result["student"][0] == pytest.approx(t)
-    assert result["student"][1] == pytest.approx(2 * scipy.stats.t.sf(abs(t), 5))
-    assert result["welch"][0] == pytest.approx(-3 / np.sqrt(a.var(ddof=1) / 4 + b.var(ddof=1) / 3))
-    assert analyze.t_test([1.0], [2.0, 3.0])["student"] is None and analyze.t_test([1, 1], [2, 2])["welch"] is None
-
-
 def test_the_papers_stars_in_table_c1_are_students_t_tests():
     # C.2: of the three changes from 46% (10 runs) to 59% (3 runs), the last two are significant below 10%
     paper = analyze.PAPER["table C1", "resnet18"]
@@ -170,28 +169,6 @@ def test_table_c1_holds_the_tests_of_59_against_46_percent(tmp_path):
     test = panel["t_tests"][f"S-r4{analyze.HIGH} against S-r4"]
     assert test["student"][1] == pytest.approx(scipy.stats.ttest_ind(high, low).pvalue)
     assert panel["paper"]["L-r40"][1] == 88.03 and panel["methods"]["S-r40"]["total_pruned"]["mean"] > 0
-
-
-def test_the_interval_of_a_correlation():
-    random = np.random.default_rng(0)
-    x = random.normal(size=30)
-    y = -x + random.normal(size=30)
-    for kind in ("pearson", "kendall"):
-        low, high = analyze.correlation_interval(x, y, kind)
-        assert -1 <= low < analyze.correlations(x, y)[kind][0] < high < 0
-        assert [low, high] == analyze.correlation_interval(x, y, kind)
-    # Fisher's interval of Pearson's r is what the bootstrap should come near to
-    fisher = scipy.stats.pearsonr(x, y).confidence_interval()
-    assert np.allclose(analyze.correlation_interval(x, y, "pearson"), [fisher.low, fisher.high], atol=0.12)
-    assert analyze.correlation_interval([1, 1, 1], [1, 2, 3], "pearson") is None
-    # the same by scipy's own coefficients, with ties
-    x, y = np.array([1.0, 2, 2, 3, 5, 4]), np.array([2.0, 1, 4, 4, 6, 5])
-    for kind, function in (("pearson", scipy.stats.pearsonr), ("kendall", scipy.stats.kendalltau)):
-        with np.errstate(invalid="ignore"), pytest.warns():
-            slow = scipy.stats.bootstrap((x, y), lambda x, y: function(x, y)[0], n_resamples=analyze.RESAMPLES,
-                                         batch=200, paired=True, vectorized=False, rng=np.random.default_rng(0))
-        expected = np.nanpercentile(slow.bootstrap_distribution, [2.5, 97.5])
-        assert analyze.correlation_interval(x, y, kind) == pytest.approx(expected, abs=1e-12)
 
 
 def test_rates_that_scaling_makes_equal_are_drawn_once(tmp_path):
@@ -375,3 +352,89 @@ def test_figure_b1_from_a_vgg19_run_and_from_torchvision(tmp_path, tiny, monkeyp
     assert call("--figure", "B1", log_dir=tmp_path / "none", fig_dir=tmp_path) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "no route to host" in err and "bash runs.sh figB1 --quick" in err
+
+
+def test_depth_marks_in_one_place_stand_on_top_of_each_other(tmp_path, canvases):
+    for method, depth in (("S-r40", 12), ("L-r40", 21), ("S-r4", 5)):
+        curve = [70 + i / 10 for i in range(60)]
+        curve[30] = depth
+        write_run(tmp_path / "logs", method, 1, curve, {30: (73, 1)})
+    assert call("--figure", "2", log_dir=tmp_path / "logs", fig_dir=tmp_path) == 0
+    canvas = canvases["fig2"]
+    canvas.draw_without_rendering()
+    marks = {text.get_text(): text.get_window_extent() for text in canvas.axes[0].texts}
+    assert set(marks) == {"5%", "12%", "21%"}
+    boxes = sorted(marks.values(), key=lambda box: box.y0)
+    assert all(low.y1 <= high.y0 for low, high in zip(boxes, boxes[1:]))
+
+
+def test_runs_of_one_epoch_are_visible(tmp_path, canvases):
+    for seed in (1, 2):
+        write_run(tmp_path / "logs", "S-r4", seed, [60 + seed], {0: (80, 1)})
+    assert call("--figure", "2", log_dir=tmp_path / "logs", fig_dir=tmp_path) == 0
+    line, = canvases["fig2"].axes[0].lines
+    assert line.get_marker() not in ("", "None", None) and line.get_markersize() >= 3
+
+
+def test_the_stability_figure_holds_hand_computed_numbers(tmp_path):
+    log_dir = tmp_path / "logs"
+    for i, (method, events) in enumerate([("S-r4", 3), ("S-r40", 1), ("L-r40", 1), ("R-r40", 2)]):
+        for seed in (1, 2):
+            drops = {e: (80, 1) for e in range(events)}
+            write_run(log_dir, method, seed, [80 - i - seed / 10] * events + [70 + i + seed, 70 + seed], drops)
+    write_run(log_dir, "none", 1, [50, 60])
+    write_run(log_dir, "scratch-S", 1, [50, 60])
+    write_run(log_dir, "zero-50", 1, [50, 60], {0: (70, 1)})
+    assert call("--figure", "stability", "compute", log_dir=log_dir, fig_dir=tmp_path) == 0
+    panel = json.loads((tmp_path / "figstability.json").read_text())["models"]["vgg11"]
+    assert [(s["x"], s["y"]) for s in panel["scatters"]] == [
+        (x, y) for y in ("best_acc", "last_acc") for x in ("mean_stability", "loss_rise", "churn", "min_stability",
+                                                           "below_99")]
+    assert {s["n"] for s in panel["scatters"]} == {8}  # neither noise nor what never pruned while training
+    assert list(panel["methods"]) == ["none", "S-r4", "S-r40", "L-r40", "R-r40", "scratch-S"]
+    drop = panel["methods"]["R-r40"]
+    assert drop["loss_rise"]["values"] == pytest.approx([0.031, 0.032])
+    assert drop["churn"]["values"] == pytest.approx([6.2, 6.4])
+    assert drop["mean_stability"]["values"] == drop["min_stability"]["values"] == [96.125, 96.0]
+    assert [panel["methods"][m]["below_99"]["mean"] for m in ("S-r4", "S-r40", "L-r40", "R-r40")] == [0, 1, 1, 2]
+    found = {(s["x"], s["y"]): s for s in panel["scatters"]}["below_99", "last_acc"]
+    x, y, events = [0, 0, 1, 1, 1, 1, 2, 2], [71, 72] * 4, [3, 3, 1, 1, 1, 1, 2, 2]
+    assert found["kendall"] == pytest.approx(scipy.stats.kendalltau(x, y)) and found["pearson"][0] == pytest.approx(0)
+    assert found["given events"]["pearson"][0] == pytest.approx(0, abs=1e-12) and len(events) == len(x)
+    compute = json.loads((tmp_path / "figcompute.json").read_text())["models"]["vgg11"]
+    assert [(s["y"], s["n"]) for s in compute["scatters"]] == [("best_acc", 10), ("last_acc", 10)]
+    # an event takes a tenth of the cost of the epochs after it: of three epochs, the second and third
+    assert compute["methods"]["S-r40"]["compute"]["values"] == pytest.approx([100 * (1000 + 2 * 900) / 3000] * 2)
+
+
+def test_flatness_measures_say_what_rescaling_moved_and_what_has_not_converged(tmp_path, canvases):
+    write_all(tmp_path / "logs", "flatness")
+    none = tmp_path / "logs/cifar10/vgg11/L-r40/seed3/flatness.json"
+    flat = json.loads(none.read_text())
+    none.write_text(json.dumps(flat | {"converged": [False] * 12}))
+    assert call("--figure", "flatness", log_dir=tmp_path / "logs", fig_dir=tmp_path) == 0
+    numbers = json.loads((tmp_path / "figflatness.json").read_text())
+    assert "none of the eigenpairs" in numbers["left_out"][str(none.parent)]
+    assert "12 eigenpairs (100 asked)" in numbers["notes"][0] and "512 test images" in numbers["notes"][0]
+    panel = numbers["models"]["vgg11"]
+    assert panel["methods"]["S-r4"]["converged"]["values"] == pytest.approx([1, 11 / 12, 1])
+    scatters = {s["x"]: s for s in panel["scatters"]}
+    assert len(scatters) == 16 and scatters["trace"]["kendall_ci95"]
+    assert scatters["trace"]["moved_by_rescaling"] == pytest.approx([3] * 17)
+    assert scatters["trace_eigs"]["moved_by_rescaling"] == pytest.approx([0.04] * 17)
+    titles = {axis.get_xlabel(): axis.get_title() for axis in canvases["figflatness"].axes}
+    marked = {label for label, title in titles.items() if "†" in title}
+    assert marked == {analyze.LABELS["trace"], analyze.LABELS["tr_c"]}
+    doubtful = {label for label, title in titles.items() if "white dot" in title}
+    assert doubtful == {analyze.LABELS[form + k] for form in ("", "adaptive_") for k in ("trace_eigs", "tic", "top")}
+
+
+def test_the_density_of_spectra_is_drawn_on_one_grid(tmp_path):
+    write_all(tmp_path / "logs", "density")
+    assert call("--figure", "density", log_dir=tmp_path / "logs", fig_dir=tmp_path) == 0
+    density = json.loads((tmp_path / "figdensity.json").read_text())["models"]["vgg11"]["density"]
+    assert list(density) == list(analyze.FLAT["vgg11"])
+    for curve in density.values():
+        grid, mean = np.array(curve["lambda"]), np.array(curve["mean"])
+        assert (grid[0], grid[-1]) == (-4, 12) and curve["n"] == 3
+        assert np.trapezoid(mean, grid) == pytest.approx(1, abs=0.01)  # the mean of three densities

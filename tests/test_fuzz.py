@@ -16,7 +16,7 @@ from test_data import make_folder
 
 import analyze
 from gst_ext import files
-from gst_ext.runs import print_plan, print_status, read_runs, state_of
+from gst_ext.runs import check_same_run, print_plan, print_status, read_runs, resume, state_of
 import train
 
 JUNK = st.one_of(st.none(), st.booleans(), st.integers(-2, 2**70), st.floats(), st.text(max_size=4),
@@ -91,7 +91,7 @@ def finished(tmp_path_factory):
     args = train.parse_options(argv)
     directory = train.run_directory(args)
     (folder / "listed").write_text(shlex.join(argv))
-    facts = train.describe_data(train.load_data(args.dataset))
+    facts = files.described(train.load_data(args.dataset))
     return types.SimpleNamespace(args=args, directory=directory, facts=facts, listed=str(folder / "listed"),
                                  logs=folder / "logs",
                                  files={path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()})
@@ -163,9 +163,9 @@ def check_logs(finished):
         print_status([finished.listed], train.runs_of)
         assert len(out.getvalue().splitlines()) in (2, 3)
         with refusals(2):
-            print_plan(read_runs(finished.listed, train.runs_of), False, train.loaded, train.check_finished)
+            print_plan(read_runs(finished.listed, train.runs_of), False, train)
     with refusals(2):
-        train.check_same_run(finished.directory, finished.args, finished.facts)
+        check_same_run(finished.directory, train.result_options(finished.args), finished.facts)
     return found
 
 
@@ -200,15 +200,15 @@ def test_logs_with_any_damage_are_read_or_named(finished, name, data, unfinished
 @fuzz(60)
 @given(st.data())
 def test_a_checkpoint_with_any_value_changed_is_read_or_refused_in_one_line(finished, data):
-    path = finished.directory / "fuzzed.pt"
+    path = finished.directory / "fuzzed" / "checkpoint.pt"
+    path.parent.mkdir(exist_ok=True)
     state = torch.load(io.BytesIO(finished.files["checkpoint.pt"]), weights_only=True)
     torch.save(replace_one(data.draw, state, st.one_of(JUNK, st.just(torch.zeros(2)))), path)
-    model = train.use_backend(train.build_model(finished.args.model, 4, finished.args.width), "eager")
+    run = train.new_run(finished.args, 4, torch.device("cpu"))
+    run.directory = path.parent
     with refusals(1):
-        epoch, step, log = train.resume(path, model, train.make_optimizer(model, finished.args),
-                                        train.make_generators(finished.args, torch.device("cpu")), [],
-                                        torch.device("cpu"))
-        assert epoch == len(log)
+        resume(run)
+        assert run.epoch == len(run.lines)
 
 
 # +-- Data ------------------------------------------------------------------------------------------------------------+

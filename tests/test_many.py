@@ -70,7 +70,7 @@ def test_runs_at_once_take_turns_at_every_epoch(listed, monkeypatch):
 
 def test_the_data_of_runs_at_once_is_loaded_once(listed, monkeypatch):
     loads, put_on_device = [], train.put_on_device
-    monkeypatch.setattr(train, "put_on_device", lambda *call: loads.append(call) or put_on_device(*call))
+    monkeypatch.setattr(train, "put_on_device", lambda *call, **m: loads.append(call) or put_on_device(*call, **m))
     assert train.main(["--runs", listed(names=("random", "none", "deterministic")), "--at-once", "3"]) == 0
     assert len(loads) == 1
 

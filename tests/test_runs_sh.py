@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from gst_ext import files
 import train
 from conftest import without_seconds
 
@@ -183,7 +184,7 @@ def test_status_looks_at_the_same_runs_as_a_target(tmp_path, tiny):
     for directory in (done, failed):
         directory.mkdir(parents=True)
     (done / "done.json").write_text("{}")
-    facts = train.describe_data(train.load_data(str(tiny)))
+    facts = files.described(train.load_data(str(tiny)))
     (done / "config.json").write_text(json.dumps({"options": {}, "data": facts}))
     (failed / "failed.txt").write_text("the loss is nan\nand more")
     result = runs_sh("status", *SMALL, str(tiny), cwd=tmp_path)
