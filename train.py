@@ -29,7 +29,6 @@ The experiment in ten lines; `experiment` below is these, with noise, learning r
         print(epoch, measured(f"epoch {epoch}", data, totals, before, after, event=bool(gone)))
 """
 import argparse
-import contextlib
 import io
 import math
 import os
@@ -37,7 +36,6 @@ import pathlib
 import platform
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -52,7 +50,7 @@ import torch.nn.functional as F
 
 from gst_ext import files, ops, runs
 from gst_ext.files import UserError, require, short
-from gst_ext.graphs import fed, hold_for, new_graphs, replayed
+from gst_ext.graphs import fed, hold_for, new_graphs, numbers, replayed
 
 # +--------------------------------------------------------------------------------------------------------------------+
 # | Configuration: the paper's settings, the command line, the run's name                                              |
@@ -88,8 +86,8 @@ PRESETS = {  # --preset: by optimizer, what takes the place of the settings abov
     "small": dict.fromkeys(OPTIMIZERS, dict(train_images=2560, test_images=3000, width=0.25, batch_size=64,
                                               scale_epochs=0.2)),
 }
-NOT_THE_RESULT = ("log_dir", "data_dir", "device", "backend", "save_epoch", "tensorboard", "seeds", "runs", "at_once",
-                  "plan", "retry_failed", "status", "preset")  # not what a run computes
+NOT_THE_RESULT = ("log_dir", "data_dir", "device", "backend", "cuda_graphs", "save_epoch", "tensorboard", "seeds",
+                  "runs", "at_once", "plan", "retry_failed", "status", "preset")  # not what a run computes
 BUILT_IN = ("cifar10", "cifar100", "digits")
 MULTIPLE = {"cpu": 1, "cuda": 32}  # a layer's live filters are computed as so many, rounded up: shapes a device likes
 
@@ -174,6 +172,7 @@ def make_parser():
     add("--precision", choices=("fp32", "tf32", "bf16"), help="(default: fp32)")
     add("--deterministic", action=flag,
         help="CUDA: only deterministic kernels; CPU runs repeat exactly anyway (default: no)")
+    add("--cuda-graphs", action=flag, default=True, help="CUDA: capture a step once, then replay it (default: yes)")
     add("--log-dir", default="logs", help="(default: logs)")
     add("--save-epoch", type=int, metavar="N", help="also keep the weights after the N-th epoch, as epoch<N>.pt; 0: no")
     add("--tensorboard", action=flag, default=False, help="also write <run>/tensorboard, if installed (default: no)")
@@ -868,10 +867,6 @@ def describe_run(run, facts):
     """config.json: every option, the schedule it gives, the constants behind it, the data, machine and versions."""
     args, model = run.args, run.model
     method, setting = run_name(args)
-    git = None
-    with contextlib.suppress(OSError):  # no git here
-        command = ["git", "-C", pathlib.Path(__file__).resolve().parent, "describe", "--always", "--dirty"]
-        git = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     return {
         "method": method, "setting": setting, "backend": model.backend,
         "options": result_options(args), "schedule": run.times,
@@ -885,7 +880,7 @@ def describe_run(run, facts):
         "data": facts | {"train": args.train_images or facts["train"] - args.val_split, "val": args.val_split,
                          "test": args.test_images or facts["test"]},
         "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(), "machine": platform.machine(), "git": git,
+        "threads": torch.get_num_threads(), "machine": platform.machine(), "git": files.commit_of(__file__),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
 
@@ -897,8 +892,8 @@ def measured(where, data, trained, before, after=None, val=None, event=False):
     went (event) or noise was added, after that. Raises UserError, which begins with `where`, unless all is finite.
     """
     after = after or before
-    changed, *found = torch.cat([(before[1] != after[1]).sum()[None], trained, before[0], after[0],
-                                 *([val[0]] if val else ())]).tolist()
+    changed, *found = numbers(torch.cat([(before[1] != after[1]).sum()[None], trained, before[0], after[0],
+                                         *([val[0]] if val else ())]))
     train_loss, train_right, right_before, loss_before, _, right, loss, *_ = found
     n_train, n = len(data["train"][1]), len(data["test"][1])
     finite = sum(found[4::3]) == 2 * n + (len(data["val"][1]) if val else 0)
@@ -1056,9 +1051,9 @@ def new_run(args, num_classes, device):
     generators = make_generators(args, device)
     model = build_model(args.model, num_classes, args.width).to(device)
     model.multiple = MULTIPLE[device.type]
-    use_backend(model, choose_backend(args))
+    use_backend(model, runs.choose_backend(args, device))
     plan = pruning_plan(model, args, times)
-    noise, graphs = [], new_graphs(device)
+    noise, graphs = [], new_graphs(device) if args.cuda_graphs else None
     hooks = {"graphs": graphs}
     if args.noise != "none":
         noise = [new_noise(model.prunable[layer]) for layer, _ in plan]
@@ -1113,16 +1108,6 @@ def experiment(run, data, record):
 # +--------------------------------------------------------------------------------------------------------------------+
 # | Entry                                                                                                              |
 # +--------------------------------------------------------------------------------------------------------------------+
-
-def choose_backend(args):
-    """"ext" or "eager", as --backend says; one line where "auto" has to do without the extension."""
-    require(ops.available or args.backend != "ext", f"--backend ext, but the extension is not built here "
-            f"({ops.why_not}): run bash runs.sh setup, or use --backend eager")
-    if not ops.available and args.backend == "auto":
-        files.say_once(f"train.py: the extension is not built ({ops.why_not}); plain PyTorch takes its place. bash "
-                       "runs.sh setup builds it")
-    return "ext" if ops.available and args.backend != "eager" else "eager"
-
 
 def runs_of(command):
     """The runs of an option list, one for each seed: (directory, runs.Run) each."""

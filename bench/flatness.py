@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Lanczos (ARPACK's) against the paper's power method, and per-sample gradients against a loop, on a network trained on CIFAR-10.
+"""Lanczos (ARPACK's) against the power method, and per-sample gradients against a loop, on a network of CIFAR-10.
 
     python bench/flatness.py                            # 100 pairs of vgg11, width 0.25, 512 images: hours on 2 cores
     python bench/flatness.py --eigs 30 --images 128     # a quarter of an hour

@@ -12,6 +12,7 @@ What the user can mend is a UserError, which `tell` prints as one line. A claim 
 import argparse
 import collections
 import contextlib
+import errno
 import fcntl
 import io
 import json
@@ -19,6 +20,7 @@ import math
 import os
 import pathlib
 import platform
+import subprocess
 import sys
 import threading
 import time
@@ -63,12 +65,28 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} ({self.prog} --help lists every option)")
 
+    def print_help(self, file=None):
+        say(self.format_help().rstrip(), file)
+
+
+def say(line, file=None):
+    """Prints a line (to stdout). Where nobody reads any more, as behind `| head`, that ends the printing, and not what
+    is being trained; a full disk raises OSError as ever."""
+    file = file or sys.stdout
+    try:
+        print(line, file=file, flush=True)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), file.fileno())  # what is still to be printed goes there, at exit too
+
 
 def say_once(line):
     """One line on stderr, once in a process, however many runs it concerns."""
     if line not in SAID:
         SAID.add(line)
-        print(line, file=sys.stderr)
+        say(line, sys.stderr)
 
 
 def tell(error, program):
@@ -87,7 +105,7 @@ def tell(error, program):
         line = f"{line or 'interrupted'}; the same command goes on from the last finished epoch"
     else:
         line = "".join(traceback.format_exception(error)).rstrip()
-    print(f"{program}: {line}", file=sys.stderr)
+    say(f"{program}: {line}", sys.stderr)
     return code
 
 
@@ -313,23 +331,28 @@ def save_checkpoint(path, state, check=None):
 def checkpoints(path, every, still_ours):
     """Gives keep(state, last), which writes a run's state at most every so many seconds, and the last one always.
 
-    What is not written stays in memory, and is written when the run ends in whatever way but a kill -9.
+    What is not written stays in memory, and is written when the run ends in whatever way but a kill -9. A GPU then has
+    epochs in its queues, which whoever stops a run will not wait for: only the copy that is written has to be there.
     """
-    pending, written = None, -math.inf
+    pending, copied, written = None, None, -math.inf
 
     def keep(state, last):
-        nonlocal pending, written
+        nonlocal pending, copied, written
         if last or time.monotonic() - written >= every:
             save_checkpoint(path, state, still_ours)
             pending, written = None, time.monotonic()
         else:
             pending = tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, state)
+            copied = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
 
     try:
         yield keep
     finally:
         if pending:
-            save_checkpoint(path, pending, still_ours)
+            with torch.cuda.stream(copied and torch.cuda.default_stream()):  # on its own it would wait its turn
+                if copied:
+                    copied.synchronize()
+                save_checkpoint(path, pending, still_ours)
 
 
 def read_checkpoint(path, mmap=False):
@@ -459,3 +482,10 @@ def described(arrays):
     return {"train": len(arrays["train_x"]), "test": len(arrays["test_x"]), "classes": len(arrays["classes"]),
             "image": list(arrays["train_x"].shape[1:]),
             "crc32": {k: zlib.crc32(np.ascontiguousarray(arrays[k])) for k in sorted(arrays) if k != "classes"}}
+
+
+def commit_of(path):
+    """The git commit that holds a file, "-dirty" where something was changed since; None without git."""
+    command = ["git", "-C", pathlib.Path(path).resolve().parent, "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None

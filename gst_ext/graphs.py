@@ -7,9 +7,15 @@
         for _ in range(steps):
             replayed(graphs, "train", step, batch_size)  # step(batch_size) finds its batch by `at`, and moves it on
 """
+import contextlib
+import time
+
 import torch
 
+from . import files
+
 GRAPHED = ("cuda",)  # devices whose steps are captured
+STREAMS = 32  # PyTorch has so many to give: more would be shared
 WARM_UP = 3  # calls of a step before it becomes a graph: the libraries choose their algorithms in them
 
 
@@ -21,8 +27,9 @@ def new_graphs(device):
 def hold_for(graphs, *facts):
     """Clears the graphs unless `facts`, whatever they hold fast, are those of the last call."""
     if graphs is not None and graphs.get("facts") != facts:
+        given_up = graphs.get("given up")
         graphs.clear()
-        graphs["facts"] = facts
+        graphs |= {"facts": facts, "given up": given_up}
 
 
 def fed(graphs, name, *tensors):
@@ -41,15 +48,24 @@ def replayed(graphs, name, function, size):
     A replay is all that a step asks of the host: the driver queues about a thousand launches, and a run that fills the
     queue keeps the other runs' waiting. So function itself finds its batch and adds up what it finds, in tensors that
     are `fed`. graphs (from new_graphs) keeps the graphs; hold_for tells it of the network's shapes and the learning
-    rate, which a graph holds fast. Without graphs (None) it is called as it is.
+    rate, which a graph holds fast. Without graphs (None) it is called as it is, and once a capture has failed, but
+    for want of memory: that raises OutOfMemoryError.
     """
-    if graphs is None:
+    if graphs is None or graphs.get("given up"):
         return function(size)
     calls = graphs[name, size, "calls"] = graphs.get((name, size, "calls"), 0) + 1
     if calls <= WARM_UP:
         return function(size)
     if (name, size) not in graphs:
-        graphs[name, size] = record(lambda: function(size), graphs)
+        try:
+            graphs[name, size] = record(lambda: function(size), graphs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            graphs["given up"] = True
+            files.say_once(f"train.py: a step cannot be captured as a CUDA graph ({files.reason(error)}); it goes on "
+                           "without, slower. --no-cuda-graphs does not try")
+            return function(size)
     graphs[name, size]()
 
 
@@ -57,15 +73,37 @@ def record(function, graphs):
     """Captures function() in a CUDA graph, computing nothing; returns what replays it.
 
     The graphs of a run share memory: they are replayed one after the other, and nothing that one leaves there is read
-    once another has begun.
+    once another has begun. torch.cuda.graph would wait for the other runs' streams too, and empty the cache.
     """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, graphs.get("pool"), torch.cuda.current_stream(), capture_error_mode="thread_local"):
+    graph, pool = torch.cuda.CUDAGraph(), [graphs["pool"]] if "pool" in graphs else []
+    wait_for(torch.cuda.current_stream())
+    graph.capture_begin(*pool, capture_error_mode="thread_local")
+    try:
         function()
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # what went wrong has been raised already
+            graph.capture_end()
+        raise
+    graph.capture_end()
     graphs["pool"] = graph.pool()  # goes with the graphs when they are cleared: a pool without graphs is no pool
     return graph.replay
 
 
+def wait_for(stream):
+    """Waits until a CUDA stream has done its work, and hears signals meanwhile: PyTorch's own waits would be deaf to
+    SIGTERM until all that is queued is done."""
+    done = stream.record_event()
+    while not done.query():
+        time.sleep(0.0005)
+
+
+def numbers(tensor):
+    """tensor.tolist(), for which wait_for waits."""
+    if tensor.is_cuda:
+        wait_for(torch.cuda.current_stream())
+    return tensor.tolist()
+
+
 def stream_of(device):
-    """A CUDA stream of its own to work on; on a CPU, nothing."""
+    """A CUDA stream of its own to work on (of STREAMS that PyTorch has, in turn); on a CPU, nothing."""
     return torch.cuda.stream(torch.cuda.Stream() if device.type == "cuda" else None)

@@ -1,6 +1,7 @@
 """The compiled operators of the project, their pure-PyTorch references, and what PyTorch must know of them.
 
-`available` says whether the extension is built and loads here, `why_not` what stands in the way.
+`available` says whether the extension is built and loads here, `why_not` what stands in the way; computes_on(device)
+whether it was built for a device, too: where there is no CUDA toolkit, there are kernels for the CPU only.
 
 Maps are compact: they hold the live channels only, live_out and live_in saying which of all the filters those are
 (int64, ascending; None: all of them). Parameters, their gradients and statistics keep every filter. Build with
@@ -21,6 +22,12 @@ try:
     why_not = None if available else "it is an older build"
 except ImportError as error:  # not built, or built for another torch
     available, why_not = False, str(error)
+
+
+def computes_on(device):
+    """Whether the built operators compute on such a torch device; the references compute on any."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return available and (device.type != "cuda" or has_kernel("gst::bn_act", "CUDA"))
 
 
 def ebn_score_ref(gamma, beta, signed=False):
@@ -46,9 +53,10 @@ def ebn_score(gamma, beta, signed=False):
     gamma, beta (c,), of one floating type, CPU or CUDA; computed in float64 and returned in their type. signed puts
     gamma for |gamma| (B.2.3), which for gamma < 0 makes it -E[max(0, -M)]. gamma = 0 gives max(beta, 0). Relative error
     at most 1e-11 for |beta/gamma| up to 30; never NaN for finite input. No gradient: scores choose, they do not train.
-    Raises RuntimeError for other shapes, types or devices. Without the built extension it is the reference, rounded.
+    Raises RuntimeError for other shapes, types or devices. Without the extension built for the device it is the
+    reference, rounded.
     """
-    if not available:
+    if not computes_on(gamma.device):
         return ebn_score_ref(gamma, beta, signed).to(gamma.dtype)
     return torch.ops.gst.ebn_score(gamma.detach(), beta.detach(), signed)
 
@@ -259,14 +267,15 @@ def masked_conv_bn_act(x, weight, bias, gamma, beta, running_mean, running_var, 
         narrow = torch.get_autocast_dtype(x.device.type)
         x, weight, residual = (t if t is None else t.to(narrow) for t in (x, weight, residual))
         bias = bias if bias is None or training else bias.to(narrow)
-    if available and training:
+    there = computes_on(x.device)
+    if there and training:
         FOLDED.pop(weight, None)  # which is memory
     parts = None
-    if available and may_fold(x, weight, residual_map, act, training) and (live_out is None or len(live_out)):
+    if there and may_fold(x, weight, residual_map, act, training) and (live_out is None or len(live_out)):
         parts = folded(x, weight, bias, gamma, beta, running_mean, running_var, live_out, live_in, stride, padding, eps)
     if parts is not None:
         out = folded_conv(x, *parts, stride, padding, residual, relu, pool)
-    elif available:
+    elif there:
         size = ((s + 2 * padding - k) // stride + 1 for s, k in zip(x.shape[2:], weight.shape[2:]))
         inside = pools_itself(pool, residual, x.device, *size)
         out = ConvBnAct.apply(x, weight, bias, residual, gamma, beta, running_mean, running_var, live_out, live_in,

@@ -16,8 +16,8 @@ import sys
 import torch
 from tqdm import tqdm
 
-from . import files, graphs
-from .files import UserError, reason, require
+from . import files, graphs, ops
+from .files import UserError, reason, require, say
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # before CUDA starts: as many streams at once as runs
 
@@ -87,22 +87,22 @@ def print_plan(runs, retry_failed, script):
     todo = {directory: run for directory, run in runs.items() if directory in left}
     done = [len(log_of(directory)) for directory in todo]
     epochs = sum(run.epochs for run in todo.values()) - sum(done)
-    print(f"{len(runs)} runs: {len(finished)} finished, {sum(map(bool, done))} half-done; to do now: "
-          f"{len(todo)} runs, {epochs:,} epochs", file=sys.stderr)
+    say(f"{len(runs)} runs: {len(finished)} finished, {sum(map(bool, done))} half-done; to do now: "
+        f"{len(todo)} runs, {epochs:,} epochs", sys.stderr)
     if running:
-        print(f"{len(running)} runs are being trained by another process, such as {running[0]}", file=sys.stderr)
+        say(f"{len(running)} runs are being trained by another process, such as {running[0]}", sys.stderr)
     if failed and not retry_failed:
-        print(f"{len(failed)} runs that failed before are left alone, such as {failed[0]}: "
-              f"{files.why_failed(failed[0])} (--retry-failed trains them again)", file=sys.stderr)
+        say(f"{len(failed)} runs that failed before are left alone, such as {failed[0]}: "
+            f"{files.why_failed(failed[0])} (--retry-failed trains them again)", sys.stderr)
     for run in todo.values():
         loaded(run.args, shared, script)  # a download that fails should fail here, once
     for run in todo.values():
-        print(run.line)
+        say(run.line)
 
 
 def print_status(lists, runs_of):
     """--status: a line for each list of runs, a file, named after it, and a line for each run that failed."""
-    print(f"{'':12} {'runs':>6} {'done':>6} {'running':>8} {'failed':>7} {'waiting':>8}  time left")
+    say(f"{'':12} {'runs':>6} {'done':>6} {'running':>8} {'failed':>7} {'waiting':>8}  time left")
     for file in lists:
         runs, pace = read_runs(file, runs_of), []
         done, running, failed, waiting = by_state(runs).values()
@@ -113,10 +113,10 @@ def print_status(lists, runs_of):
         at_once = max(1, len(running))
         hours = sum(left) * sum(pace) / max(1, len(pace)) / at_once / 3600
         time_left = f"{hours:.1f} h, {at_once} at once" if pace else "not known"
-        print(f"{pathlib.Path(file).name:12} {len(runs):6} {len(done):6} {len(running):8} {len(failed):7} "
-              f"{len(waiting):8}  {time_left if left else 'nothing to do'}")
+        say(f"{pathlib.Path(file).name:12} {len(runs):6} {len(done):6} {len(running):8} {len(failed):7} "
+            f"{len(waiting):8}  {time_left if left else 'nothing to do'}")
         for directory in failed:
-            print(f"  failed: {directory}: {files.why_failed(directory)}")
+            say(f"  failed: {directory}: {files.why_failed(directory)}")
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -137,6 +137,17 @@ def choose_device(args):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(args.deterministic)
     return device
+
+
+def choose_backend(args, device):
+    """"ext" or "eager", as --backend says; one line where "auto" has to do without the extension."""
+    there, why_not = ops.computes_on(device), ops.why_not or "it has no CUDA kernels: there was no CUDA toolkit"
+    require(there or args.backend != "ext", f"--backend ext, but the extension is not built for this device ({why_not})"
+            ": run bash runs.sh setup, or use --backend eager")
+    if not there and args.backend == "auto":
+        files.say_once(f"train.py: the extension is not built for this device ({why_not}); plain PyTorch takes its "
+                       "place. bash runs.sh setup builds it")
+    return "ext" if there and args.backend != "eager" else "eager"
 
 
 def keep_freed_memory():
@@ -161,9 +172,11 @@ def train_all(runs, at_once, script):
     """--runs, --seeds: so many at once take turns; a run that fails is reported, and the others go on.
 
     at_once: None for one, and on a GPU, once the first run has shown what memory it takes, for as many as fit.
-    choose_device(args) is the device that a run works on, for its stream there.
+    choose_device(args) is the device that a run works on, for its stream there, which the next run takes over.
     """
+    require((at_once or 1) <= graphs.STREAMS, f"--at-once {at_once}: give {graphs.STREAMS} or fewer")
     waiting, going, streams, shared, failed, limit = list(runs), {}, {}, {}, 0, at_once or 1
+    free, first_epoch = collections.defaultdict(list), True
     try:
         while waiting or going:
             while waiting and len(going) < limit:
@@ -172,8 +185,9 @@ def train_all(runs, at_once, script):
             for directory, run in list(going.items()):
                 try:
                     if directory not in streams:
-                        streams[directory] = graphs.stream_of(choose_device(runs[directory].args))
-                    with streams[directory]:
+                        device = choose_device(runs[directory].args)
+                        streams[directory] = device, free[device].pop() if free[device] else graphs.stream_of(device)
+                    with streams[directory][1]:
                         next(run)
                 except StopIteration:
                     del going[directory]
@@ -182,19 +196,27 @@ def train_all(runs, at_once, script):
                     if going and isinstance(error, torch.OutOfMemoryError):
                         limit = at_once = len(going)
                         waiting.append(directory)
-                        print(f"train.py: the GPU's memory holds {limit} runs at once: {directory} goes on when one of "
-                              "them has ended", file=sys.stderr)
+                        say(f"train.py: the GPU's memory holds {limit} runs at once: {directory} goes on when one of "
+                            "them has ended", sys.stderr)
                         continue
                     files.tell(error, "train.py")
                     refused = isinstance(error, UserError) and error.code == 2
                     if refused or state_of(directory) not in ("running", "done"):  # by another process
-                        print(f"failed: train.py {runs[directory].line}", file=sys.stderr)
+                        say(f"failed: train.py {runs[directory].line}", sys.stderr)
                         failed += 1
+                finally:
+                    if directory not in going and directory in streams:
+                        device, stream = streams.pop(directory)
+                        free[device].append(stream)
             if at_once is None and torch.cuda.is_available() and torch.cuda.max_memory_reserved():
-                limit = at_once = fit_at_once(torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[0])
+                if first_epoch:  # its peak is that of the data's coming and of the search for the fastest algorithms
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats()
+                    first_epoch = False
+                else:
+                    peak = torch.cuda.max_memory_reserved() - shared.get("bytes", 0)
+                    limit = at_once = fit_at_once(peak, torch.cuda.mem_get_info()[0])
     finally:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # each run's stream, which is not the one that works from here on
         for run in going.values():
             run.close()  # which writes the checkpoints that are not on disk yet
     require(not failed, f"{failed} of {len(runs)} runs failed; the same command continues them", 1)
@@ -241,9 +263,9 @@ def report(label, records, stability, bar):
         return
     event = f" -> {record['test_acc']:.2f}% ({sum(record['removed'])} filters)" if any(record["removed"]) else ""
     left = sum(r["seconds"] for r in records[-5:]) / len(records[-5:]) * (bar.total - len(records)) / 60
-    print(f"{label} epoch {len(records)}/{bar.total} lr {record['lr']:g} loss {record['train_loss']:.4f} train "
-          f"{record['train_acc']:.2f}% test {record['test_acc_before']:.2f}%{event} stability {stability:.2f}% "
-          f"{record['seconds']:.1f} s, {left:.0f} min left", flush=True)
+    say(f"{label} epoch {len(records)}/{bar.total} lr {record['lr']:g} loss {record['train_loss']:.4f} train "
+        f"{record['train_acc']:.2f}% test {record['test_acc_before']:.2f}%{event} stability {stability:.2f}% "
+        f"{record['seconds']:.1f} s, {left:.0f} min left")
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -300,7 +322,7 @@ def resume(run):
         raise UserError(f"{path} is damaged or of another version ({reason(error)}): move it away to train this run "
                         "afresh", 1) from None
     lacking = what_it_lacks(run.directory, run.times, run.args.tensorboard, run.epoch)
-    print(f"{run.label}: continues after epoch {run.epoch} of {run.times['epochs']}{lacking}", flush=True)
+    say(f"{run.label}: continues after epoch {run.epoch} of {run.times['epochs']}{lacking}")
 
 
 @contextlib.contextmanager
@@ -336,8 +358,8 @@ def recorder(run, summarize, still_ours):
 def say_ties(run, tied):
     """One line where filters went because of their order (prune_now)."""
     if tied:
-        print(f"{run.label}: equal {run.args.score} scores, so that the first of them went: " +
-              ", ".join(f"{n} filters of layer {layer}" for layer, n in tied.items()), flush=True)
+        say(f"{run.label}: equal {run.args.score} scores, so that the first of them went: " +
+            ", ".join(f"{n} filters of layer {layer}" for layer, n in tied.items()))
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -368,6 +390,7 @@ def on_device(args, device, shared, script):
         data = script.put_on_device(arrays, device, *kept, padded=args.augment)
         if device.type == "cuda":
             torch.cuda.synchronize()  # the other runs' streams do not wait for this one
+            shared["bytes"] = torch.cuda.memory_allocated()  # which no further run takes
         shared[source] = facts, data
     return shared[source]
 
@@ -383,7 +406,7 @@ def training(args, shared, script):
     if (directory / "done.json").exists():
         check_finished(args, directory, shared, script)
         lacking = what_it_lacks(directory, times, args.tensorboard, times["epochs"])
-        print(f"{directory}: finished already{lacking}", flush=True)
+        say(f"{directory}: finished already{lacking}")
         return None
     for line in script.doubts_about_rate(args):
         files.say_once(f"train.py: {line}")
@@ -409,9 +432,9 @@ def training(args, shared, script):
                 choose_device(args)  # whoever had its turn may have set another precision
         summary = script.summarize_epochs(run.records, config)
         files.write_json(directory / "done.json", summary)
-        print(f"{run.label}: best accuracy {summary['best_acc']:.2f}% (epoch {summary['best_epoch']}), last "
-              f"{summary['last_acc']:.2f}%, mean stability {summary['mean_stability']:.2f}% over {summary['events']} "
-              "pruning events", flush=True)
+        say(f"{run.label}: best accuracy {summary['best_acc']:.2f}% (epoch {summary['best_epoch']}), last "
+            f"{summary['last_acc']:.2f}%, mean stability {summary['mean_stability']:.2f}% over {summary['events']} "
+            "pruning events")
         return summary
 
 

@@ -663,12 +663,33 @@ def test_a_run_logs_its_backend_and_may_be_continued_by_the_other(tmp_path, back
     assert runs.train_one(other, train)["epochs"] == 1  # finished, by its checkpoint
 
 
-def test_without_the_build_auto_says_so_once_and_ext_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(ops, "available", False)
-    monkeypatch.setattr(ops, "why_not", "no such file")
-    monkeypatch.setattr(train.choose_backend, "told", False)
+@pytest.mark.parametrize("missing", ("all", "for a GPU"))
+def test_without_the_build_auto_says_so_once_and_ext_is_refused(monkeypatch, capsys, missing):
+    monkeypatch.setattr(files, "SAID", set())
+    if missing == "all":
+        monkeypatch.setattr(ops, "available", False)
+        monkeypatch.setattr(ops, "why_not", "no such file")
+    else:
+        monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: False)
+    device, args = torch.device("cpu" if missing == "all" else "cuda"), train.parse_options(SHORT)
     for _ in range(2):
-        assert train.choose_backend(train.parse_options(SHORT)) == "eager"
+        assert runs.choose_backend(args, device) == "eager"
     assert capsys.readouterr().err.count("\n") == 1
+    assert runs.choose_backend(train.parse_options([*SHORT, "--backend", "eager"]), device) == "eager"
     with pytest.raises(files.UserError, match="--backend eager"):
-        train.choose_backend(train.parse_options([*SHORT, "--backend", "ext"]))
+        runs.choose_backend(train.parse_options([*SHORT, "--backend", "ext"]), device)
+    if missing != "all":
+        assert runs.choose_backend(args, torch.device("cpu")) == "ext"
+
+
+def test_a_device_that_the_operators_were_not_built_for_gets_the_references(monkeypatch):
+    for name in ("ebn_score", "masked_conv2d", "bn_act"):
+        monkeypatch.delattr(torch.ops.gst, name, raising=False)
+        monkeypatch.setattr(torch.ops.gst, name, None, raising=False)
+    monkeypatch.setattr(ops, "computes_on", lambda device: False)
+    gamma, beta = draw(0, 5), draw(1, 5)
+    assert torch.equal(ops.ebn_score(gamma, beta), ops.ebn_score_ref(gamma, beta).to(gamma.dtype))
+    block = draw(2, 2, 3, 8, 8), draw(3, 5, 3, 3, 3), None, gamma, beta, torch.zeros(5), torch.ones(5)
+    out, score = ops.masked_conv_bn_act(*block, score="ebn", training=False)
+    assert torch.equal(out, ops.masked_conv_bn_act_ref(*block, training=False))
+    assert torch.equal(score, ops.ebn_score(gamma, beta))

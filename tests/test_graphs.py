@@ -3,6 +3,8 @@
 There is no graph on a CPU. A tape takes its place: it notes every operation that a step dispatches, with the tensors it
 had, and plays them again on the same tensors. Like a graph it holds fast whatever was a number or a shape.
 """
+import signal
+
 import pytest
 import torch
 from conftest import read_lines, without_seconds
@@ -153,3 +155,148 @@ def test_filters_that_fill_up_a_shape_stay_gone(name, masks, multiple):
     for block in model.prunable:
         for tensor in (block.conv.weight, block.bn.weight, block.bn.bias):
             assert not tensor.grad[~block.mask].any()
+
+
+def test_without_cuda_graphs_nothing_is_captured_and_the_run_is_the_same(run, directory, tapes):
+    options = (*LONG, "--score", "act", *PRUNE)
+    assert run(*options, "--no-cuda-graphs", logs="plain") == 0 and not tapes
+    assert run(*options) == 0 and tapes
+    assert directory(*options, "--no-cuda-graphs") == directory(*options)
+    assert without_seconds(directory(*options)) == without_seconds(directory(*options, logs="plain"))
+
+
+@pytest.mark.parametrize("failing", (1, 2, 4))
+def test_after_a_capture_that_fails_a_run_goes_on_without(run, directory, tapes, monkeypatch, capsys, failing):
+    options, record, tried = (*LONG, "--score", "act", *PRUNE), graphs.record, []
+
+    def unsupported(function, graphs):
+        tried.append(1)
+        if len(tried) == failing:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore about that")
+        return record(function, graphs)
+
+    assert run(*options, "--no-cuda-graphs", logs="plain") == 0
+    monkeypatch.setattr(files, "SAID", set())
+    monkeypatch.setattr(graphs, "record", unsupported)
+    assert run(*options) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "(operation not permitted when stream is capturing)" in said[0]
+    assert len(tried) == failing, "it is not tried again, whatever changes"
+    assert without_seconds(directory(*options)) == without_seconds(directory(*options, logs="plain"))
+
+
+def test_memory_that_is_full_in_a_capture_is_not_a_capture_that_fails(monkeypatch):
+    def full(function, graphs):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(graphs, "record", full)
+    held = {}
+    for _ in range(graphs.WARM_UP):
+        graphs.replayed(held, "step", lambda size: None, 1)
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs.replayed(held, "step", lambda size: None, 1)
+    assert not held.get("given up")
+
+
+class Stream:
+    """A stream that is done when it was asked three times; it and all that is captured on it note what is done."""
+
+    def __init__(self, calls, done=3):
+        self.calls, self.left = calls, done
+
+    def record_event(self):
+        self.calls.append("event")
+        return self
+
+    def query(self):
+        self.left -= 1
+        return self.left <= 0
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls of a capture on stand-ins; waiting for the whole device fails."""
+    made = []
+
+    class Graph:
+        def capture_begin(self, *pool, capture_error_mode):
+            made.append(("begin", *pool, capture_error_mode))
+
+        def capture_end(self):
+            made.append("end")
+            if "broken" in made:
+                raise RuntimeError("the capture is not valid")
+
+        def pool(self):
+            return 7
+
+        def replay(self):
+            made.append("replay")
+
+    stream = Stream(made)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("that concerns the other runs"))
+    return made
+
+
+def test_a_capture_waits_for_its_own_stream_only_and_shares_the_runs_memory(calls):
+    held = {}
+    replay = graphs.record(lambda: calls.append("step"), held)
+    assert calls == ["event", ("begin", "thread_local"), "step", "end"]
+    replay()
+    graphs.record(lambda: None, held)
+    assert calls[4:] == ["replay", "event", ("begin", 7, "thread_local"), "end"]
+
+
+def test_what_goes_wrong_in_a_capture_ends_it_and_is_what_is_raised(calls):
+    def step():
+        calls.append("broken")
+        raise KeyboardInterrupt("terminated")
+
+    with pytest.raises(KeyboardInterrupt, match="terminated"):
+        graphs.record(step, {})
+    assert calls[-1] == "end"
+
+
+def test_a_signal_is_heard_while_a_run_waits_for_its_device(monkeypatch):
+    class Heard(Exception):
+        pass
+
+    def hear(*_):
+        raise Heard
+
+    class OnDevice(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream([], done=1e9))
+    before = signal.signal(signal.SIGALRM, hear)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(Heard):
+            graphs.numbers(torch.ones(2).as_subclass(OnDevice))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert graphs.numbers(torch.ones(2)) == [1, 1]
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+
+
+@needs_gpu
+@backends
+@pytest.mark.parametrize("kind", RESUMED)
+def test_a_run_on_cuda_is_the_same_with_graphs_and_without(run, directory, monkeypatch, kind, backend):
+    if backend == "ext" and not ops.computes_on(torch.device("cuda")):
+        pytest.skip("the extension is not built for a GPU")
+    captured, record = [], graphs.record
+    monkeypatch.setattr(graphs, "record", lambda *call: captured.append(1) or record(*call))
+    monkeypatch.setattr(files, "SAID", set())
+    options = (*LONG, "--device", "cuda", "--deterministic", "--backend", backend, *RESUMED[kind])
+    assert run(*options, "--no-cuda-graphs", logs="plain") == 0 and not captured
+    assert run(*options) == 0 and captured
+    assert not any("captured" in line for line in files.SAID)
+    assert without_seconds(directory(*options)) == without_seconds(directory(*options, logs="plain"))
+    assert any(any(line["removed"]) for line in read_lines(directory(*options)))

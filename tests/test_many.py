@@ -1,13 +1,17 @@
 """Many runs in one process: each is what it would be alone, whatever the others do, whenever the process is killed."""
+import contextlib
 import json
+import pathlib
 import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import without_seconds
 from test_runs import PRUNE, Killed, kill_before
 
-from gst_ext import files, runs
+from gst_ext import files, graphs, runs
 import train
 
 LISTED = {  # networks, precisions, noise and random targets: whatever a run could leave behind for its neighbour
@@ -157,3 +161,166 @@ def test_wrong_seeds_are_one_line(run, capsys, seeds):
     (10, 0, 1), (10, 12, 1), (10, 12.5, 2), (10, 100, 9), (10, 1e6, runs.AT_ONCE), (0, 5, 5)])
 def test_as_many_runs_as_four_fifths_of_the_free_memory_hold(peak, free, fit):
     assert runs.fit_at_once(peak, free) == fit
+
+
+# What follows looks at the turns themselves: runs that do nothing, and stand-ins for the device.
+
+def train_nothing(epochs, at_once, turn=lambda args, shared: None):
+    """train_all of so many runs, one for each number of epochs, each of which calls turn(its number, shared)."""
+    def training(args, shared):
+        for _ in range(epochs[args]):
+            turn(args, shared)
+            yield
+
+    listed = {pathlib.Path(f"run{i}"): runs.Run(i, f"--seed {i}", n, ()) for i, n in enumerate(epochs)}
+    runs.train_all(listed, at_once, training, lambda args: torch.device("cpu"))
+
+
+def test_a_run_takes_over_the_stream_of_one_that_has_ended(monkeypatch):
+    made, now, seen = [], [], {}
+
+    class Stream:
+        def __init__(self, device):
+            self.number = len(made)
+            made.append(self)
+
+        def __enter__(self):
+            now.append(self.number)
+
+        def __exit__(self, *_):
+            now.pop()
+
+    def turn(run, shared):
+        seen.setdefault(run, set()).add(now[-1])
+        going[:] = [r for r in going if r != run] + [run]
+        assert len({frozenset(seen[r]) for r in going[-3:]}) == len(going[-3:]), "no two at once share one"
+        if run == 5:
+            raise files.UserError("the run has diverged", 1)
+
+    going = []
+    monkeypatch.setattr(graphs, "stream_of", Stream)
+    with pytest.raises(files.UserError, match="1 of 40 runs failed"):
+        train_nothing([3 + i // 3 for i in range(40)], 3, turn)
+    assert len(made) == 3 and len(seen) == 40 and all(len(numbers) == 1 for numbers in seen.values())
+
+
+def test_more_runs_at_once_than_there_are_streams_are_refused():
+    with pytest.raises(files.UserError, match="--at-once 33"):
+        train_nothing([1], 33)
+
+
+class Memory:
+    """A GPU's memory: each run takes `size`, data `data`, and a run's first epoch for a while `search` more."""
+
+    def __init__(self, monkeypatch, total, size, data, search):
+        self.data, self.size, self.search, self.held, self.peak, self.going = data, size, search, 0, 0, set()
+        for name, value in {
+                "is_available": lambda: True, "empty_cache": lambda: None, "max_memory_reserved": lambda: self.peak,
+                "mem_get_info": lambda: (total - self.held, total), "reset_peak_memory_stats": self.reset}.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def reset(self):
+        self.peak = self.held
+
+    def turn(self, run, shared):
+        shared["bytes"] = self.data
+        first = run not in self.going
+        self.going.add(run)
+        self.held = self.data + self.size * len(self.going)
+        self.peak = max(self.peak, self.held + self.search * first)
+
+
+def test_neither_the_data_nor_the_search_for_algorithms_counts_as_a_runs_memory(monkeypatch):
+    at_once = []
+    memory = Memory(monkeypatch, total=1050, size=100, data=50, search=700)
+
+    def turn(run, shared):
+        memory.turn(run, shared)
+        at_once.append(run)
+
+    train_nothing([4] * 12, None, turn)
+    fit = runs.fit_at_once(100, 900)
+    assert at_once[:2] == [0, 0], "the second epoch shows it"
+    assert at_once[2:2 + fit] == list(range(fit)) and at_once[2 + fit] == 0 and fit > 2
+
+
+class Clock:
+    """Stand-ins for a GPU with hours of work in every queue, but none behind the copies of what is to be written."""
+
+    def __init__(self, monkeypatch):
+        self.waited = []
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self)
+        monkeypatch.setattr(torch.cuda, "default_stream", lambda: "default")
+        monkeypatch.setattr(torch.cuda, "stream", self.on)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("that takes hours"))
+        self.where = "a run's"
+
+    def record_event(self):
+        return self
+
+    def synchronize(self):
+        self.waited.append("for a copy")
+
+    @contextlib.contextmanager
+    def on(self, stream):
+        before, self.where = self.where, stream or self.where
+        yield
+        self.where = before
+
+
+def test_a_stopped_process_waits_for_no_epoch_that_is_queued(monkeypatch, tmp_path):
+    clock, written = Clock(monkeypatch), []
+    save = files.save_checkpoint
+
+    def spy(path, *rest):
+        written.append((path.name, clock.where))
+        save(path, *rest)
+
+    def training(args, shared):
+        with files.checkpoints(tmp_path / f"{args}.pt", 3600, lambda: None) as keep:
+            for epoch in range(9):
+                state = torch.full((2,), float(epoch))
+                keep({"epoch": epoch, "weights": state}, last=False)
+                state.fill_(float("nan"))  # the epoch after is under way
+                if (args, epoch) == (1, 4):
+                    raise KeyboardInterrupt("terminated")
+                yield
+
+    monkeypatch.setattr(files, "save_checkpoint", spy)
+    listed = {pathlib.Path(f"run{i}"): runs.Run(i, "", 9, ()) for i in range(3)}
+    with pytest.raises(KeyboardInterrupt):
+        runs.train_all(listed, 3, training, lambda args: torch.device("cpu"))
+    assert sorted(written[:3]) == [(f"{i}.pt", "a run's") for i in range(3)], "the first of each is written at once"
+    assert sorted(written[3:]) == [(f"{i}.pt", "default") for i in range(3)]
+    assert clock.waited == ["for a copy"] * 3
+    for i, epoch in enumerate((4, 4, 3)):
+        assert torch.load(tmp_path / f"{i}.pt")["weights"].tolist() == [epoch, epoch]
+
+
+def started(argv, **pipes):
+    return subprocess.Popen([sys.executable, train.__file__, *argv], text=True, **pipes)
+
+
+@pytest.mark.parametrize("closed", ("stdout", "both"))
+def test_whoever_stops_reading_ends_the_printing_and_not_the_training(listed, directory, tmp_path, closed):
+    names = ("random", "none")
+    with open(tmp_path / "stderr", "w") as errors:
+        process = started(["--runs", listed(names=names)], stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT if closed == "both" else errors)
+        assert process.stdout.readline()
+        process.stdout.close()  # as head -1 does
+        assert process.wait() == 0
+    assert not (tmp_path / "stderr").read_text()
+    for name in names:
+        assert runs.state_of(directory(*LISTED[name], logs="together")) == "done"
+        assert len(without_seconds(directory(*LISTED[name], logs="together"))) == 5
+
+
+@pytest.mark.parametrize("what", (["--help"], ["--plan"], ["--status"]))
+def test_whoever_reads_nothing_of_a_list_gets_no_traceback(listed, what):
+    process = started([*what, *([listed()] if what != ["--help"] else [])], stdout=subprocess.PIPE,
+                      stderr=subprocess.PIPE)
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait() == 0 and "rror" not in errors and "Exception" not in errors
