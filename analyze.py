@@ -94,7 +94,7 @@ MEASURES = {  # of flatness
     "trace_eigs": "Tr(H), sum of the leading eigenvalues", "trace": "Tr(H), Hutch++", "tr_c": "Tr(C)",
     "tic": "TIC proxy Tr(C)/Tr(H)", "tic_trace": "Tr(C)/Tr(H), Hutch++", "c_over_f": "Tr(C)/Tr(F)",
     "epsilon_min": "|ε| at a loss rise of 0.1", "top": "λ₁, the leading eigenvalue"}
-FORMS = ("", "adaptive_")
+FORMS, MOVED = ("", "adaptive_"), 0.05  # by what share of itself rescaling must move a measure to be named
 EVENTS = {
     "mean_stability": "Mean stability (%)", "loss_rise": "Rise in test loss at an event (nats)",
     "churn": "Churn at an event (%)", "min_stability": "Smallest stability (%)",
@@ -116,7 +116,6 @@ SCATTERS = {  # figure: (columns, the (x, y) of its panels)
     "compute": (2, [("compute", "best_acc"), ("compute", "last_acc")]),
 }
 NEEDS_FLATNESS = {name for name, (_, target, _) in FIGURES.items() if target == "fig6"} - {"E6"}
-MOVED = 0.05  # by what share of itself rescaling must move a measure for the figures to say so
 # Okabe and Ito's colour-blind-safe colours; one method looks the same in every figure.
 BLACK, BLUE, SKY, ORANGE, RED, GREEN, PINK = "#000000 #0072B2 #56B4E9 #E69F00 #D55E00 #009E73 #CC79A7".split()
 STYLES = {  # by the beginning of the method's name, the first that fits
@@ -719,7 +718,8 @@ def loss_along_eigenvectors(name, models, args):
 def spectra(name, models, args):
     """The density of the Hessian's eigenvalues by method, means over runs with their 95% band."""
     canvas, (axis,) = drawing.panels(1, height=3.6, width=5.0)
-    found = {method: [run["flat"]["density"] for run in runs] for method, runs in models["vgg11"].items()}
+    found = {m: [run["flat"].get("density") for run in runs] for m, runs in models["vgg11"].items()}
+    files.require(all(map(all, found.values())), "a flatness.json without density: delete it to measure again")
     ends = [grid[end] for runs in found.values() for run in runs for grid in [run["grid"]] for end in (0, -1)]
     grid, numbers = np.linspace(min(ends), max(ends), 400), {}
     for method, runs in found.items():

@@ -74,12 +74,14 @@ def write_run(directory, args, facts):
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "epochs.jsonl").write_text("".join(line + "\n" for line in lines))
     values = np.sort(random.exponential(5, 100))[::-1]
+    flat = {"eigenvalues": list(values), "converged": [True] * 100, "trace_eigs": values.sum(), "trace": values.sum(),
+            **{k: random.uniform() for k in ("tr_c", "tr_f", "tic", "tic_trace", "c_over_f", "epsilon_min")}}
     (directory / "flatness.json").write_text(json.dumps({
-        "images": 512, "eig": "lanczos", "epoch": 315, "eigenvalues": list(values), "converged": [True] * 100,
-        "trace_eigs": values.sum(), "trace": values.sum(), "tr_c": random.uniform(), "tr_f": random.uniform(),
-        "tic": random.uniform(), "tic_trace": random.uniform(), "c_over_f": random.uniform(),
-        "epsilon_min": random.uniform(), "line": {"epsilon": np.linspace(-0.4, 0.4, 81).tolist(),
-                                                  "loss": random.uniform(1, 2, (10, 81)).tolist()}}))
+        "images": 512, "eig": "lanczos", "epoch": 315, **flat, "adaptive": flat,
+        "control": {a: flat | {"adaptive": flat} for a in ("1", "0.5", "2")},
+        "density": {"width": 0.1, "grid": np.linspace(-1, 30, 512).tolist(),
+                    "density": random.uniform(0, 1, 512).tolist()},
+        "line": {"epsilon": np.linspace(-0.4, 0.4, 81).tolist(), "loss": random.uniform(1, 2, (10, 81)).tolist()}}))
     if args.model == "vgg19":
         torch.manual_seed(0)
         weights = train.build_model("vgg19").state_dict()

@@ -97,7 +97,8 @@ def legend_outside(canvas, axes, name=str):
 
 def save(canvas, name, numbers):
     """Writes name.pdf, name.png and name.json (name a Path), each atomically; raises UserError where it cannot."""
-    canvas.draw_without_rendering()
+    for _ in range(2):  # the first layout can change the ticks' labels, which the second makes room for
+        canvas.draw_without_rendering()
     canvas.set_layout_engine("none")  # it is laid out now, and would be again for every file
     for kind in ("pdf", "png"):
         partial = name.with_name(f"{name.name}.partial.{kind}")

@@ -438,3 +438,13 @@ def test_the_density_of_spectra_is_drawn_on_one_grid(tmp_path):
         grid, mean = np.array(curve["lambda"]), np.array(curve["mean"])
         assert (grid[0], grid[-1]) == (-4, 12) and curve["n"] == 3
         assert np.trapezoid(mean, grid) == pytest.approx(1, abs=0.01)  # the mean of three densities
+
+
+def test_a_flatness_json_without_density_is_one_line(tmp_path, capsys):
+    write_all(tmp_path / "logs", "density", seeds=(1,))
+    for path in (tmp_path / "logs").glob("*/*/*/*/flatness.json"):
+        flat = json.loads(path.read_text())
+        path.write_text(json.dumps({k: v for k, v in flat.items() if k not in ("density", "adaptive", "control")}))
+    assert call("--figure", "density", log_dir=tmp_path / "logs", fig_dir=tmp_path) == 2
+    assert capsys.readouterr().err == "analyze.py: a flatness.json without density: delete it to measure again\n"
+    assert call("--figure", "flatness", log_dir=tmp_path / "logs", fig_dir=tmp_path) == 0
