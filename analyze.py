@@ -93,7 +93,7 @@ EVERYTHING = {**FIGURES, **{f"table {name}": entry for name, entry in TABLES.ite
 MEASURES = {  # of flatness
     "trace_eigs": "Tr(H), sum of the leading eigenvalues", "trace": "Tr(H), Hutch++", "tr_c": "Tr(C)",
     "tic": "TIC proxy Tr(C)/Tr(H)", "tic_trace": "Tr(C)/Tr(H), Hutch++", "c_over_f": "Tr(C)/Tr(F)",
-    "epsilon_min": "|ε| at a loss rise of 0.1", "top": "Largest eigenvalue"}
+    "epsilon_min": "|ε| at a loss rise of 0.1", "top": "λ₁, the leading eigenvalue"}
 FORMS = ("", "adaptive_")
 EVENTS = {
     "mean_stability": "Mean stability (%)", "loss_rise": "Rise in test loss at an event (nats)",
