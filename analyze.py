@@ -1014,7 +1014,7 @@ def main(argv=None):
     add("--split", choices=("test", "train"), default="test", help="train goes to flatness-train.json (default: test)")
     add("--eig", choices=("lanczos", "power"), default="lanczos",
         help="power is the paper's method, slower and less precise (default: lanczos)")
-    add("--memory-gb", type=float, default=4, help="for graphs and activations; the eigenvectors need 3 * eigs + 1 "
+    add("--memory-gb", type=float, default=4, help="for graphs and activations; the eigenvectors need 4.3 * eigs "
         "copies of the network beside that (default: 4)")
     add = parser.add_argument_group("files").add_argument
     add("--log-dir", default="logs", help="(default: logs)")

@@ -27,9 +27,9 @@ def new_graphs(device):
 def hold_for(graphs, *facts):
     """Clears the graphs unless `facts`, whatever they hold fast, are those of the last call."""
     if graphs is not None and graphs.get("facts") != facts:
-        given_up = graphs.get("given up")
+        kept = {name: graphs[name] for name in ("given up", "last") if name in graphs}
         graphs.clear()
-        graphs |= {"facts": facts, "given up": given_up}
+        graphs |= kept | {"facts": facts}
 
 
 def fed(graphs, name, *tensors):
@@ -73,9 +73,10 @@ def record(function, graphs):
     """Captures function() in a CUDA graph, computing nothing; returns what replays it.
 
     The graphs of a run share memory: they are replayed one after the other, and nothing that one leaves there is read
-    once another has begun. torch.cuda.graph would wait for the other runs' streams too, and empty the cache.
+    once another has begun. That of graphs which are gone would come back only by emptying the cache, for which the
+    whole device is waited for, as torch.cuda.graph does: so the last graph stays until the next shares its memory.
     """
-    graph, pool = torch.cuda.CUDAGraph(), [graphs["pool"]] if "pool" in graphs else []
+    graph, pool = torch.cuda.CUDAGraph(), [graphs["last"].pool()] if "last" in graphs else []
     wait_for(torch.cuda.current_stream())
     graph.capture_begin(*pool, capture_error_mode="thread_local")
     try:
@@ -85,7 +86,7 @@ def record(function, graphs):
             graph.capture_end()
         raise
     graph.capture_end()
-    graphs["pool"] = graph.pool()  # goes with the graphs when they are cleared: a pool without graphs is no pool
+    graphs["last"] = graph
     return graph.replay
 
 

@@ -208,6 +208,7 @@ def train_all(runs, at_once, script):
                     if directory not in going and directory in streams:
                         device, stream = streams.pop(directory)
                         free[device].append(stream)
+                        torch.cuda.empty_cache()  # of its graphs: a capture that lacks memory cannot ask for it
             if at_once is None and torch.cuda.is_available() and torch.cuda.max_memory_reserved():
                 if first_epoch:  # its peak is that of the data's coming and of the search for the fastest algorithms
                     torch.cuda.empty_cache()

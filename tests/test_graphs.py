@@ -246,6 +246,7 @@ def test_a_capture_waits_for_its_own_stream_only_and_shares_the_runs_memory(call
     replay = graphs.record(lambda: calls.append("step"), held)
     assert calls == ["event", ("begin", "thread_local"), "step", "end"]
     replay()
+    graphs.hold_for(held, "other shapes")
     graphs.record(lambda: None, held)
     assert calls[4:] == ["replay", "event", ("begin", 7, "thread_local"), "end"]
 

@@ -165,19 +165,23 @@ def test_as_many_runs_as_four_fifths_of_the_free_memory_hold(peak, free, fit):
 
 # What follows looks at the turns themselves: runs that do nothing, and stand-ins for the device.
 
-def train_nothing(epochs, at_once, turn=lambda args, shared: None):
-    """train_all of so many runs, one for each number of epochs, each of which calls turn(its number, shared)."""
-    def training(args, shared):
-        for _ in range(epochs[args]):
-            turn(args, shared)
-            yield
+def turns_of(monkeypatch, epochs, at_once, turn, around=lambda run: contextlib.nullcontext()):
+    """train_all of so many runs, one for each number of epochs, each of which calls turn(its number, shared, what
+    `around` its number gives)."""
+    def training(run, shared, script):
+        with around(run) as more:
+            for _ in range(epochs[run]):
+                turn(run, shared, more)
+                yield
 
+    monkeypatch.setattr(runs, "training", training)
+    monkeypatch.setattr(runs, "choose_device", lambda args: torch.device("cpu"))
     listed = {pathlib.Path(f"run{i}"): runs.Run(i, f"--seed {i}", n, ()) for i, n in enumerate(epochs)}
-    runs.train_all(listed, at_once, training, lambda args: torch.device("cpu"))
+    runs.train_all(listed, at_once, train)
 
 
 def test_a_run_takes_over_the_stream_of_one_that_has_ended(monkeypatch):
-    made, now, seen = [], [], {}
+    made, now, seen, epochs = [], [], {}, [3 + i // 3 for i in range(40)]
 
     class Stream:
         def __init__(self, device):
@@ -190,23 +194,21 @@ def test_a_run_takes_over_the_stream_of_one_that_has_ended(monkeypatch):
         def __exit__(self, *_):
             now.pop()
 
-    def turn(run, shared):
-        seen.setdefault(run, set()).add(now[-1])
-        going[:] = [r for r in going if r != run] + [run]
-        assert len({frozenset(seen[r]) for r in going[-3:]}) == len(going[-3:]), "no two at once share one"
+    def turn(run, *_):
+        seen.setdefault(run, []).append(now[-1])
+        going = [r for r in seen if len(seen[r]) < epochs[r] and r != 5 or r == run]
+        assert len({seen[r][-1] for r in going}) == len(going) <= 3, "no two at once share one"
         if run == 5:
             raise files.UserError("the run has diverged", 1)
 
-    going = []
     monkeypatch.setattr(graphs, "stream_of", Stream)
     with pytest.raises(files.UserError, match="1 of 40 runs failed"):
-        train_nothing([3 + i // 3 for i in range(40)], 3, turn)
-    assert len(made) == 3 and len(seen) == 40 and all(len(numbers) == 1 for numbers in seen.values())
+        turns_of(monkeypatch, epochs, 3, turn)
+    assert len(made) == 3 and len(seen) == 40 and all(len(set(numbers)) == 1 for numbers in seen.values())
 
 
-def test_more_runs_at_once_than_there_are_streams_are_refused():
-    with pytest.raises(files.UserError, match="--at-once 33"):
-        train_nothing([1], 33)
+def test_more_runs_at_once_than_there_are_streams_are_refused(run, capsys):
+    assert run("--seeds", "1", "--at-once", 33) == 2 and "--at-once 33" in capsys.readouterr().err
 
 
 class Memory:
@@ -218,6 +220,7 @@ class Memory:
                 "is_available": lambda: True, "empty_cache": lambda: None, "max_memory_reserved": lambda: self.peak,
                 "mem_get_info": lambda: (total - self.held, total), "reset_peak_memory_stats": self.reset}.items():
             monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(graphs, "stream_of", lambda device: contextlib.nullcontext())
 
     def reset(self):
         self.peak = self.held
@@ -234,11 +237,11 @@ def test_neither_the_data_nor_the_search_for_algorithms_counts_as_a_runs_memory(
     at_once = []
     memory = Memory(monkeypatch, total=1050, size=100, data=50, search=700)
 
-    def turn(run, shared):
+    def turn(run, shared, _):
         memory.turn(run, shared)
         at_once.append(run)
 
-    train_nothing([4] * 12, None, turn)
+    turns_of(monkeypatch, [4] * 12, None, turn)
     fit = runs.fit_at_once(100, 900)
     assert at_once[:2] == [0, 0], "the second epoch shows it"
     assert at_once[2:2 + fit] == list(range(fit)) and at_once[2 + fit] == 0 and fit > 2
@@ -252,7 +255,7 @@ class Clock:
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: self)
         monkeypatch.setattr(torch.cuda, "default_stream", lambda: "default")
-        monkeypatch.setattr(torch.cuda, "stream", self.on)
+        monkeypatch.setattr(torch.cuda, "stream", lambda s: self.on(s) if s else contextlib.nullcontext())
         monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("that takes hours"))
         self.where = "a run's"
 
@@ -264,33 +267,32 @@ class Clock:
 
     @contextlib.contextmanager
     def on(self, stream):
-        before, self.where = self.where, stream or self.where
+        self.where = stream
         yield
-        self.where = before
+        self.where = "a run's"
 
 
 def test_a_stopped_process_waits_for_no_epoch_that_is_queued(monkeypatch, tmp_path):
-    clock, written = Clock(monkeypatch), []
+    clock, written, seen = Clock(monkeypatch), [], []
     save = files.save_checkpoint
 
     def spy(path, *rest):
         written.append((path.name, clock.where))
         save(path, *rest)
 
-    def training(args, shared):
-        with files.checkpoints(tmp_path / f"{args}.pt", 3600, lambda: None) as keep:
-            for epoch in range(9):
-                state = torch.full((2,), float(epoch))
-                keep({"epoch": epoch, "weights": state}, last=False)
-                state.fill_(float("nan"))  # the epoch after is under way
-                if (args, epoch) == (1, 4):
-                    raise KeyboardInterrupt("terminated")
-                yield
+    def turn(run, _, keep):
+        epoch = seen.count(run)
+        state = torch.full((2,), float(epoch))
+        seen.append(run)
+        keep({"epoch": epoch, "weights": state}, last=False)
+        state.fill_(float("nan"))  # the epoch after is under way
+        if (run, epoch) == (1, 4):
+            raise KeyboardInterrupt("terminated")
 
     monkeypatch.setattr(files, "save_checkpoint", spy)
-    listed = {pathlib.Path(f"run{i}"): runs.Run(i, "", 9, ()) for i in range(3)}
     with pytest.raises(KeyboardInterrupt):
-        runs.train_all(listed, 3, training, lambda args: torch.device("cpu"))
+        turns_of(monkeypatch, [9] * 3, 3, turn,
+                 lambda run: files.checkpoints(tmp_path / f"{run}.pt", 3600, lambda: None))
     assert sorted(written[:3]) == [(f"{i}.pt", "a run's") for i in range(3)], "the first of each is written at once"
     assert sorted(written[3:]) == [(f"{i}.pt", "default") for i in range(3)]
     assert clock.waited == ["for a copy"] * 3
