@@ -91,7 +91,7 @@ TABLES = {
 }
 EVERYTHING = {**FIGURES, **{f"table {name}": entry for name, entry in TABLES.items()}}
 MEASURES = {  # of flatness
-    "trace_eigs": "Tr(H), sum of the leading eigenvalues", "trace": "Tr(H), Hutch++", "tr_c": "Tr(C)",
+    "trace_eigs": "Tr(H), leading eigenvalues", "trace": "Tr(H), Hutch++", "tr_c": "Tr(C)",
     "tic": "TIC proxy Tr(C)/Tr(H)", "tic_trace": "Tr(C)/Tr(H), Hutch++", "c_over_f": "Tr(C)/Tr(F)",
     "epsilon_min": "|ε| at a loss rise of 0.1", "top": "λ₁, the leading eigenvalue"}
 FORMS, MOVED = ("", "adaptive_"), 0.05  # by what share of itself rescaling must move a measure to be named
