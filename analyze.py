@@ -524,12 +524,12 @@ def draw_scatter(axis, groups, x="mean_stability", y="best_acc", baseline=False,
         if method == "none" and not baseline:
             axis.axhline(np.mean([float(run[y]) for run in runs]), color=colour, lw=0.8, ls=":",
                          label="no pruning (mean)")
-            continue
-        marker = MARKERS[(MARKERS.index(marker) + colours.count(colour)) % len(MARKERS)]
-        axis.plot(*place(here), marker, color=colour, ms=4, mec="white", mew=0.4, clip_on=False,
-                  label=label if labels.count(label) == 1 else method)
-        colours.append(colour)
-        points += here
+        elif here:  # an empty line, not clipped, would take the layout apart
+            marker = MARKERS[(MARKERS.index(marker) + colours.count(colour)) % len(MARKERS)]
+            axis.plot(*place(here), marker, color=colour, ms=4, mec="white", mew=0.4, clip_on=False,
+                      label=label if labels.count(label) == 1 else method)
+            colours.append(colour)
+            points += here
     result = {"x": x, "y": y, **accuracy_correlations(points, x, y)}
     text = [f"n = {len(points)}" if points else "not in these logs", *(stated(result, kind, short) for kind in KINDS)]
     if result.get("disagrees"):
