@@ -33,7 +33,7 @@ CHUNK = 128  # images whose gradients are taken together: enough to be fast, few
 ENTRIES = 2**23  # of gradients held at once where each image's own is formed
 EXACT_CLASSES = LABEL_DRAWS = 10  # Tr(F): every label of so few classes, else so many drawn labels an image
 TRACE_SAMPLES = 30  # of the traces beside eigenvectors, which do a sketch's work
-CONTROL = {"factors": (1, 0.5, 2), "images": 64, "eigs": 5, "samples": 10}  # of the first images
+CONTROL = {"factors": (1, 0.5, 2), "images": 32, "eigs": 5, "samples": 10}  # of the first images
 SEEDED = {"rng": 0} if "rng" in inspect.signature(scipy.sparse.linalg.eigsh).parameters else {}  # from SciPy 1.17 on
 PROBE = 10  # steps that look for an eigenvalue that was missed
 PROBES, STEPS, WIDTH, GRID = 3, 30, 0.01, 256  # of the spectral density; the width in parts of the spectrum's
