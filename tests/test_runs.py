@@ -267,8 +267,9 @@ def test_the_ten_lines_of_the_docstring_are_the_experiment(run, directory, optio
     printed = capsys.readouterr().out.splitlines()
     assert run(*once) == 0
     for line, record in zip(printed, read_lines(directory(*once)), strict=True):
-        found = ast.literal_eval(line)
-        assert found == {name: record[name] for name in found}
+        epoch, _, found = line.partition(" ")
+        found = ast.literal_eval(found)
+        assert int(epoch) == record["epoch"] and found == {name: record[name] for name in found}
 
 
 # +-- Names -----------------------------------------------------------------------------------------------------------+
