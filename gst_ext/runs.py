@@ -1,7 +1,7 @@
-"""Many runs: lists of them, what became of each, how they take turns in one process, and what a run says meanwhile.
+"""Many runs: lists of them, what became of each, how they take turns in one process; and one, from options to files.
 
-A run's files are those that train.py leaves in its directory. What a line of options means, and how a run is trained,
-is told by whoever calls: runs_of gives a line's runs, training(args, shared) is a generator that yields once an epoch.
+What an experiment is, is told by whoever calls: runs_of gives the runs of a line of options, and script is the module
+train, whose functions read data, make a run, train it and describe it.
 """
 import collections
 import contextlib
@@ -120,7 +120,7 @@ def print_status(lists, runs_of):
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
-# | Runs that take turns in one process                                                                                |
+# | The device that a run works on                                                                                     |
 # +--------------------------------------------------------------------------------------------------------------------+
 
 def choose_device(args):
@@ -149,6 +149,10 @@ def choose_backend(args, device):
                        "place. bash runs.sh setup builds it")
     return "ext" if there and args.backend != "eager" else "eager"
 
+
+# +--------------------------------------------------------------------------------------------------------------------+
+# | Runs that take turns in one process                                                                                |
+# +--------------------------------------------------------------------------------------------------------------------+
 
 def keep_freed_memory():
     """Tells glibc to keep freed activations: it would give them back each step, and page faults cost a fifth of it."""
