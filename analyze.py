@@ -176,7 +176,7 @@ def summarize(run_dir):
     records, wrong = [], "config.json is missing or damaged"
     try:
         config = json.loads((run_dir / "config.json").read_text())
-        options, epochs, images = config["options"], config["schedule"]["epochs"], config.get("data", {})
+        options, epochs, images = config["options"], config["schedule"]["epochs"], dict(config.get("data", {}))
         named = dict(method=config["method"], setting=config["setting"], model=options["model"], seed=options["seed"])
         if [type(value) for value in named.values()] != [str, str, str, int] or (
                 options.get("optimizer") not in (None, *train.OPTIMIZERS)):
@@ -467,7 +467,7 @@ def with_flatness(runs, left_out, args):
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
-# | Panels; figures and tables, each {model: {method: runs}} → the canvas and, by model, the numbers drawn             |
+# | Panels; figures and tables, each {model: {method: runs}} to the canvas and, by model, the numbers drawn            |
 # +--------------------------------------------------------------------------------------------------------------------+
 
 def style(method):
