@@ -162,7 +162,7 @@ def test_a_run_told_to_stop_says_so_in_one_line_and_goes_on_later(options, direc
     chance, log = random.Random(2), tmp_path / "output"
     argv = options(*RUN, *(("--seeds", "1-2", "--at-once", 2) if many else ()))
     codes, stops = {signal.SIGTERM: 143, signal.SIGINT: 130}, 0
-    while (code := forked(argv, chance.randrange(2, 60), number := list(codes)[stops % 2], log)) != 0:
+    while (code := forked(argv, chance.randrange(2, 140 if many else 70), number := list(codes)[stops % 2], log)) != 0:
         stops += 1
         lines = [line for line in log.read_text().splitlines() if line.startswith("train.py: ")]
         assert code == codes[number] and len(lines) == 1 and "the same command goes on" in lines[0], log.read_text()
