@@ -7,8 +7,8 @@ import matplotlib  # noqa: E402
 import matplotlib.figure  # noqa: E402
 import numpy as np  # noqa: E402
 
-from gst_ext import files  # noqa: E402
-from gst_ext.statistics import BOUNDS, floats  # noqa: E402
+from . import files  # noqa: E402
+from .statistics import BOUNDS, floats  # noqa: E402
 
 if chosen:
     os.environ["MPLBACKEND"] = chosen
