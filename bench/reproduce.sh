@@ -30,7 +30,8 @@ if [ ! -s "$plan/runs" ]; then
 import pathlib, shlex, sys
 sys.path[:0] = [".", "bench"]
 import epoch, train
-from gst_ext import files, runs
+from gst_ext import files
+from gst_ext.runs import choose_device
 
 folder, minutes, more = pathlib.Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
 METHODS, FEWEST, MOST = epoch.METHODS, 3, 10
@@ -52,7 +53,7 @@ def main():
     options = train.parse_options(shlex.split(lines(1, 1)[0]))
     job = {name: getattr(options, name)
            for name in ("model", "width", "batch_size", "device", "precision", "dataset", "data_dir")}
-    on_gpu = runs.choose_device(options).type == "cuda"
+    on_gpu = choose_device(options).type == "cuda"
     pace = {}
     with epoch.tempfile.TemporaryDirectory() as job["folder"]:
         train.load_data(options.dataset, options.data_dir)  # a download should fail, or be done, before the clock runs
