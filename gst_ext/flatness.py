@@ -692,7 +692,7 @@ OF_EIGENPAIRS = ("trace_eigs", "tic", "epsilon_min", "top")  # the measures that
 
 
 def measure_of(found, name):
-    """A measure in a dict from `measures`, or None; "top" is the leading eigenvalue, "adaptive_…" the adaptive form."""
+    """A measure in a dict from `measures`, or None; "top" is the leading eigenvalue, "adaptive_*" the adaptive form."""
     if name.startswith("adaptive_"):
         return measure_of(found.get("adaptive", {}), name.removeprefix("adaptive_"))
     return next(iter(found.get("eigenvalues", ())), None) if name == "top" else found.get(name)
