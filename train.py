@@ -88,7 +88,8 @@ PRESETS = {  # --preset: by optimizer, what takes the place of the settings abov
 }
 NOT_THE_RESULT = ("log_dir", "data_dir", "device", "backend", "cuda_graphs", "save_epoch", "tensorboard", "seeds",
                   "runs", "at_once", "plan", "retry_failed", "status", "preset")  # not what a run computes
-BUILT_IN = ("cifar10", "cifar100", "digits")
+CIFAR = ("cifar10", "cifar100")
+BUILT_IN = (*CIFAR, "digits")
 MULTIPLE = {"cpu": 1, "cuda": 32}  # a layer's live filters are computed as so many, rounded up: shapes a device likes
 
 
@@ -324,7 +325,7 @@ def run_directory(args):
 
 def data_path(name, data_dir):
     """The file or folder of a data set; digits have none."""
-    return pathlib.Path(data_dir, f"{name}.npz") if name in ("cifar10", "cifar100") else pathlib.Path(name)
+    return pathlib.Path(data_dir, f"{name}.npz") if name in CIFAR else pathlib.Path(name)
 
 
 def load_data(name, data_dir="data"):
@@ -336,7 +337,7 @@ def load_data(name, data_dir="data"):
     uint8; train_y, test_y (n,) int64, 0 … k-1; classes (k,) str. Raises UserError if that cannot be had.
     """
     path = data_path(name, data_dir)
-    if name in ("cifar10", "cifar100"):
+    if name in CIFAR:
         if not path.exists():
             with files.lock_directory(path.parent, wait=True):
                 if not path.exists():

@@ -176,7 +176,7 @@ def train_all(runs, at_once, script):
     """--runs, --seeds: so many at once take turns; a run that fails is reported, and the others go on.
 
     at_once: None for one, and on a GPU, once the first run has shown what memory it takes, for as many as fit.
-    choose_device(args) is the device that a run works on, for its stream there, which the next run takes over.
+    script: the module train. A run works on a stream of its own, which the next run takes over.
     """
     require((at_once or 1) <= graphs.STREAMS, f"--at-once {at_once}: give {graphs.STREAMS} or fewer")
     waiting, going, streams, shared, failed, limit = list(runs), {}, {}, {}, 0, at_once or 1
@@ -382,7 +382,7 @@ def loaded(args, shared, script):
 
 def check_finished(args, directory, shared, script):
     """check_same_run of a finished run; a built-in data set that is not here is not fetched for it."""
-    if args.dataset not in ("cifar10", "cifar100") or script.data_path(args.dataset, args.data_dir).exists():
+    if args.dataset not in script.CIFAR or script.data_path(args.dataset, args.data_dir).exists():
         check_same_run(directory, script.result_options(args), loaded(args, shared, script)[1])
 
 
