@@ -163,7 +163,7 @@ def make_parser():
     add("--epochs", type=int)
     add("--lrs", type=files.repeated(int), nargs="*", metavar="epoch", help="epochs that divide the rate by ten")
     add("--scale-epochs", type=float, metavar="F",
-        help="multiply epochs, lrs, s, e and r by F, each rounded, r at least 1 (default: 1)")
+        help="multiply epochs, lrs, s, e, r and noise batches by F, each rounded, r at least 1 (default: 1)")
     add("--seed", type=int, default=1, help="(default: 1)")
 
     add = parser.add_argument_group("machine and files").add_argument
@@ -247,7 +247,7 @@ def parse_options(argv):
 
 
 def schedule(args):
-    """The run's epochs after --scale-epochs: dict of epochs, lrs, s, e, r, save_epoch (None where not used)."""
+    """The run's epochs, lrs, s, e, r, save_epoch and noise_batches after --scale-epochs, a dict; None: not used."""
     def scaled(x):
         return math.floor(Fraction(str(args.scale_epochs)) * x + Fraction(1, 2))
 
@@ -255,6 +255,8 @@ def schedule(args):
     times["epochs"] = max(1, scaled(args.epochs))
     times["save_epoch"] = args.save_epoch and max(1, scaled(args.save_epoch))
     times["r"] = args.r and max(1, scaled(args.r))
+    k = args.noise_batches
+    times["noise_batches"] = k and max(min(k, 2), scaled(k))  # 1 is another thing, a single pass
     if times["e"]:  # rounding up must not carry the last pruning iteration past the end
         times["e"] = [min(e, times["epochs"] - 1) for e in times["e"]]
         times["s"] = [min(s, e) for s, e in zip(times["s"], times["e"])]
@@ -841,9 +843,9 @@ def noise_pass(block, state, args, generator, training):
             tensor.index_fill_(0, active, 0)
 
 
-def end_noise_if_due(block, state, args):
-    """Called after every batch, that is after the optimiser's step: K = 1 is a single pass, else K training passes."""
-    if args.noise_batches == 1 or state["train"] == args.noise_batches:
+def end_noise_if_due(block, state, args, k):
+    """Called after every batch, that is after the optimiser's step: k = 1 is a single pass, else k training passes."""
+    if k == 1 or state["train"] == k:
         end_noise(block, state, args)
 
 
@@ -1061,7 +1063,8 @@ def new_run(args, num_classes, device):
         noised = [(model.prunable[layer], state) for (layer, _), state in zip(plan, noise)]
         hooks |= {"before_batch": lambda training: [noise_pass(block, state, args, generators.get("noise"), training)
                                                     for block, state in noised],
-                  "after_batch": lambda: [end_noise_if_due(block, state, args) for block, state in noised]}
+                  "after_batch": lambda: [end_noise_if_due(block, state, args, times["noise_batches"])
+                                          for block, state in noised]}
     return types.SimpleNamespace(
         args=args, directory=directory, label="/".join(directory.parts[-3:]), device=device, model=model,
         optimizer=make_optimizer(model, args), generators=generators, times=times, plan=plan, noise=noise,

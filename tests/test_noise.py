@@ -1,4 +1,5 @@
 """Noise in place of pruning (D): which forward passes are noised, what the noise is, and what is put back after it."""
+import json
 import math
 
 import pytest
@@ -58,7 +59,7 @@ def test_noise_ends_after_k_training_batches_or_one_pass(k, test_batches, test, 
         moved = (weight != still).flatten(1).any(1)
         assert moved.tolist() in ([False] * 4, [False, True, False, True])
         changed[training] += int(moved.any())
-        train.end_noise_if_due(block, state, args)
+        train.end_noise_if_due(block, state, args, args.noise_batches)
         return moved.any()
 
     last_epoch = None
@@ -199,7 +200,7 @@ def test_restore_zeroes_batch_norm_too_and_puts_all_back_bit_for_bit(k):
                 tensor += 1 / 3
         trained = snapshot(block)
         assert state["active"] is not None
-        train.end_noise_if_due(block, state, args)
+        train.end_noise_if_due(block, state, args, args.noise_batches)
     assert state["active"] is None
     new = snapshot(block)
     others = torch.tensor([1, 2, 4, 5])
@@ -214,7 +215,7 @@ def test_without_restore_the_noised_weights_stay():
     state = train.new_noise(block)
     train.start_noise(block, state, torch.tensor([3]), args)
     train.noise_pass(block, state, args, generator(), False)
-    train.end_noise_if_due(block, state, args)
+    train.end_noise_if_due(block, state, args, args.noise_batches)
     assert state["active"] is None and not block.conv.weight[3].any() and block.bn.weight[3] != 0
 
 
@@ -227,7 +228,7 @@ def test_an_event_in_the_middle_of_anothers_noise_restores_that_first():
     assert all(torch.equal(v, old[name]) for name, v in block.state_dict().items())
     for _ in range(50):
         train.noise_pass(block, state, args, generator(), True)
-        train.end_noise_if_due(block, state, args)
+        train.end_noise_if_due(block, state, args, args.noise_batches)
     assert all(torch.equal(v, old[name]) for name, v in block.state_dict().items())
 
 
@@ -256,3 +257,12 @@ def test_a_noise_run_counts_its_passes_and_keeps_its_filters(run, directory, mon
     assert [sum(r["removed"]) for r in records] == [0, 4, 0, 4, 0]
     assert len(set(targeted)) == 8
     assert records[1]["stability"] is not None or records[1]["test_acc_before"] == 0
+
+
+def test_scaled_epochs_end_the_noise_as_early(run, directory):
+    options = ("--target", "L", "--s", 2, "--e", 2, "--p", 0.5, "--epochs", 10, "--scale-epochs", 0.5, "--noise", "zero",
+               "--noise-batches", 8)
+    assert run(*options) == 0
+    config = json.loads((directory(*options) / "config.json").read_text())
+    assert config["schedule"]["noise_batches"] == 4 and config["method"].startswith("zero-8")
+    assert [record["noised"][0]["train"] for record in read_lines(directory(*options))] == [0, 0, 3, 4, 4]

@@ -142,13 +142,19 @@ def test_scaling_rounds_half_up_and_stays_within_the_run(model, factor, ratio):
 
 def test_scaling_by_hand():
     times = scaled("--scale-epochs", 0.08, "--r", 4)
-    assert times == {"epochs": 26, "lrs": [12, 24], "s": [0, 0, 0, 0], "e": [12, 12, 12, 22], "r": 1, "save_epoch": 25}
+    assert times == {"epochs": 26, "lrs": [12, 24], "s": [0, 0, 0, 0], "e": [12, 12, 12, 22], "r": 1, "save_epoch": 25,
+                     "noise_batches": None}
     times = scaled("--scale-epochs", 0.5, "--s", 1, 3, 5, 6)
     assert times["epochs"] == 163 and times["s"] == [1, 2, 3, 3] and times["e"] == [75, 75, 75, 138]
     times = scaled("--scale-epochs", 0.29, "--lrs", 50)
     assert times["lrs"] == [15], "14.5 exactly, though 0.29 * 50 is 14.499999999999998"
     times = scaled("--scale-epochs", 0.5, "--epochs", 276)
     assert times["epochs"] == 138 and times["e"][-1] == 137, "275 / 2 rounds to the epoch past the last"
+
+
+@pytest.mark.parametrize("k, left", [(1, 1), (2, 2), (50, 10), (1105, 221)])
+def test_scaling_shortens_noise_but_makes_no_single_pass_of_it(k, left):
+    assert scaled("--scale-epochs", 0.2, "--noise", "zero", "--noise-batches", k)["noise_batches"] == left
 
 
 def test_scaling_keeps_a_pruning_iteration_for_every_layer():

@@ -800,7 +800,7 @@ def test_an_epoch_of_training_never_waits_for_the_device(read_backs, more):
 
     def after_batch():
         if args.noise != "none":
-            train.end_noise_if_due(block, state, args)
+            train.end_noise_if_due(block, state, args, args.noise_batches)
         within.append(len(read_backs.seen))
 
     with read_backs:
