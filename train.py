@@ -84,7 +84,7 @@ PRESETS = {  # --preset: by optimizer, what takes the place of the settings abov
                            scale_epochs=0.0375),
               "sgd": dict(dataset="digits", width=0.25, val_split=300, batch_size=12, scale_epochs=0.08)},
     "small": dict.fromkeys(OPTIMIZERS, dict(train_images=2560, test_images=3000, width=0.25, batch_size=64,
-                                              scale_epochs=0.2)),
+                                              scale_epochs=0.1)),
 }
 NOT_THE_RESULT = ("log_dir", "data_dir", "device", "backend", "cuda_graphs", "save_epoch", "tensorboard", "seeds",
                   "runs", "at_once", "plan", "retry_failed", "status", "preset")  # not what a run computes

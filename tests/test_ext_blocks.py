@@ -635,7 +635,8 @@ def digits_run(tmp_path, backend, *options):
     return [json.loads(line) for line in open(train.run_directory(args) / "epochs.jsonl")]
 
 
-@pytest.mark.parametrize("options", ["--target S --score l2", "--model resnet18 --target L --score act --lr 0.0003"])
+@pytest.mark.parametrize("options", ["--target S --score l2", "--model resnet18 --target L --score act --lr 0.0005 "
+                                     "--train-images 480"])
 def test_thirty_epochs_of_digits_prune_as_many_filters_and_end_alike_on_both_backends(tmp_path, options):
     eager, ext = (digits_run(tmp_path, backend, *options.split()) for backend in ("eager", "ext"))
     assert [r["live"] for r in ext] == [r["live"] for r in eager]

@@ -260,8 +260,8 @@ def test_a_noise_run_counts_its_passes_and_keeps_its_filters(run, directory, mon
 
 
 def test_scaled_epochs_end_the_noise_as_early(run, directory):
-    options = ("--target", "L", "--s", 2, "--e", 2, "--p", 0.5, "--epochs", 10, "--scale-epochs", 0.5, "--noise", "zero",
-               "--noise-batches", 8)
+    options = ("--target", "L", "--s", 2, "--e", 2, "--p", 0.5, "--epochs", 10, "--scale-epochs", 0.5, "--noise",
+               "zero", "--noise-batches", 8)
     assert run(*options) == 0
     config = json.loads((directory(*options) / "config.json").read_text())
     assert config["schedule"]["noise_batches"] == 4 and config["method"].startswith("zero-8")

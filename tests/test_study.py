@@ -1,0 +1,40 @@
+"""bench/study.py: the study's packed logs give the tables that docs/study.md shows, and figures are drawn of them."""
+import pathlib
+import sys
+
+from test_analyze import write_run
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+import study  # noqa: E402
+
+
+def write_runs(log_dir):
+    """Three seeds of three methods; L-r40 ends 1, 2 and 3 points above S-r4, its best epoch 1 below for each seed."""
+    for seed in (1, 2, 3):
+        for method, best, last in (("none", 70, 60), ("S-r4", 65 + seed, 60), ("L-r40", 64 + seed, 60 + seed)):
+            events = {1: (55, 4)} if method != "none" else {}
+            directory = write_run(log_dir, method, seed, [50, 52 - seed * bool(events), best, last], events, "small")
+            (directory / "done.json").write_text("{}")
+            (directory / "checkpoint.pt").write_text("large")
+
+
+def test_pairs_have_their_mean_interval_and_p(tmp_path):
+    write_runs(tmp_path)
+    lines = study.report(tmp_path)
+    assert lines[0] == "### vgg11, small"
+    # of 1, 2 and 3: mean 2, deviation 1, t = 2 √3, and Student's 97.5th percentile of two degrees of freedom 4.303
+    assert "| L-r40 − S-r4 | 3 | +2.00 (-0.48 to +4.48), p = 0.074 | -1.00 (-1.00 to -1.00) |" in lines
+    assert any(line.startswith("| none | 3 | 60.00 (60.00 to 60.00) | 70.00 (70.00 to 70.00) |") for line in lines)
+
+
+def test_what_is_packed_is_all_that_tables_need(tmp_path):
+    write_runs(tmp_path / "logs")
+    (tmp_path / "logs/cifar10/vgg11/none-small/seed3/done.json").unlink()  # not finished
+    for name in ("a", "b"):
+        study.pack(tmp_path / "logs", tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    study.unpack(tmp_path / "out", tmp_path / "a")
+    assert {path.name for path in (tmp_path / "out").rglob("*.*")} == {"config.json", "epochs.jsonl", "done.json"}
+    assert len(list((tmp_path / "out").rglob("done.json"))) == 8
+    assert [line for line in study.report(tmp_path / "out") if line.startswith("| L-r40 −")]
