@@ -308,7 +308,7 @@ def accuracy_correlations(runs, x, y="best_acc"):
     """correlations of the runs' x and y; where y is the best accuracy, also of the last epoch's ("by last_acc") and the
     validation-chosen one.
 
-    disagrees: whether a coefficient has another sign by the last epoch's accuracy. The best is a maximum over all
+    disagrees: the coefficients that have another sign by the last epoch's accuracy. The best is a maximum over all
     epochs since the last event, which are more without pruning than with it.
     """
     result = correlations([run[x] for run in runs], [run[y] for run in runs])
@@ -317,7 +317,7 @@ def accuracy_correlations(runs, x, y="best_acc"):
             if all(run[other] is not None for run in runs):
                 result["by " + other] = correlations([run[x] for run in runs], [run[other] for run in runs])
         last = result["by last_acc"]
-        result["disagrees"] = any(result[k] and last[k] and result[k][0] * last[k][0] < 0 for k in KINDS)
+        result["disagrees"] = [k for k in KINDS if result[k] and last[k] and result[k][0] * last[k][0] < 0]
     return result
 
 
@@ -372,7 +372,7 @@ def load_network(run_dir, data_dir, device, checkpoint=None):
     except Exception as error:  # zip, pickle and torch each have their own for a damaged file
         raise files.UserError(f"{run_dir / checkpoint} is missing or damaged ({files.reason(error)}): train the run "
                               "again") from None
-    kept = (options[k] for k in ("val_split", "train_images", "test_images", "label_noise"))
+    kept = (options.get(k, train.DEFAULTS[k]) for k in ("val_split", "train_images", "test_images", "label_noise"))
     return model.to(device).eval(), train.put_on_device(arrays, device, *kept), source
 
 
@@ -458,10 +458,9 @@ def with_flatness(runs, left_out, args):
         except files.UserError as error:
             run["flatness"] = {"problem": str(error)}
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            run["flatness"] = {"problem": f"{path.name} is damaged ({type(error).__name__}): delete it to measure "
-                               "again"}
+            run["flatness"] = {"problem": f"{path.name} is damaged ({type(error).__name__}): delete it"}
     runs = [{**run, **run["flatness"]} for run in runs]
-    name_mixed(runs, lambda run: "", lambda run: {k: run["flat"].get(k) for k in ("images", "eig", "epoch", "eigs")})
+    name_mixed(runs, lambda run: "", lambda run: {k: run["flat"].get(k) for k in flatness.SETTINGS})
     left_out += [run for run in runs if run["problem"]]
     return [run for run in runs if not run["problem"]]
 
@@ -511,7 +510,7 @@ def draw_scatter(axis, groups, x="mean_stability", y="best_acc", baseline=False,
 
     Returns {"x", "y"} and accuracy_correlations, and as "given <measure>" a partial_correlation. The panel says so
     where the last epoch's accuracy disagrees, where eigenpairs have not converged (a white dot in the point), and
-    where writing the same networks in other scales moves x by more than MOVED.
+    where writing the same networks in other scales moves x or y by more than MOVED.
     """
     points, colours, labels = [], [], [method_label(runs[0]) for runs in groups.values()]
 
@@ -542,7 +541,7 @@ def draw_scatter(axis, groups, x="mean_stability", y="best_acc", baseline=False,
     if doubtful:
         axis.plot(*place(doubtful), "o", color="white", ms=1.5, mew=0)
         text.append("white dot: not all eigenpairs converged")
-    moved = [flatness.moved_by_rescaling(run["flat"], x) for run in flat]
+    moved = [flatness.moved_by_rescaling(run["flat"], x, y) for run in flat]
     if any(moved):
         result["moved_by_rescaling"], largest = moved, max(filter(None, moved))
         text += [f"† moved by {100 * largest:.0f}% by rescaling"] if largest > MOVED else []
@@ -595,7 +594,7 @@ def draw_rate_correlation(axis, rates, kind):
         numbers[f"{rate:.3g}"] = {"r": r, **found, f"{kind}_ci95_bootstrap": paper}
         if found[kind]:
             drawn[rate] = (found[kind][0], *(found[f"{kind}_ci95"] or [np.nan] * 2), *paper)
-        if found["disagrees"]:
+        if kind in found["disagrees"]:
             last[rate] = found["by last_acc"][kind][0]
     drawing.means(axis, list(drawn), np.array(list(drawn.values())).reshape(-1, 5).T, style("none"), bars=True)
     axis.axhline(0, color="0.6", lw=0.6)
@@ -720,8 +719,9 @@ def spectra(name, models, args):
     canvas, (axis,) = drawing.panels(1, height=3.6, width=5.0)
     found = {m: [run["flat"].get("density") for run in runs] for m, runs in models["vgg11"].items()}
     files.require(all(map(all, found.values())), "a flatness.json without density: delete it to measure again")
-    ends = [grid[end] for runs in found.values() for run in runs for grid in [run["grid"]] for end in (0, -1)]
-    grid, numbers = np.linspace(min(ends), max(ends), 400), {}
+    all_runs = [run for runs in found.values() for run in runs]
+    ends, step = [run["grid"][end] for run in all_runs for end in (0, -1)], min(run["width"] for run in all_runs) / 2
+    grid, numbers = np.linspace(min(ends), max(ends), max(400, math.ceil((max(ends) - min(ends)) / step))), {}
     for method, runs in found.items():
         each = [np.interp(grid, run["grid"], run["density"], 0, 0) for run in runs]
         numbers[method] = {"n": len(runs), "lambda": floats(grid), "width": floats([run["width"] for run in runs]),

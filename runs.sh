@@ -248,7 +248,7 @@ run_target() {
     left=$work/left
     case $preset in
         quick) flat="--eigs 10 --images 128" ;;
-        small) flat="--eigs 30 --images 256" ;;
+        small) flat="--eigs 30 --images 64" ;;
     esac
     "$PYTHON" train.py --plan "$list" $retry > "$left" || exit $?
     if [ "$slurm" ]; then

@@ -255,8 +255,8 @@ def schedule(args):
     times["epochs"] = max(1, scaled(args.epochs))
     times["save_epoch"] = args.save_epoch and max(1, scaled(args.save_epoch))
     times["r"] = args.r and max(1, scaled(args.r))
-    k = args.noise_batches
-    times["noise_batches"] = k and max(min(k, 2), scaled(k))  # 1 is another thing, a single pass
+    k = args.noise_batches  # 1 is another thing, a single pass
+    times["noise_batches"] = k if k in (None, 1) else max(2, scaled(k))
     if times["e"]:  # rounding up must not carry the last pruning iteration past the end
         times["e"] = [min(e, times["epochs"] - 1) for e in times["e"]]
         times["s"] = [min(s, e) for s, e in zip(times["s"], times["e"])]

@@ -45,7 +45,8 @@ def coefficient(numbers, kind):
 
 def table(header, rows):
     """Lines of a Markdown table; nothing without rows."""
-    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)] + [""] if rows else []
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in (header, ["---"] * len(header), *rows)]
+    return [f"| {' | '.join(line)} |" for line in lines] + [""] if rows else []
 
 
 def methods_table(groups):
@@ -84,6 +85,11 @@ def of(runs, key):
     return [run[key] for run in runs]
 
 
+def left_out(runs):
+    """A line on each run that the tables leave out, and why."""
+    return [line for run in runs if run["problem"] for line in (f"Left out: {run['dir']}: {run['problem']}", "")]
+
+
 def accuracy_rows(runs, x="mean_stability", name="mean stability"):
     return [(f"{name}, {title}", of(runs, x), of(runs, key))
             for key, title in (("last_acc", "last accuracy"), ("best_acc", "best accuracy"))]
@@ -91,12 +97,15 @@ def accuracy_rows(runs, x="mean_stability", name="mean stability"):
 
 def flatness_tables(groups, split):
     """Each measure, plain and adaptive, of one split: its τ with the last accuracy over all runs, with mean stability
-    over those that prune while they train, and how far the control moves it."""
+    over those that prune while they train, and how far the control moves it. Other measurements than most are named."""
     runs = []
     for run in (run for group in groups.values() for run in group):
         path = analyze.flatness_file(run["dir"], split)
         if path.exists():
             runs.append({**run, "flat": json.loads(path.read_text())})
+    analyze.name_mixed(runs, lambda run: "", lambda run: {k: run["flat"].get(k) for k in flatness.SETTINGS})
+    lines = left_out(runs)
+    runs = [run for run in runs if not run["problem"]]
     pruned, rows = [run for run in runs if run["events"]], []
     for form in analyze.FORMS if runs else ():
         for measure, title in analyze.MEASURES.items():
@@ -110,8 +119,8 @@ def flatness_tables(groups, split):
                          f"{100 * max(moved):.0f}%" if moved else "–"])
     if not rows:
         return []
-    first = runs[0]["flat"]
-    lines = [f"{first['images']} {split} images, {first['eigs']} eigenpairs:", "", *table(
+    flats = [run["flat"] for run in runs]
+    lines += [f"{flatness.in_words(flats, flats[0]['eigs'])}:", "", *table(
         ["measure", "n", "τ with last accuracy", "n", "τ with mean stability", "moved by rescaling"], rows)]
     three = [run for run in pruned if run["method"] in analyze.ADAM[1:]]
     stability, accuracy, trace = of(three, "mean_stability"), of(three, "last_acc"), [
@@ -125,10 +134,12 @@ def flatness_tables(groups, split):
 
 
 def report(log_dir):
-    """All tables, lines of Markdown: for each setting and model what each method gave, and the tests on it."""
-    runs, lines = [run for run in analyze.find_runs(log_dir) if not run["problem"]], []
-    for setting, model in sorted({(run["setting"], run["model"]) for run in runs}):
-        here = [run for run in runs if (run["setting"], run["model"]) == (setting, model)]
+    """All tables, lines of Markdown: for each data set, setting and model what each method gave, and tests on it."""
+    found = analyze.find_runs(log_dir)
+    runs, lines = [run for run in found if not run["problem"]], left_out(found)
+    for group in sorted({tuple(run[k] for k in ("dataset", "setting", "model")) for run in runs}):
+        here = [run for run in runs if tuple(run[k] for k in ("dataset", "setting", "model")) == group]
+        title = "{2}, {0}, {1}".format(*group)
 
         def groups_of(methods):
             found = {method: [run for run in here if run["method"] == method] for method in methods}
@@ -136,7 +147,7 @@ def report(log_dir):
 
         flat, rates, noise = (groups_of(methods) for methods in (
             analyze.FLAT["vgg11"], analyze.RATES["vgg11"], analyze.NOISE))
-        lines += [f"### {model}, {setting}", "", *methods_table(flat), *pairs_table(flat, PAIRS)]
+        lines += [f"### {title}", "", *methods_table(flat), *pairs_table(flat, PAIRS)]
         three = [run for method in analyze.ADAM[1:] for run in flat.get(method, ())]
         if three:
             rows = accuracy_rows(three) + [
@@ -146,19 +157,20 @@ def report(log_dir):
             lines += ["Over the runs of S-r4, S-r40 and L-r40:", "", *correlations_table(rows)]
         if rates.keys() - flat.keys():
             few = set.intersection(*({run["seed"] for run in group} for group in rates.values()))
-            rates = {m: [run for run in group if run["seed"] in few] for m, group in rates.items()}
-            lines += [f"#### Rates, {model}, {setting}", "", *methods_table(rates), *correlations_table(
+            rates = {m: [run for run in group if run["seed"] in few] for m, group in rates.items() if few}
+            lines += [f"#### Rates, {title}", "", *methods_table(rates), *correlations_table(
                 [row for target in "SRL" for row in accuracy_rows(
                     [run for method, group in rates.items() if method.startswith(target) for run in group],
                     name=f"Prune_{target}: mean stability")])]
         if noise.keys() - {"none"}:
             seeds = {run["seed"] for method, group in noise.items() if method != "none" for run in group}
-            noise["none"] = [run for run in noise.get("none", ()) if run["seed"] in seeds]
-            lines += [f"#### Noise, {model}, {setting}", "", *methods_table(noise), *pairs_table(
+            noise = {m: [run for run in group if run["seed"] in seeds] for m, group in noise.items()}
+            noise = {m: group for m, group in noise.items() if group}
+            lines += [f"#### Noise, {title}", "", *methods_table(noise), *pairs_table(
                 noise, (("L-r40-bnkeep", "none"), *NOISE_PAIRS))]
         for split in ("train", "test"):
             found = flatness_tables(flat, split)
-            lines += [f"#### Flatness, {model}, {setting}, {split} images", "", *found] if found else []
+            lines += [f"#### Flatness, {title}, {split} images", "", *found] if found else []
     return lines
 
 
@@ -174,11 +186,13 @@ def pack(log_dir, archive=ARCHIVE):
         return member
 
     with tarfile.open(archive, "w:xz", preset=9) as file:
-        for done in sorted(log_dir.glob("*/*/*/seed*/done.json")):
+        finished = sorted(log_dir.glob("*/*/*/seed*/done.json"))
+        for done in finished:
             for path in (done.parent / name for name in KEPT):
                 if path.exists():
                     file.add(path, str(path.relative_to(log_dir)), filter=plain)
-    print(f"{archive}: {archive.stat().st_size / 2**20:.2f} MiB")
+    of = len(list(log_dir.glob("*/*/*/seed*/config.json")))
+    print(f"{archive}: {len(finished)} of {of} runs are finished, {archive.stat().st_size / 2**20:.2f} MiB")
 
 
 def unpack(folder, archive=ARCHIVE):

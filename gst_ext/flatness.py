@@ -688,6 +688,7 @@ def control(model, x, y, eigs=100, method="lanczos", seed=0, memory_gb=4, tick=N
                                    seed, memory_gb, tick) for a in CONTROL["factors"]}
 
 
+SETTINGS = ("version", "images", "eig", "epoch", "eigs")  # measurements that differ in these are not put together
 OF_EIGENPAIRS = ("trace_eigs", "tic", "epsilon_min", "top")  # the measures that need these to have converged
 
 
@@ -699,22 +700,32 @@ def measure_of(found, name):
 
 
 def share_converged(found, name):
-    """The share of converged pairs among those that a measure is made of; 1 for what is made of none."""
+    """The share of converged pairs among those that a measure is made of, 1 for what is made of none. Pairs that were
+    asked for (found["eigs"]) and not found have not converged."""
     kind = name.removeprefix("adaptive_")
-    pairs = (found if kind == name else found["adaptive"])["converged"] if kind in OF_EIGENPAIRS else [True]
-    return sum(pairs) / len(pairs)
+    if kind not in OF_EIGENPAIRS:
+        return 1.0
+    pairs = (found if kind == name else found["adaptive"])["converged"]
+    asked = min(found.get("eigs", len(pairs)), found.get("parameters", math.inf))
+    of = min(asked, {"top": 1, "epsilon_min": LINES}.get(kind, asked))
+    return sum(pairs[:of]) / of if of else 0.0
 
 
-def moved_by_rescaling(found, name):
-    """The largest relative change of a measure over the scales of `control`, found["control"]; None where unknown."""
-    values = {a: measure_of(other, name) for a, other in found.get("control", {}).items()}
-    own = values.pop("1", None)
-    return max((abs(value / own - 1) for value in values.values() if own and value is not None), default=None)
+def moved_by_rescaling(found, *names):
+    """The largest relative change of any of these measures over the scales of `control`, found["control"]; None where
+    unknown."""
+    control, changes = found.get("control", {}), []
+    for name in names:
+        own, *others = (measure_of(control.get(a, {}), name) for a in ("1", *(control.keys() - {"1"})))
+        changes += [abs(value / own - 1) for value in others if own and value is not None]
+    return max(changes, default=None)
 
 
 def in_words(found, asked):
     """A line on dicts that `measures` gave of several networks, and `asked` eigenpairs were wanted of."""
-    first, pairs = found[0], [ok for each in found for ok in each["converged"]]
-    k, share, split = len(first["eigenvalues"]), 100 * sum(pairs) / len(pairs), first.get("split", "test")
-    return (f"{k} eigenpairs" + f" ({asked} asked)" * (asked != k) +
+    first, k = found[0], min(len(each["eigenvalues"]) for each in found)
+    wanted = sum(max(len(each["converged"]), min(each.get("eigs", 0), each.get("parameters", 0))) for each in found)
+    share, split = 100 * sum(sum(each["converged"]) for each in found) / max(1, wanted), first.get("split", "test")
+    method = " by the power method" * (first.get("eig") == "power")
+    return (f"{k} eigenpairs{method}" + f" ({asked} asked)" * (asked != k) +
             f", {share:.3g}% converged, on {first['images']} {split} images")

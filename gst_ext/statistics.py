@@ -24,7 +24,7 @@ def interval(values):
     """Mean over axis 0, its 95% interval by Student's t, and the paper's, by bootstrap percentiles: (5, …) as BOUNDS.
 
     NaN bounds for one value. Percentiles of few values are too narrow: of normal ones, "95%" covers 50% of means for
-    two, 76% for three and 90% for ten, Student's 95% for any number.
+    two, 75% for three and 90% for ten, Student's 95% for any number.
     """
     values = np.asarray(values, float)
     n, first = len(values), values[0]

@@ -30,7 +30,7 @@ def fake_flatness(directory, seed, k=12):
         "epsilon_min": None if seed == 2 else 0.1 * seed}
     moved = {k: v * 4 if k in ("trace", "tr_c") else v * 1.04 if k == "trace_eigs" else v for k, v in plain.items()}
     (directory / "flatness.json").write_text(json.dumps({
-        "images": 512, "eig": "lanczos", "epoch": 315, **plain, "adaptive": plain,
+        "images": 512, "eig": "lanczos", "eigs": k, "epoch": 315, **plain, "adaptive": plain,
         "control": {"1": plain | {"adaptive": plain}, "0.5": moved | {"adaptive": plain}},
         "density": {"probes": 4, "steps": 20, "width": 0.1, "grid": [-1 - seed, 0, 9 + seed],
                     "density": [0, 1 / (5 + seed), 0], "se": [0, 0, 0]},
@@ -427,7 +427,10 @@ def test_flatness_measures_say_what_rescaling_moved_and_what_has_not_converged(t
     marked = {label for label, title in titles.items() if "†" in title}
     assert marked == {analyze.LABELS["trace"], analyze.LABELS["tr_c"]}
     doubtful = {label for label, title in titles.items() if "white dot" in title}
-    assert doubtful == {analyze.LABELS[form + k] for form in ("", "adaptive_") for k in ("trace_eigs", "tic", "top")}
+    assert doubtful == {analyze.LABELS[form + k] for form in ("", "adaptive_") for k in ("trace_eigs", "tic")}
+    assert call("--figure", "6", log_dir=tmp_path / "logs", fig_dir=tmp_path) == 0
+    marked = {axis.get_ylabel() for axis in canvases["fig6"].axes if "†" in axis.get_title()}
+    assert marked >= {analyze.LABELS["tr_c"]}, "a measure may be the y of a panel"
 
 
 def test_the_density_of_spectra_is_drawn_on_one_grid(tmp_path):
@@ -439,6 +442,19 @@ def test_the_density_of_spectra_is_drawn_on_one_grid(tmp_path):
         grid, mean = np.array(curve["lambda"]), np.array(curve["mean"])
         assert (grid[0], grid[-1]) == (-4, 12) and curve["n"] == 3
         assert np.trapezoid(mean, grid) == pytest.approx(1, abs=0.01)  # the mean of three densities
+
+
+def test_a_narrow_spectrum_is_not_lost_beside_a_wide_one(tmp_path):
+    write_all(tmp_path / "logs", "density")
+    grid = np.linspace(0, 10, 2001)
+    for path in (tmp_path / "logs").glob("*/*/*/*/flatness.json"):
+        scale = 1 if "S-r4/" in str(path) else 100
+        density = scipy.stats.norm.pdf(grid, 5, 0.1) / scale
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"density": {
+            "probes": 4, "steps": 20, "width": 0.1 * scale, "grid": list(grid * scale), "density": list(density)}}))
+    assert call("--figure", "density", log_dir=tmp_path / "logs", fig_dir=tmp_path) == 0
+    for curve in json.loads((tmp_path / "figdensity.json").read_text())["models"]["vgg11"]["density"].values():
+        assert np.trapezoid(curve["mean"], curve["lambda"]) == pytest.approx(1, abs=0.01)
 
 
 def test_a_flatness_json_without_density_is_one_line(tmp_path, capsys):

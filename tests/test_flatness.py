@@ -736,3 +736,14 @@ def test_bad_options_are_one_line(trained, capsys, wrong, word):
     assert analyze.main(["--flatness", str(trained), *wrong]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and word in error
+
+
+def test_pairs_that_were_asked_for_and_not_found_have_not_converged():
+    found = {"eigs": 4, "parameters": 9, "eigenvalues": [3.0, 2.0], "converged": [True, False], "images": 8,
+             "adaptive": {"converged": []}}
+    assert flatness.share_converged(found, "trace_eigs") == 0.25 and flatness.share_converged(found, "top") == 1
+    assert flatness.share_converged(found, "epsilon_min") == 0.25 and flatness.share_converged(found, "trace") == 1
+    assert [flatness.share_converged(found, f"adaptive_{name}") for name in ("trace_eigs", "top")] == [0, 0]
+    assert flatness.share_converged(found | {"parameters": 2}, "trace_eigs") == 0.5, "there are no more pairs"
+    assert flatness.in_words([found | {"converged": [True] * 4, "eigenvalues": [1.0] * 4}, found], 4) == (
+        "2 eigenpairs (4 asked), 62.5% converged, on 8 test images")

@@ -152,9 +152,10 @@ def test_scaling_by_hand():
     assert times["epochs"] == 138 and times["e"][-1] == 137, "275 / 2 rounds to the epoch past the last"
 
 
-@pytest.mark.parametrize("k, left", [(1, 1), (2, 2), (50, 10), (1105, 221)])
-def test_scaling_shortens_noise_but_makes_no_single_pass_of_it(k, left):
-    assert scaled("--scale-epochs", 0.2, "--noise", "zero", "--noise-batches", k)["noise_batches"] == left
+@pytest.mark.parametrize("factor, k, left", [(0.2, 1, 1), (0.2, 2, 2), (0.2, 50, 10), (0.2, 1105, 221), (3, 1, 1),
+                                             (3, 2, 6)])
+def test_scaling_changes_how_long_noise_lasts_but_makes_no_single_pass_of_it_nor_another_of_one(factor, k, left):
+    assert scaled("--scale-epochs", factor, "--noise", "zero", "--noise-batches", k)["noise_batches"] == left
 
 
 def test_scaling_keeps_a_pruning_iteration_for_every_layer():

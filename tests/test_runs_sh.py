@@ -157,7 +157,7 @@ def test_devices_get_a_process_each_and_all_runs_between_them(tmp_path, tiny):
 
 
 @pytest.mark.parametrize("preset, flatness", [("--quick", "--eigs 10 --images 128"),
-                                              ("--preset small", "--eigs 30 --images 256"), ("", "")])
+                                              ("--preset small", "--eigs 30 --images 64"), ("", "")])
 def test_a_preset_trains_on_every_core_and_measures_less_flatness(tmp_path, tiny, preset, flatness):
     copy_project(tmp_path)
     spy = tmp_path / "python"

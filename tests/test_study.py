@@ -1,8 +1,10 @@
 """bench/study.py: the study's packed logs give the tables that docs/study.md shows, and figures are drawn of them."""
+import json
 import pathlib
 import sys
 
 from test_analyze import write_run
+from test_figures import fake_flatness
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
@@ -22,10 +24,31 @@ def write_runs(log_dir):
 def test_pairs_have_their_mean_interval_and_p(tmp_path):
     write_runs(tmp_path)
     lines = study.report(tmp_path)
-    assert lines[0] == "### vgg11, small"
+    assert lines[0] == "### vgg11, cifar10, small"
     # of 1, 2 and 3: mean 2, deviation 1, t = 2 √3, and Student's 97.5th percentile of two degrees of freedom 4.303
     assert "| L-r40 − S-r4 | 3 | +2.00 (-0.48 to +4.48), p = 0.074 | -1.00 (-1.00 to -1.00) |" in lines
     assert any(line.startswith("| none | 3 | 60.00 (60.00 to 60.00) | 70.00 (70.00 to 70.00) |") for line in lines)
+
+
+def test_other_data_other_measurements_and_unfinished_runs_are_kept_apart_and_named(tmp_path):
+    write_runs(tmp_path)
+    write_runs(tmp_path / "others")
+    (tmp_path / "others/cifar10").rename(tmp_path / "cifar100")
+    (tmp_path / "cifar10/vgg11/L-r40-small/seed3/epochs.jsonl").write_text("")
+    for i, path in enumerate(sorted(tmp_path.glob("cifar10/*/*/*"))):
+        fake_flatness(path, seed=1 + i)
+        if i == 0:
+            flat = json.loads((path / "flatness.json").read_text())
+            (path / "flatness.json").write_text(json.dumps(flat | {"images": 256}))
+    lines = study.report(tmp_path)
+    assert [line for line in lines if line.startswith("### ")] == ["### vgg11, cifar10, small",
+                                                                  "### vgg11, cifar100, small"]
+    assert [line.split("|")[2].strip() for line in lines if line.startswith("| L-r40 − S-r4 |")] == ["2", "3"]
+    left_out = [line for line in lines if line.startswith("Left out")]
+    assert [line for line in left_out if "L-r40-small/seed3: epochs.jsonl" in line]
+    assert [line for line in left_out if "L-r40-small/seed1: differs from" in line and "in images" in line]
+    header, row = (next(line for line in lines if line.startswith(start)) for start in ("| measure", "| \\|ε"))
+    assert header.count("|") == row.count("|") - row.count("\\|"), "a pipe in a cell is escaped"
 
 
 def test_what_is_packed_is_all_that_tables_need(tmp_path):
