@@ -206,6 +206,7 @@ def summarize(run_dir):
 
 def find_runs(log_dir):
     """Summaries of all runs below log_dir, in order of their directories; mixed and doubled ones have a problem."""
+    files.require(log_dir == "logs" or pathlib.Path(log_dir).is_dir(), f"--log-dir {log_dir}: there is no such folder")
     runs = [summarize(path.parent) for path in sorted(pathlib.Path(log_dir).glob("*/*/*/seed*/config.json"))]
     name_mixed(runs, lambda run: (run["dataset"], run["setting"]), lambda run: run["config"].get("data"))
     name_mixed(runs, lambda run: (run["dataset"], run["setting"], run["model"], run["method"]),
@@ -265,25 +266,27 @@ def is_papers(name, dataset, setting):
                                   else ("cifar10", ""))
 
 
-def rest_command(name, dataset, setting, found):
+def rest_command(name, dataset, setting, found, log_dir="logs"):
     """(how many of its runs are there, how many there should be, the command that trains the rest)."""
     _, target, models = EVERYTHING[name]
     if models is ANY:
         return len(found), len(found), ""
     papers, seeds, more = is_papers(name, dataset, setting), sorted({run["seed"] for run in found}), []
+    different = {"log_dir": str(log_dir)} if str(log_dir) != "logs" else {}
     if papers:
         seeds = list(range(1, {"tabF1": 4, "figB1": 2}.get(target, 11)))
     else:
         options = found[0]["config"]["options"]
         preset = setting.split("-")[0] if setting.split("-")[0] in train.PRESETS else None
         defaults = train.usual_settings(options["model"], options.get("optimizer"), preset)
-        different = {k: options[k] for k, default in defaults.items() if options.get(k, default) != default
-                     and k not in ("optimizer", "s", "e", "p", "r", "score", "save_epoch",
-                                   "test_batch_size")}  # those are the method's
-        more = ["--preset", preset] * bool(preset) + ["--"] * bool(different)
-        for k, value in different.items():
-            values = value if isinstance(value, list) else [] if isinstance(value, bool) else [value]
-            more += [f"--{'no-' * (value is False)}{k.replace('_', '-')}", *map(files.short, values)]
+        different |= {k: options[k] for k, default in defaults.items() if options.get(k, default) != default
+                      and k not in ("optimizer", "s", "e", "p", "r", "score", "save_epoch",
+                                    "test_batch_size")}  # those are the method's
+        more = ["--preset", preset] * bool(preset)
+    more += ["--"] * bool(different)
+    for k, value in different.items():
+        values = value if isinstance(value, list) else [] if isinstance(value, bool) else [value]
+        more += [f"--{'no-' * (value is False)}{k.replace('_', '-')}", *map(files.short, values)]
     wanted = {(model, method, seed) for model, methods in models.items() for method in methods for seed in seeds}
     there = wanted & {(run["model"], run["method"], run["seed"]) for run in found}
     span = f"{seeds[0]}-{seeds[-1]}" if seeds[-1] - seeds[0] == len(seeds) - 1 else ",".join(map(str, seeds))
@@ -372,8 +375,8 @@ def load_network(run_dir, data_dir, device, checkpoint=None):
     except Exception as error:  # zip, pickle and torch each have their own for a damaged file
         raise files.UserError(f"{run_dir / checkpoint} is missing or damaged ({files.reason(error)}): train the run "
                               "again") from None
-    kept = (options.get(k, train.DEFAULTS[k]) for k in ("val_split", "train_images", "test_images", "label_noise"))
-    return model.to(device).eval(), train.put_on_device(arrays, device, *kept), source
+    kept = argparse.Namespace(**vars(train.DATA_OPTIONS) | options | {"augment": False})
+    return model.to(device).eval(), train.put_on_device(arrays, device, kept), source
 
 
 def flatness_file(run_dir, split):
@@ -457,7 +460,7 @@ def with_flatness(runs, left_out, args):
                                **{form + k: flatness.measure_of(flat, form + k) for k in MEASURES for form in FORMS}}
         except files.UserError as error:
             run["flatness"] = {"problem": str(error)}
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             run["flatness"] = {"problem": f"{path.name} is damaged ({type(error).__name__}): delete it"}
     runs = [{**run, **run["flatness"]} for run in runs]
     name_mixed(runs, lambda run: "", lambda run: {k: run["flat"].get(k) for k in flatness.SETTINGS})
@@ -932,7 +935,7 @@ def draw(name, runs, args):
                 "figure": name, "dataset": dataset, "setting": setting, "notes": notes[1:], "models": numbers,
                 "left_out": {run["dir"]: run["problem"] for run in left_out}})
         print(f"drawn: {args.fig_dir}/{file}.pdf, .png and .json" + f" from {len(found)} runs" * bool(found))
-        there, wanted, command = rest_command(name, dataset, setting, found) if found else (0, 0, "")
+        there, wanted, command = rest_command(name, dataset, setting, found, args.log_dir) if found else (0, 0, "")
         if there < wanted:
             print(f"{there} of {wanted} runs are there; the rest: {command}")
 
@@ -1027,7 +1030,8 @@ def main(argv=None):
         files.require(not args.live or args.figure == ["2"], "--live is for --figure 2")
         for name in ("eigs", "images", "memory_gb"):
             value = getattr(args, name)
-            files.require(0 < value < 1e6, f"--{name.replace('_', '-')} {files.short(value)}: give a number above 0")
+            files.require(0 < value < 1e6, f"--{name.replace('_', '-')} {files.short(value)}: give a number above 0 and"
+                          " below a million")
         if args.list:
             list_figures(args.log_dir)
         for run_dir in args.flatness:
@@ -1038,12 +1042,8 @@ def main(argv=None):
             names = args.figure + [f"table {name}" for name in args.table]
             draw_all(list(EVERYTHING) if "all" in names else names, args)
         return 0
-    except files.UserError as error:
-        print(f"analyze.py: {error}", file=sys.stderr)
-        return error.code
-    except KeyboardInterrupt:
-        print("analyze.py: interrupted; figures drawn so far are complete", file=sys.stderr)
-        return 130
+    except (Exception, KeyboardInterrupt) as error:
+        return files.tell(error, "analyze.py", "figures drawn so far are complete")
 
 
 if __name__ == "__main__":

@@ -138,7 +138,10 @@ fail() { echo "runs.sh: $*" >&2; exit 2; }
 cores() { getconf _NPROCESSORS_ONLN; }
 
 setup() {  # .venv with the requirements, then the extension; what is done and unchanged is left alone
-    [ -z "${PYTHON:-}" ] || return 0
+    if [ "${PYTHON:-}" ]; then
+        command -v "$PYTHON" > /dev/null || fail "PYTHON=$PYTHON: there is no such interpreter"
+        return
+    fi
     PYTHON=.venv/bin/python
     cmp -s requirements.txt .venv/requirements.done || install
     [ -e .venv/build.done ] && [ -z "$(find csrc setup.py -newer .venv/build.done)" ] && return
@@ -178,11 +181,23 @@ seeds_of() {  # 1-3,7 -> 1 2 3 7
     done
 }
 
+places() {  # where train.py's options put the logs, and where the data are
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --log-dir) logs=${2:-} ;;
+            --log-dir=*) logs=${1#*=} ;;
+            --data-dir) data=${2:-} ;;
+            --data-dir=*) data=${1#*=} ;;
+        esac
+        shift
+    done
+}
+
 read_options() {  # of a target or of status
     while [ $# -gt 0 ]; do
         case $1 in
             --seeds | --preset | --jobs | --devices | --group)
-                [ $# -ge 2 ] || fail "$1 needs a value"
+                [ "${2:-}" ] || fail "$1 needs a value"
                 printf -v "${1#--}" %s "$2"
                 shift ;;
             --print) print=1 ;;
@@ -194,7 +209,11 @@ read_options() {  # of a target or of status
                     "" | --seeds | --preset | --jobs | --devices | --group | --print | --quick | --retry-failed | --) ;;
                     *) slurm=$2; shift ;;
                 esac ;;
-            --) shift; options=" $*"; break ;;
+            --)
+                shift
+                [ $# = 0 ] || options=$(printf ' %q' "$@")
+                places "$@"
+                break ;;
             *) fail "unknown option $1: bash runs.sh help lists them" ;;
         esac
         shift
@@ -205,7 +224,6 @@ read_options() {  # of a target or of status
     [[ ${devices:-0} =~ ^[^,\ ]+(,[^,\ ]+)*$ ]] || fail "--devices $devices: give a list of GPUs, such as 0,1"
     [ -z "$devices" ] || [ -z "$jobs$slurm" ] || fail "--devices excludes --jobs and --slurm: choose one"
     [ -z "$group" ] || [ "$slurm" ] || fail "--group is for --slurm: add that, or leave it out"
-    [[ $options =~ --log-dir[=\ ]([^ ]+) ]] && logs=${BASH_REMATCH[1]}
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
 }
@@ -223,7 +241,8 @@ list_runs() {  # writes $work/<experiment>, a line of train.py options for each 
 }
 
 status() {
-    local seeds="" jobs="" devices="" group="" print="" preset="" own="" retry="" slurm="" options="" logs=logs lists=()
+    local seeds="" jobs="" devices="" group="" print="" preset="" own="" retry="" slurm="" options="" logs=logs data=""
+    local lists=()
     read_options "$@"
     [ -z "$jobs$devices$print$retry$slurm" ] || fail "status takes --seeds, --preset, --quick and -- only"
     for name in $targets; do
@@ -236,7 +255,7 @@ status() {
 
 run_target() {
     local experiment=$1 seeds="" jobs="" devices="" group="" print="" preset="" own="" retry="" slurm="" options=""
-    local logs=logs flat="" left failed=0
+    local logs=logs data="" flat="" left failed=0
     shift
     read_options "$@"
     list_runs "$experiment"
@@ -250,6 +269,7 @@ run_target() {
         quick) flat="--eigs 10 --images 128" ;;
         small) flat="--eigs 30 --images 64" ;;
     esac
+    [ -z "$data" ] || flat+=" --data-dir $(printf %q "$data")"
     "$PYTHON" train.py --plan "$list" $retry > "$left" || exit $?
     if [ "$slurm" ]; then
         submit
@@ -345,7 +365,7 @@ draw_command() {  # target, log directory, options
     echo $PYTHON analyze.py $names --log-dir "$2" $3
 }
 
-draw() { $(draw_command "$@"); }
+draw() { eval "$(PYTHON=$(printf %q "$PYTHON") draw_command "$1" "$(printf %q "$2")" "$3")"; }
 
 targets="fig2 fig3 fig4 fig5 fig6 figB1 figB2 tabC1 figC3 figD1 figD2 tabF1"
 target=${1:-help}

@@ -19,7 +19,7 @@ The experiment in ten lines; `experiment` below is these, with noise, learning r
 
     args = parse_options(["--preset", "quick", "--target", "L", "--device", "cpu"])
     device, arrays = runs.choose_device(args), load_data(args.dataset)
-    data, run = put_on_device(arrays, device, args.val_split), new_run(args, len(arrays["classes"]), device)
+    data, run = put_on_device(arrays, device, args), new_run(args, len(arrays["classes"]), device)
     for epoch in range(run.times["epochs"]):
         totals, run.step = train_epoch(run.model, data, run.optimizer, args, run.generators, run.step)
         before = evaluate(run.model, data, "test", args)
@@ -90,6 +90,8 @@ NOT_THE_RESULT = ("log_dir", "data_dir", "device", "backend", "cuda_graphs", "sa
                   "runs", "at_once", "plan", "retry_failed", "status", "preset")  # not what a run computes
 CIFAR = ("cifar10", "cifar100")
 BUILT_IN = (*CIFAR, "digits")
+LISTS = ("runs", "plan", "status", "at-once", "retry-failed")  # the options of lists of runs
+DATA_OPTIONS = types.SimpleNamespace(val_split=0, train_images=0, test_images=0, label_noise=0.0, augment=False)  # all
 MULTIPLE = {"cpu": 1, "cuda": 32}  # a layer's live filters are computed as so many, rounded up: shapes a device likes
 
 
@@ -135,7 +137,7 @@ def make_parser():
     add("--augment", action=flag, help="random crop and flip (default: the paper's)")
 
     add = parser.add_argument_group("pruning (defaults: the paper's for the model, listed below)").add_argument
-    add("--target", choices=("none", "S", "L", "R"), default="none",
+    add("--target", choices=("none", "S", "L", "R"),
         help="prune the filters with the Smallest or the Largest score, or Random ones (default: none)")
     add("--r", type=int, help="retrain period: epochs between pruning iterations")
     for name, kind, what in (("s", int, "first epochs"), ("e", int, "last epochs"), ("p", float, "pruned fractions")):
@@ -201,23 +203,30 @@ def parse_options(argv):
         if name not in given:
             setattr(args, name, value)
 
+    if {"runs", "plan", "status"} & given:
+        more = [x for x in argv if x.startswith("--") and x.split("=")[0][2:] not in LISTS]
+        require(not more, f"{' '.join(more)} beside a list would count for none of its runs: write it into their lines")
     from_0 = ("seed", "val_split", "train_images", "test_images", "save_epoch")
     for name in ("epochs", "batch_size", "test_batch_size", "r", "noise_batches", "at_once", *from_0):
         value, least = getattr(args, name), 0 if name in from_0 else 1
-        require(value is None or least <= value < 2**32, f"--{name.replace('_', '-')} {value}: give {least} or more")
+        require(value is None or least <= value < 2**32,
+                f"--{name.replace('_', '-')} {value}: give {least} or more, below 2^32")
     for name in ("width", "scale_epochs", "lr", "weight_decay"):
         value = getattr(args, name)
         require(0 < value < 1e6 or value == 0 and name == "weight_decay",
-                f"--{name.replace('_', '-')} {short(value)}: give a number above 0")
+                f"--{name.replace('_', '-')} {short(value)}: give a number above 0 and below a million")
     require(0 <= args.label_noise <= 1, f"--label-noise {short(args.label_noise)}: give a fraction from 0 to 1")
     require(all(epoch >= 0 for epoch in args.lrs), f"--lrs {short(args.lrs)}: epochs count from 0")
 
+    args.target = args.target or "none"
     pruning, noise = args.target != "none", args.noise != "none"
     require(pruning or not (args.scratch or noise), "--scratch and --noise need filters: give --target S, L or R too")
     require(not (noise and args.scratch), "--noise and --scratch exclude each other: choose one")
     require(args.prune_bn == "drop" or pruning and not noise, "--prune-bn keep needs a --target, and no --noise")
     for name in {"noise_batches", "noise_filters", "noise_restore"} & given:
         require(noise, f"--{name.replace('_', '-')} does nothing without --noise: add --noise zero or gauss")
+    for name in {"s", "e", "p", "r", "score"} & given:  # beside an explicit none they are those of a list's other runs
+        require("target" in given, f"--{name} does nothing without --target: add --target S, L or R")
     require(not args.noise_restore or args.noise == "zero", "--noise-restore is for --noise zero")
     if noise:
         args.noise_batches, args.noise_filters = args.noise_batches or 1, args.noise_filters or "newest"
@@ -261,24 +270,6 @@ def schedule(args):
         times["e"] = [min(e, times["epochs"] - 1) for e in times["e"]]
         times["s"] = [min(s, e) for s, e in zip(times["s"], times["e"])]
     return times
-
-
-def doubts_about_rate(args):
-    """What the user may not have meant of the learning rate's epochs, a list of lines. A fall at the very end that was
-    asked for is a way to say never."""
-    def spelled(epochs):
-        return " ".join(map(str, epochs))
-
-    times = schedule(args)
-    usual = args.lrs == paper_settings(args.model, args.optimizer)["lrs"]
-    late = [x for x in args.lrs if x > args.epochs - usual]
-    lines = [f"the learning rate never falls at --lrs {spelled(late)}, since epochs count from 0 to {args.epochs - 1}: "
-             "give --lrs that fit --epochs, or --lrs alone for none"] * bool(late)
-    kept, scaled = ([x for x in lrs if x < n] for lrs, n in ((args.lrs, args.epochs), (times["lrs"], times["epochs"])))
-    if len(set(scaled)) < len(set(kept)) or 0 in scaled and 0 not in kept:
-        lines.append(f"--scale-epochs {short(args.scale_epochs)} rounds --lrs {spelled(kept)} of {args.epochs} epochs "
-                     f"to {spelled(times['lrs'])} of {times['epochs']}, which loses a fall: give --epochs and --lrs")
-    return lines
 
 
 def run_name(args):
@@ -359,14 +350,16 @@ def subset(n, *counts):
     return [np.sort(order[start:end]) for start, end in zip(bounds, bounds[1:])]
 
 
-def put_on_device(data, device, val_split=0, train_images=0, test_images=0, label_noise=0.0, padded=False):
+def put_on_device(data, device, args=DATA_OPTIONS):
     """The arrays as tensors on `device`: {"train": (x uint8 NHWC, y), "test": …, "val": … if asked, "mean", "std"}
-    and, with padded, "padded", the training images in a border for crop_and_flip.
+    and, for --augment, "padded", the training images in a border for crop_and_flip.
 
-    mean and std (3,) are the training images' per-channel ones, in units of a uint8 pixel, exact. The options draw the
-    same images and labels for every seed, so that runs differ in what they learn and not in what teaches and judges it.
+    args: a namespace with DATA_OPTIONS' fields; mean and std (3,): the training images' per-channel ones, in units of a
+    uint8 pixel, exact. The options draw the same images and labels for every seed, so that runs differ in what they
+    learn and not in what teaches and judges it.
     """
     train_x, train_y, test_x, test_y = (data[k] for k in ("train_x", "train_y", "test_x", "test_y"))
+    val_split, train_images, test_images = args.val_split, args.train_images, args.test_images
     left = len(train_x) - val_split
     require(left > 0, f"--val-split {val_split} leaves none of {len(train_x)} images: give fewer")
     for name, wanted, there in (("train", train_images, left), ("test", test_images, len(test_x))):
@@ -380,9 +373,9 @@ def put_on_device(data, device, val_split=0, train_images=0, test_images=0, labe
         if val_split:
             splits["val"] = (train_x[held_out], train_y[held_out])
         train_x, train_y = train_x[kept], train_y[kept]
-    if label_noise:
+    if args.label_noise:
         random, train_y = np.random.RandomState(1), train_y.copy()
-        noised = random.permutation(len(train_y))[:math.floor(label_noise * len(train_y) + 0.5)]
+        noised = random.permutation(len(train_y))[:math.floor(args.label_noise * len(train_y) + 0.5)]
         train_y[noised] = random.randint(len(data["classes"]), size=len(noised))
     splits["train"] = (train_x, train_y)
     counts = np.stack([np.bincount(train_x[..., c].ravel(), minlength=256) for c in range(3)]) / train_x[..., 0].size
@@ -390,7 +383,7 @@ def put_on_device(data, device, val_split=0, train_images=0, test_images=0, labe
     variance = counts @ np.arange(256) ** 2 - mean**2
     require(variance.min() > 1e-9, "the training images are constant in one channel: nothing can be learnt from it")
     tensors = {k: tuple(torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in v) for k, v in splits.items()}
-    if padded:
+    if args.augment:
         tensors["padded"] = F.pad(tensors["train"][0], (0, 0, *[CROP_PADDING] * 4))
     return tensors | {k: torch.tensor(v, dtype=torch.float32, device=device)
                       for k, v in (("mean", mean), ("std", np.sqrt(variance)))}

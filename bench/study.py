@@ -16,7 +16,7 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import analyze  # noqa: E402
-from gst_ext import flatness  # noqa: E402
+from gst_ext import files, flatness  # noqa: E402
 from gst_ext.statistics import correlations, measured, paired_test, partial_correlation  # noqa: E402
 
 ARCHIVE = ROOT / "bench/results/study/logs.tar.xz"
@@ -177,6 +177,7 @@ def report(log_dir):
 def pack(log_dir, archive=ARCHIVE):
     """Writes what the tables and figures need of the finished runs below log_dir; the same bytes for the same logs."""
     log_dir = pathlib.Path(log_dir)
+    files.require(log_dir.is_dir(), f"--pack {log_dir}: there is no such folder")
     archive.parent.mkdir(parents=True, exist_ok=True)
 
     def plain(member):
@@ -196,6 +197,7 @@ def pack(log_dir, archive=ARCHIVE):
 
 
 def unpack(folder, archive=ARCHIVE):
+    files.require(archive.exists(), f"{archive} is missing: pack logs with --pack, or read some with --log-dir")
     with tarfile.open(archive) as file:
         file.extractall(folder, filter="data")
 
@@ -207,17 +209,21 @@ def main(argv=None):
     action.add_argument("--unpack", metavar="DIR", help="put the packed logs there, for analyze.py --log-dir DIR")
     action.add_argument("--pack", metavar="LOGS", help="pack these logs")
     args = parser.parse_args(argv)
-    if args.pack:
-        pack(args.pack)
-    elif args.unpack:
-        unpack(args.unpack)
-    elif args.log_dir:
-        print("\n".join(report(args.log_dir)))
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            unpack(folder)
-            print("\n".join(report(folder)))
+    try:
+        if args.pack:
+            pack(args.pack)
+        elif args.unpack:
+            unpack(args.unpack)
+        elif args.log_dir:
+            print("\n".join(report(args.log_dir)))
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                unpack(folder)
+                print("\n".join(report(folder)))
+        return 0
+    except (OSError, files.UserError) as error:
+        return files.tell(error, "study.py")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -89,7 +89,7 @@ def say_once(line):
         say(line, sys.stderr)
 
 
-def tell(error, program):
+def tell(error, program, interrupted="the same command goes on from the last finished epoch"):
     """One line on stderr, which begins with the program's name, for whatever the user can mend, a traceback for what is
     a bug; returns the exit code."""
     line, code = str(error), 1
@@ -102,7 +102,7 @@ def tell(error, program):
         line += ": mend that, or choose other folders with --log-dir and --data-dir"
     elif isinstance(error, KeyboardInterrupt):
         code = 143 if line else 130
-        line = f"{line or 'interrupted'}; the same command goes on from the last finished epoch"
+        line = f"{line or 'interrupted'}; {interrupted}"
     else:
         line = "".join(traceback.format_exception(error)).rstrip()
     say(f"{program}: {line}", sys.stderr)
@@ -371,6 +371,8 @@ def read_npz(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file; name one that is there") from None
     except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
         raise UserError(f"{path} cannot be read as .npz ({reason(error)}): make it again, or delete it if it came from "
                         "a download") from None

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from . import files, graphs, ops
-from .files import UserError, reason, require, say
+from .files import UserError, reason, require, say, short
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # before CUDA starts: as many streams at once as runs
 
@@ -388,16 +388,33 @@ def check_finished(args, directory, shared, script):
 
 def on_device(args, device, shared, script):
     """(what files.described says of a run's data set, its images on the device), shared as by loaded."""
-    kept = args.val_split, args.train_images, args.test_images, args.label_noise
-    source = args.dataset, args.data_dir, *kept, args.augment, device
+    source = args.dataset, args.data_dir, device, *(getattr(args, name) for name in vars(script.DATA_OPTIONS))
     if source not in shared:
         arrays, facts = loaded(args, shared, script)
-        data = script.put_on_device(arrays, device, *kept, padded=args.augment)
+        data = script.put_on_device(arrays, device, args)
         if device.type == "cuda":
             torch.cuda.synchronize()  # the other runs' streams do not wait for this one
             shared["bytes"] = torch.cuda.memory_allocated()  # which no further run takes
         shared[source] = facts, data
     return shared[source]
+
+
+def doubts_about_rate(args, script):
+    """What the user may not have meant of the learning rate's epochs, a list of lines. A fall at the very end that was
+    asked for is a way to say never."""
+    def spelled(epochs):
+        return " ".join(map(str, epochs))
+
+    times = script.schedule(args)
+    usual = args.lrs == script.paper_settings(args.model, args.optimizer)["lrs"]
+    late = [x for x in args.lrs if x > args.epochs - usual]
+    lines = [f"the learning rate never falls at --lrs {spelled(late)}, since epochs count from 0 to {args.epochs - 1}: "
+             "give --lrs that fit --epochs, or --lrs alone for none"] * bool(late)
+    kept, scaled = ([x for x in lrs if x < n] for lrs, n in ((args.lrs, args.epochs), (times["lrs"], times["epochs"])))
+    if len(set(scaled)) < len(set(kept)) or 0 in scaled and 0 not in kept:
+        lines.append(f"--scale-epochs {short(args.scale_epochs)} rounds --lrs {spelled(kept)} of {args.epochs} epochs "
+                     f"to {spelled(times['lrs'])} of {times['epochs']}, which loses a fall: give --epochs and --lrs")
+    return lines
 
 
 def training(args, shared, script):
@@ -413,7 +430,7 @@ def training(args, shared, script):
         lacking = what_it_lacks(directory, times, args.tensorboard, times["epochs"])
         say(f"{directory}: finished already{lacking}")
         return None
-    for line in script.doubts_about_rate(args):
+    for line in doubts_about_rate(args, script):
         files.say_once(f"train.py: {line}")
     device = choose_device(args)
     facts, data = on_device(args, device, shared, script)

@@ -15,6 +15,11 @@ import train
 CPU = torch.device("cpu")
 
 
+def put(arrays, val_split=0, train_images=0, test_images=0, label_noise=0.0):
+    options = dict(val_split=val_split, train_images=train_images, test_images=test_images, label_noise=label_noise)
+    return train.put_on_device(arrays, CPU, types.SimpleNamespace(**options, augment=False))
+
+
 def check_form(data, k):
     for split in ("train", "test"):
         x, y = data[f"{split}_x"], data[f"{split}_y"]
@@ -348,7 +353,7 @@ def test_validation_split_is_disjoint_and_drawn_from_the_training_set():
     arrays = make_arrays(60, 12)
     arrays["train_x"][:, 0, 0, 0] = np.arange(60)  # each image's own name
     arrays["train_y"] = np.arange(60) % 4
-    data = train.put_on_device(arrays, CPU, 13)
+    data = put(arrays, 13)
     names = {split: data[split][0][:, 0, 0, 0].tolist() for split in ("train", "val")}
     assert len(names["val"]) == 13 and sorted(names["train"] + names["val"]) == list(range(60))
     for split, members in names.items():
@@ -363,15 +368,15 @@ def test_validation_split_is_the_same_whatever_the_seed():
     for seed in (1, 2):
         torch.manual_seed(seed)
         np.random.seed(seed)
-        splits.append(train.put_on_device(arrays, CPU, 13)["val"])
+        splits.append(put(arrays, 13)["val"])
     assert torch.equal(splits[0][0], splits[1][0])
-    assert "val" not in train.put_on_device(arrays, CPU, 0)
+    assert "val" not in put(arrays, 0)
 
 
 @pytest.mark.parametrize("n", (60, 61))
 def test_a_validation_split_that_leaves_nothing_is_refused(n):
     with pytest.raises(files.UserError, match="val-split"):
-        train.put_on_device(make_arrays(60, 12), CPU, n)
+        put(make_arrays(60, 12), n)
 
 
 # Augmentation
@@ -404,27 +409,27 @@ def test_fewer_images_and_noised_labels_are_the_same_for_every_run():
     arrays = make_arrays(60, 40)
     arrays["train_x"][:, 0, 0, 0] = np.arange(60)  # so that each image can be told
     whole = train.put_on_device(arrays, CPU)
-    few = train.put_on_device(arrays, CPU, 10, 20, 15, 0.5)
+    few = put(arrays, 10, 20, 15, 0.5)
     names = {split: set(few[split][0][:, 0, 0, 0].tolist()) for split in ("train", "val")}
     assert [len(few[split][1]) for split in ("train", "val", "test")] == [20, 10, 15]
     assert not names["train"] & names["val"]
-    assert names["val"] == set(train.put_on_device(arrays, CPU, 10)["val"][0][:, 0, 0, 0].tolist())
+    assert names["val"] == set(put(arrays, 10)["val"][0][:, 0, 0, 0].tolist())
     true = whole["train"][1][few["train"][0][:, 0, 0, 0].long()]
     changed = (few["train"][1] != true).sum()
     assert 0 < changed <= 10, "half of the labels are drawn anew, and some stay as they were by chance"
-    again = train.put_on_device(arrays, CPU, 10, 20, 15, 0.5)
+    again = put(arrays, 10, 20, 15, 0.5)
     assert torch.equal(few["train"][1], again["train"][1]) and torch.equal(few["test"][0], again["test"][0])
-    clean = train.put_on_device(arrays, CPU, 10, 20, 15)
+    clean = put(arrays, 10, 20, 15)
     assert torch.equal(clean["train"][1], true) and torch.equal(clean["val"][1], few["val"][1])
 
 
 def test_all_labels_noised_are_uniform():
     arrays = make_arrays(6000, 4, classes=3)
-    counts = torch.bincount(train.put_on_device(arrays, CPU, label_noise=1.0)["train"][1], minlength=3)
+    counts = torch.bincount(put(arrays, label_noise=1.0)["train"][1], minlength=3)
     assert counts.sum() == 6000 and (counts - 2000).abs().max() < 5 * (6000 * 2 / 9) ** 0.5
 
 
 @pytest.mark.parametrize("options", ({"train_images": 61}, {"val_split": 30, "train_images": 31}, {"test_images": 41}))
 def test_more_images_than_there_are_is_an_error(options):
     with pytest.raises(files.UserError, match="give fewer"):
-        train.put_on_device(make_arrays(60, 40), CPU, **options)
+        put(make_arrays(60, 40), **options)

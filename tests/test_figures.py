@@ -467,3 +467,21 @@ def test_a_flatness_json_without_density_is_one_line(tmp_path, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # panels without points must not take the layout apart
         assert call("--figure", "flatness", log_dir=tmp_path / "logs", fig_dir=tmp_path) == 0
+
+
+def test_the_rest_is_trained_where_the_logs_are_and_a_log_dir_that_is_missing_is_named(tmp_path, capsys):
+    write_all(tmp_path / "my logs", "2", seeds=(1, 2))
+    assert call("--figure", "2", log_dir=tmp_path / "my logs", fig_dir=tmp_path) == 0
+    command = shlex.split(capsys.readouterr().out.split("the rest: ")[1])
+    assert command[command.index("--log-dir") + 1] == str(tmp_path / "my logs")
+    assert call("--list", log_dir=tmp_path / "nowhere", fig_dir=tmp_path) == 2
+    assert "nowhere: there is no such folder" in capsys.readouterr().err
+
+
+def test_a_flatness_json_that_cannot_be_read_is_one_line(tmp_path, capsys):
+    write_all(tmp_path / "logs", "E5", seeds=(1,))
+    path = tmp_path / "logs/cifar10/vgg11/L-r40/seed1/flatness.json"
+    path.unlink()
+    path.mkdir()
+    assert call("--figure", "E5", log_dir=tmp_path / "logs", fig_dir=tmp_path) == 0
+    assert "flatness.json is damaged (IsADirectoryError)" in capsys.readouterr().out

@@ -292,7 +292,7 @@ def test_names_are_readable(line, name):
 def test_runs_shared_by_two_experiments_share_a_directory():
     for model in ("vgg11", "resnet18"):
         plain = train.run_directory(train.parse_options(["--model", model]))
-        figure_b2 = train.parse_options(["--model", model, "--score", "ebn", "--s", "3", "4", "5", "6"])
+        figure_b2 = train.parse_options(["--model", model, "--target", "none", "--score", "ebn", "--s", *"3456"])
         assert train.run_directory(figure_b2) == plain
         assert plain.parts == ("logs", "cifar10", model, "none", "seed1")
     assert names("--target S --r 40 --score l2 --lr 0.001") == names("--target S") == "S-r40"
@@ -485,7 +485,7 @@ def test_a_run_that_goes_on_says_what_it_will_lack(run, monkeypatch, capsys):
     ("--scale-epochs 0.01 --lrs 260 300", "to 3 3 of 3"), ("--scale-epochs 0.04 --lrs 150 324", "to 6 13 of 13"),
     ("--epochs 165 --scale-epochs 0.006", "150 of 165 epochs to 1 2 of 1")])
 def test_falls_of_the_learning_rate_that_are_lost_are_named(line, named):
-    lines = train.doubts_about_rate(train.parse_options(line.split()))
+    lines = runs.doubts_about_rate(train.parse_options(line.split()), train)
     assert bool(lines) == bool(named) and all("\n" not in line for line in lines)
     assert named in " ".join(lines)
 
@@ -555,7 +555,9 @@ def test_a_bad_plan_is_one_line(tmp_path, capsys, content):
     ("--target S --s 0 --e 3 --p 0.5 --noise zero --prune-bn keep", "--prune-bn"), ("--scratch", "--scratch"),
     ("--seeds 3-1", "3-1"), ("--seeds 1-2,4-3", "4-3"), ("--seeds ,", ","), ("--seeds 1--3", "1--3"),
     ("--save-epoch 6", "--save-epoch"), ("--precision tf32", "tf32"), ("--dataset nowhere", "nowhere"),
-    ("--dataset nowhere.npz", "nowhere.npz"),
+    ("--dataset nowhere.npz", "there is no such file"), ("--lr 1e7", "below a million"), ("--seed 4294967296", "2^32"),
+    ("--r 4", "--r does nothing without --target"), ("--score l1", "--score does nothing without --target"),
+    ("--runs list", "beside a list"), ("--status list --width 0.5", "beside a list"),
 ])
 def test_a_mistake_is_one_line_that_names_it(run, capsys, more, named):
     assert run(*more.split()) == 2

@@ -206,3 +206,24 @@ def test_tasks_of_a_gpu_get_more_runs_than_those_of_a_cpu(tmp_path, tiny):
         assert result.returncode == 0 and f"--array 1-{tasks} " in result.stdout, result
         assert result.stdout.count("--gres=gpu:1") == 2 * bool(options), "the job that draws gets them, too"
     assert not (tmp_path / "logs").exists()
+
+
+def test_places_and_values_with_spaces_reach_training_and_drawing(tmp_path):
+    copy_project(tmp_path)
+    spy = tmp_path / "the python"
+    spy.write_text(f'#!/bin/sh\n[ "$2" != --plan ] || exec {shlex.quote(sys.executable)} "$@"\n'
+                   'printf "<%s>" "$@" >> called\n')
+    spy.chmod(0o755)
+    (tmp_path / "my data").mkdir()
+    result = runs_sh("figD1", "--", "--log-dir", "my logs", "--data-dir=my data", cwd=tmp_path, python=spy)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "called").read_text() == (
+        "<analyze.py><--figure><D1><--log-dir><my logs><--data-dir><my data>")
+    listed = commands("fig2", "--seeds", "1", "--", "--dataset", "my set.npz")
+    assert {args.dataset for args in listed} == {"my set.npz"}
+
+
+@pytest.mark.parametrize("options, named", [(("--seeds", ""), "--seeds needs a value"), (("--quick",), "PYTHON=")])
+def test_an_empty_value_and_a_missing_interpreter_are_one_line(options, named):
+    result = runs_sh("fig2", *options, python="/nowhere/python")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and named in result.stderr
