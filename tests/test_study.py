@@ -3,8 +3,11 @@ import json
 import pathlib
 import sys
 
+import pytest
 from test_analyze import write_run
 from test_figures import fake_flatness
+
+import analyze
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
@@ -61,3 +64,29 @@ def test_what_is_packed_is_all_that_tables_need(tmp_path):
     assert {path.name for path in (tmp_path / "out").rglob("*.*")} == {"config.json", "epochs.jsonl", "done.json"}
     assert len(list((tmp_path / "out").rglob("done.json"))) == 8
     assert [line for line in study.report(tmp_path / "out") if line.startswith("| L-r40 −")]
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory):
+    """The study's logs, unpacked."""
+    folder = tmp_path_factory.mktemp("study")
+    study.unpack(folder)
+    return folder
+
+
+def test_the_study_s_page_shows_the_tables_of_its_logs(logs):
+    page = (ROOT / "docs/study.md").read_text().splitlines()
+    lines = [line for line in study.report(logs) if line]
+    assert lines and not [line for line in lines if line not in page]
+
+
+def test_the_study_s_archive_is_small_and_its_runs_are_whole_and_of_one_commit(logs):
+    assert study.ARCHIVE.stat().st_size < 8 * 2**20
+    runs = analyze.find_runs(logs)
+    assert runs and not [run for run in runs if run["problem"]]
+    assert len({json.dumps(run["config"]["git"]) for run in runs}) == 1
+
+
+def test_a_figure_is_drawn_of_the_study_s_logs(logs, tmp_path):
+    assert analyze.main(["--figure", "2", "--log-dir", str(logs), "--fig-dir", str(tmp_path)]) == 0
+    assert list(tmp_path.glob("fig2*small*.png"))
