@@ -206,7 +206,6 @@ def summarize(run_dir):
 
 def find_runs(log_dir):
     """Summaries of all runs below log_dir, in order of their directories; mixed and doubled ones have a problem."""
-    files.require(log_dir == "logs" or pathlib.Path(log_dir).is_dir(), f"--log-dir {log_dir}: there is no such folder")
     runs = [summarize(path.parent) for path in sorted(pathlib.Path(log_dir).glob("*/*/*/seed*/config.json"))]
     name_mixed(runs, lambda run: (run["dataset"], run["setting"]), lambda run: run["config"].get("data"))
     name_mixed(runs, lambda run: (run["dataset"], run["setting"], run["model"], run["method"]),
@@ -962,6 +961,7 @@ def print_numbers(title, panel):
 
 
 def list_figures(log_dir):
+    files.require(log_dir == "logs" or pathlib.Path(log_dir).is_dir(), f"--log-dir {log_dir}: there is no such folder")
     runs = find_runs(log_dir)
     for name, (what, target, models) in EVERYTHING.items():
         source = f"'bash runs.sh {target}'" if target else "no runs"
