@@ -266,7 +266,7 @@ run_target() {
     setup
     left=$work/left
     case $preset in
-        quick) flat="--eigs 10 --images 128" ;;
+        quick) flat="--eigs 10 --images 64" ;;
         small) flat="--eigs 30 --images 64" ;;
     esac
     [ -z "$data" ] || flat+=" --data-dir $(printf %q "$data")"

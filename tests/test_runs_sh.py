@@ -156,7 +156,7 @@ def test_devices_get_a_process_each_and_all_runs_between_them(tmp_path, tiny):
     assert len(set(sum(lists.values(), []))) == 8
 
 
-@pytest.mark.parametrize("preset, flatness", [("--quick", "--eigs 10 --images 128"),
+@pytest.mark.parametrize("preset, flatness", [("--quick", "--eigs 10 --images 64"),
                                               ("--preset small", "--eigs 30 --images 64"), ("", "")])
 def test_a_preset_trains_on_every_core_and_measures_less_flatness(tmp_path, tiny, preset, flatness):
     copy_project(tmp_path)
