@@ -271,7 +271,7 @@ def rest_command(name, dataset, setting, found, log_dir="logs"):
     if models is ANY:
         return len(found), len(found), ""
     papers, seeds, more = is_papers(name, dataset, setting), sorted({run["seed"] for run in found}), []
-    different = {"log_dir": str(log_dir)} if str(log_dir) != "logs" else {}
+    different = {"log_dir": log_dir} if log_dir != "logs" else {}
     if papers:
         seeds = list(range(1, {"tabF1": 4, "figB1": 2}.get(target, 11)))
     else:
@@ -721,7 +721,7 @@ def spectra(name, models, args):
     canvas, (axis,) = drawing.panels(1, height=3.6, width=5.0)
     found = {m: [run["flat"].get("density") for run in runs] for m, runs in models["vgg11"].items()}
     files.require(all(map(all, found.values())), "a flatness.json without density: delete it to measure again")
-    all_runs = [run for runs in found.values() for run in runs]
+    all_runs = list(itertools.chain(*found.values()))
     ends, step = [run["grid"][end] for run in all_runs for end in (0, -1)], min(run["width"] for run in all_runs) / 2
     grid, numbers = np.linspace(min(ends), max(ends), max(400, math.ceil((max(ends) - min(ends)) / step))), {}
     for method, runs in found.items():

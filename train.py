@@ -91,7 +91,8 @@ NOT_THE_RESULT = ("log_dir", "data_dir", "device", "backend", "cuda_graphs", "sa
 CIFAR = ("cifar10", "cifar100")
 BUILT_IN = (*CIFAR, "digits")
 LISTS = ("runs", "plan", "status", "at-once", "retry-failed")  # the options of lists of runs
-DATA_OPTIONS = types.SimpleNamespace(val_split=0, train_images=0, test_images=0, label_noise=0.0, augment=False)  # all
+DATA_OPTIONS = types.SimpleNamespace(augment=False, **{name: DEFAULTS[name] for name in (
+    "val_split", "train_images", "test_images", "label_noise")})  # what put_on_device reads: the whole set as it is
 MULTIPLE = {"cpu": 1, "cuda": 32}  # a layer's live filters are computed as so many, rounded up: shapes a device likes
 
 

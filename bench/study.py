@@ -7,7 +7,6 @@
     python bench/study.py --pack logs              # the runs below logs/, without checkpoints, into that file
 """
 import argparse
-import json
 import pathlib
 import sys
 import tarfile
@@ -17,7 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import analyze  # noqa: E402
 from gst_ext import files, flatness  # noqa: E402
-from gst_ext.statistics import correlations, measured, paired_test, partial_correlation  # noqa: E402
+from gst_ext.statistics import correlations, measured, paired_test, partial_correlation, ranged  # noqa: E402
 
 ARCHIVE = ROOT / "bench/results/study/logs.tar.xz"
 KEPT = ("config.json", "epochs.jsonl", "done.json", "flatness.json", "flatness-train.json")
@@ -30,17 +29,16 @@ NOISE_PAIRS = tuple((noise, other) for noise in analyze.NOISE[2:] for other in (
 
 
 def signed(m):
-    """A measured number in words: its mean, its 95% interval by Student's t and, of a paired test, p."""
-    text = f"{m['mean']:+.2f}" + (f" ({m['ci95'][0]:+.2f} to {m['ci95'][1]:+.2f})" if m["ci95"] else "")
-    return text + (f", p = {m['p']:.2g}" if m.get("p") is not None else "")
+    """A paired_test in words: the mean difference, its 95% interval by Student's t and p."""
+    return ranged(m["mean"], m["ci95"], "+.2f") + (f", p = {m['p']:.2g}" if m["p"] is not None else "")
 
 
 def coefficient(numbers, kind):
     """A correlation in words, with its 95% interval and p."""
     if not numbers[kind]:
         return "undefined"
-    (r, p), bounds = numbers[kind], numbers[f"{kind}_ci95"]
-    return f"{r:+.2f}" + (f" ({bounds[0]:+.2f} to {bounds[1]:+.2f})" if bounds else "") + f", p = {p:.2g}"
+    r, p = numbers[kind]
+    return f"{ranged(r, numbers[f'{kind}_ci95'], '+.2f')}, p = {p:.2g}"
 
 
 def table(header, rows):
@@ -52,9 +50,8 @@ def table(header, rows):
 def methods_table(groups):
     """n, and mean with 95% interval of each of COLUMNS, a line for each method."""
     def cell(runs, key, digits):
-        m = measured([run[key] for run in runs])
-        return f"{m['mean']:.{digits}f}" + (f" ({m['ci95'][0]:.{digits}f} to {m['ci95'][1]:.{digits}f})"
-                                            if m["ci95"] else "")
+        m = measured(of(runs, key))
+        return ranged(m["mean"], m["ci95"], f".{digits}f")
 
     return table(["method", "n", *(title for title, _ in COLUMNS.values())],
                  [[method, str(len(runs)), *(cell(runs, key, digits) for key, (_, digits) in COLUMNS.items())]
@@ -90,41 +87,35 @@ def left_out(runs):
     return [line for run in runs if run["problem"] for line in (f"Left out: {run['dir']}: {run['problem']}", "")]
 
 
-def accuracy_rows(runs, x="mean_stability", name="mean stability"):
-    return [(f"{name}, {title}", of(runs, x), of(runs, key))
+def accuracy_rows(runs, name="mean stability"):
+    return [(f"{name}, {title}", of(runs, "mean_stability"), of(runs, key))
             for key, title in (("last_acc", "last accuracy"), ("best_acc", "best accuracy"))]
 
 
 def flatness_tables(groups, split):
     """Each measure, plain and adaptive, of one split: its τ with the last accuracy over all runs, with mean stability
     over those that prune while they train, and how far the control moves it. Other measurements than most are named."""
-    runs = []
-    for run in (run for group in groups.values() for run in group):
-        path = analyze.flatness_file(run["dir"], split)
-        if path.exists():
-            runs.append({**run, "flat": json.loads(path.read_text())})
-    analyze.name_mixed(runs, lambda run: "", lambda run: {k: run["flat"].get(k) for k in flatness.SETTINGS})
-    lines = left_out(runs)
-    runs = [run for run in runs if not run["problem"]]
+    dropped, there = [], [dict(run) for group in groups.values() for run in group  # with_flatness notes it in a run
+                          if analyze.flatness_file(run["dir"], split).exists()]
+    runs = analyze.with_flatness(there, dropped, argparse.Namespace(split=split))
+    lines = left_out(dropped)
+    if not runs:
+        return lines
     pruned, rows = [run for run in runs if run["events"]], []
-    for form in analyze.FORMS if runs else ():
+    for form in analyze.FORMS:
         for measure, title in analyze.MEASURES.items():
             key = form + measure
-            value = {id(run): flatness.measure_of(run["flat"], key) for run in runs}
-            all_of, events = ([run for run in some if value[id(run)] is not None] for some in (runs, pruned))
+            all_of, events = ([run for run in some if run[key] is not None] for some in (runs, pruned))
             moved = [m for m in (flatness.moved_by_rescaling(run["flat"], key) for run in runs) if m is not None]
-            cells = [coefficient(correlations([value[id(run)] for run in some], of(some, y)), "kendall")
+            cells = [coefficient(correlations(of(some, key), of(some, y)), "kendall")
                      for some, y in ((all_of, "last_acc"), (events, "mean_stability"))]
             rows.append([("adaptive " if form else "") + title, str(len(all_of)), cells[0], str(len(events)), cells[1],
                          f"{100 * max(moved):.0f}%" if moved else "–"])
-    if not rows:
-        return []
     flats = [run["flat"] for run in runs]
     lines += [f"{flatness.in_words(flats, flats[0]['eigs'])}:", "", *table(
         ["measure", "n", "τ with last accuracy", "n", "τ with mean stability", "moved by rescaling"], rows)]
     three = [run for run in pruned if run["method"] in analyze.ADAM[1:]]
-    stability, accuracy, trace = of(three, "mean_stability"), of(three, "last_acc"), [
-        flatness.measure_of(run["flat"], "adaptive_trace") for run in three]
+    stability, accuracy, trace = (of(three, key) for key in ("mean_stability", "last_acc", "adaptive_trace"))
     rest = partial_correlation(stability, accuracy, trace)
     if rest:
         lines += [f"Mean stability and last accuracy, n = {len(three)}: Pearson r = "
@@ -137,22 +128,20 @@ def report(log_dir):
     """All tables, lines of Markdown: for each data set, setting and model what each method gave, and tests on it."""
     found = analyze.find_runs(log_dir)
     runs, lines = [run for run in found if not run["problem"]], left_out(found)
-    for group in sorted({tuple(run[k] for k in ("dataset", "setting", "model")) for run in runs}):
-        here = [run for run in runs if tuple(run[k] for k in ("dataset", "setting", "model")) == group]
-        title = "{2}, {0}, {1}".format(*group)
-
-        def groups_of(methods):
-            found = {method: [run for run in here if run["method"] == method] for method in methods}
-            return {method: found[method] for method in methods if found[method]}
-
-        flat, rates, noise = (groups_of(methods) for methods in (
-            analyze.FLAT["vgg11"], analyze.RATES["vgg11"], analyze.NOISE))
+    settings = {}
+    for run in runs:
+        settings.setdefault((run["dataset"], run["setting"], run["model"]), []).append(run)
+    for (dataset, setting, model), here in sorted(settings.items()):
+        title = f"{model}, {dataset}, {setting}"
+        flat, rates, noise = ({method: group for method in methods
+                               if (group := [run for run in here if run["method"] == method])}
+                              for methods in (analyze.FLAT["vgg11"], analyze.RATES["vgg11"], analyze.NOISE))
         lines += [f"### {title}", "", *methods_table(flat), *pairs_table(flat, PAIRS)]
         three = [run for method in analyze.ADAM[1:] for run in flat.get(method, ())]
         if three:
             rows = accuracy_rows(three) + [
-                (f"{title}, last accuracy", of(three, key), of(three, "last_acc"))
-                for key, title in (("min_stability", "smallest stability"), ("churn", "churn"),
+                (f"{what}, last accuracy", of(three, key), of(three, "last_acc"))
+                for key, what in (("min_stability", "smallest stability"), ("churn", "churn"),
                                    ("loss_rise", "rise in test loss"), ("below_99", "events below 99%"))]
             lines += ["Over the runs of S-r4, S-r40 and L-r40:", "", *correlations_table(rows)]
         if rates.keys() - flat.keys():

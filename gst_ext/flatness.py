@@ -699,14 +699,19 @@ def measure_of(found, name):
     return next(iter(found.get("eigenvalues", ())), None) if name == "top" else found.get(name)
 
 
+def pairs_asked(found, pairs):
+    """How many eigenpairs were asked for, of which `pairs` were found: a network has no more than parameters."""
+    return min(found.get("eigs", len(pairs)), found.get("parameters", math.inf))
+
+
 def share_converged(found, name):
     """The share of converged pairs among those that a measure is made of, 1 for what is made of none. Pairs that were
-    asked for (found["eigs"]) and not found have not converged."""
+    asked for and not found have not converged."""
     kind = name.removeprefix("adaptive_")
     if kind not in OF_EIGENPAIRS:
         return 1.0
     pairs = (found if kind == name else found["adaptive"])["converged"]
-    asked = min(found.get("eigs", len(pairs)), found.get("parameters", math.inf))
+    asked = pairs_asked(found, pairs)
     of = min(asked, {"top": 1, "epsilon_min": LINES}.get(kind, asked))
     return sum(pairs[:of]) / of if of else 0.0
 
@@ -724,7 +729,7 @@ def moved_by_rescaling(found, *names):
 def in_words(found, asked):
     """A line on dicts that `measures` gave of several networks, and `asked` eigenpairs were wanted of."""
     first, k = found[0], min(len(each["eigenvalues"]) for each in found)
-    wanted = sum(max(len(each["converged"]), min(each.get("eigs", 0), each.get("parameters", 0))) for each in found)
+    wanted = sum(pairs_asked(each, each["converged"]) for each in found)
     share, split = 100 * sum(sum(each["converged"]) for each in found) / max(1, wanted), first.get("split", "test")
     method = " by the power method" * (first.get("eig") == "power")
     return (f"{k} eigenpairs{method}" + f" ({asked} asked)" * (asked != k) +

@@ -147,13 +147,17 @@ def paired_differences(values):
     return result
 
 
+def ranged(value, bounds, form):
+    """A number and its interval [low, high] (or None) in words, each by the format: -0.62 (-0.81 to -0.31)."""
+    return f"{value:{form}}" + (f" ({bounds[0]:{form}} to {bounds[1]:{form}})" if bounds else "")
+
+
 def stated(numbers, kind, short=False):
     """A correlation in words: "Kendall τ = -0.62 (-0.81 to -0.31), p = 0.0003", in short without p; "" for none."""
     if not numbers[kind]:
         return ""
     (r, p), bounds, name = numbers[kind], numbers[f"{kind}_ci95"], KINDS[kind][1]
-    text = f"{name.split()[-1] if short else name} = {r:.2f}" + (
-        f" ({bounds[0]:.2f} to {bounds[1]:.2f})" if bounds else "")
+    text = f"{name.split()[-1] if short else name} = {ranged(r, bounds, '.2f')}"
     return text if short else f"{text}, p = {p:.2g}"
 
 
