@@ -6,8 +6,8 @@
 #   bench/gpu.sh --device cpu --results folder     tiny sizes on a CPU: does it all run
 #
 # Each part has a time limit of its own, and one that fails or is late does not stop the next. Results are written as
-# soon as they are known and named after the card: <card>-step.json, -epoch.json, -at-once.json, and all that is said
-# in <card>-gpu.log.
+# soon as they are known and named after the card: <card>-step.json, -epoch.json, -at-once.json, -multiples.json, and
+# all that is said in <card>-gpu.log.
 # PYTHON=/path/to/python uses that interpreter as it is, without any set-up.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -66,13 +66,16 @@ export PYTHON device results machine
 if [ "$device" = cuda ]; then
     # What has a target first, and many runs at once with what time is left: what is late is lost.
     part build 150 env GST_CUDA=1 "$PYTHON" setup.py build_ext --inplace
-    part tests 70 "$PYTHON" -m pytest -q tests -k cuda
+    part tests 120 "$PYTHON" -m pytest -q -n 8 tests -k cuda
     part epochs 330 bash -c 'epoch --out "$results/$machine-epoch.json" --precisions bf16 --rounds 2 --epochs 1 \
         --variants "eager masked" "eager masked, DataLoader" compile ours "ours x8"'
     part steps 80 bash -c 'step --rounds 3 --steps 20 --batches 20 --points unpruned end \
         --variants "eager dense" "eager masked" ext'
     part at-once 200 bash -c 'epoch --out "$results/$machine-at-once.json" --precisions bf16 --rounds 2 --epochs 1 \
         --variants ours "ours S r4" "ours x2" "ours x4" "ours x16"'
+    part multiples 120 bash -c 'epoch --out "$results/$machine-multiples.json" --precisions bf16 --rounds 2 --epochs 1 \
+        --models vgg11 --variants ours "ours S r4 m8" "ours S r4 m16" "ours S r4 m32" "ours S r4 m64" \
+        "ours scratch m8" "ours scratch m16" "ours scratch m32" "ours scratch m64"'
 else
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     part build 150 "$PYTHON" setup.py build_ext --inplace

@@ -19,7 +19,9 @@ from tqdm import tqdm
 from . import files, graphs, ops
 from .files import UserError, reason, require, say, short
 
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # before CUDA starts: as many streams at once as runs
+# Before CUDA starts: as many streams at once as runs, and what cuBLAS needs to be deterministic for whoever asks.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 CHECKPOINT_EVERY = {"cpu": 0, "cuda": 30}  # seconds at least; on a GPU, writing may take longer than an epoch
 AT_ONCE = 16  # runs in one process at most, unless --at-once says more
@@ -133,8 +135,6 @@ def choose_device(args):
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     torch.backends.cudnn.benchmark = not args.deterministic
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(args.deterministic)
     return device
 

@@ -17,6 +17,9 @@ torch.set_num_threads(1)  # sums in one order, so that runs can be compared bit 
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # what is compared is float32
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+
+
 def make_arrays(n_train=96, n_test=64, classes=4):
     """Images of noise whose colour tells their class: a network learns something of them in a few steps."""
     random = np.random.default_rng(0)
@@ -90,8 +93,7 @@ def emulation():
     return emulate.Emulation()
 
 
-@pytest.fixture(params=["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no CUDA GPU"))])
+@pytest.fixture(params=["cpu", "emulated", pytest.param("cuda", marks=needs_gpu)])
 def device(request, monkeypatch):
     """Where operators are computed: the CPU's kernels, CUDA's on the CPU (on whose tensors they work), or a GPU."""
     if request.param != "emulated":

@@ -7,12 +7,12 @@ import sys
 import mpmath
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, needs_gpu
 
 from gst_ext import ops
 
 # Where a test takes no `device` from conftest.py: nothing of it is a kernel, or it is too slow emulated.
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))]
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 
 
 def test_the_extension_is_built():

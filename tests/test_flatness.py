@@ -4,14 +4,13 @@ import contextlib
 import json
 import math
 
-import curvlinops
 import numpy as np
 import pytest
 import scipy.sparse.linalg
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import tiny_model
+from conftest import needs_gpu, tiny_model
 from torch.func import functional_call
 
 import analyze
@@ -604,7 +603,30 @@ def test_quadrature_is_exact_where_its_steps_reach_every_eigenvalue():
     assert len(flatness.quadrature(product, start, 2)[0]) == 2
 
 
+@needs_gpu
+def test_every_measure_on_cuda_is_the_cpus(small):
+    model, x, y, _ = small
+    copy = tiny_model("vgg11", width=0.01).double().eval()
+    copy.load_state_dict(model.state_dict())
+    cpu, cuda = (flatness.measures(network, x.to(device), y.to(device), eigs=5, samples=6, full=True)
+                 for network, device in ((model, "cpu"), (copy.cuda(), "cuda")))
+
+    def numbers(found):
+        for name, value in found.items():
+            if name == "adaptive":
+                yield from numbers(value)
+            elif name not in ("residuals", "eig_products", "products", "trace_products"):
+                value = list(value.values()) if isinstance(value, dict) else value
+                yield from np.ravel(np.asarray(value, dtype=object))
+
+    pairs = list(zip(numbers(cpu), numbers(cuda), strict=True))
+    assert len(pairs) > 25
+    for a, b in pairs:
+        assert np.asarray(b, float) == pytest.approx(np.asarray(a, float), rel=1e-5, abs=1e-8, nan_ok=True)
+
+
 def test_eigenvalues_trace_and_density_are_those_of_another_library():
+    curvlinops = pytest.importorskip("curvlinops")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     x, y = torch.randn(20, 6, dtype=torch.float64), torch.arange(20) % 3

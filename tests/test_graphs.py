@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from conftest import read_lines, without_seconds
+from conftest import needs_gpu, read_lines, without_seconds
 from test_ext_blocks import draw, outcome, pair_of_networks
 from test_runs import PRUNE, RESUMED, Killed, kill_before
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -283,18 +283,17 @@ def test_a_signal_is_heard_while_a_run_waits_for_its_device(monkeypatch):
     assert graphs.numbers(torch.ones(2)) == [1, 1]
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-
-
 @needs_gpu
 @backends
+@pytest.mark.parametrize("multiple", (1, 32))
 @pytest.mark.parametrize("kind", RESUMED)
-def test_a_run_on_cuda_is_the_same_with_graphs_and_without(run, directory, monkeypatch, kind, backend):
+def test_a_run_on_cuda_is_the_same_with_graphs_and_without(run, directory, monkeypatch, kind, multiple, backend):
     if backend == "ext" and not ops.computes_on(torch.device("cuda")):
         pytest.skip("the extension is not built for a GPU")
     captured, record = [], graphs.record
     monkeypatch.setattr(graphs, "record", lambda *call: captured.append(1) or record(*call))
     monkeypatch.setattr(files, "SAID", set())
+    monkeypatch.setitem(train.MULTIPLE, "cuda", multiple)
     options = (*LONG, "--device", "cuda", "--deterministic", "--backend", backend, *RESUMED[kind])
     assert run(*options, "--no-cuda-graphs", logs="plain") == 0 and not captured
     assert run(*options) == 0 and captured

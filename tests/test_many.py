@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import without_seconds
+from conftest import needs_gpu, without_seconds
 from test_runs import PRUNE, Killed, kill_before
 
 from gst_ext import files, graphs, runs
@@ -57,6 +57,17 @@ def test_each_run_is_what_it_would_be_alone(listed, alone, directory, at_once):
     assert train.main(["--runs", listed(), *more]) == 0
     for name in LISTED:
         assert what_is_left(directory(*LISTED[name], logs="together")) == alone[name], name
+
+
+@needs_gpu
+def test_each_run_on_cuda_is_what_it_would_be_alone(tmp_path, run, options, directory):
+    exact = {name: (*more, "--device", "cuda", "--deterministic") for name, more in LISTED.items()}
+    together = tmp_path / "listed"
+    together.write_text("".join(shlex.join(options(*more, logs="together")) + "\n" for more in exact.values()))
+    assert train.main(["--runs", str(together), "--at-once", "4"]) == 0
+    for name, more in exact.items():
+        assert run(*more, logs="alone") == 0
+        assert what_is_left(directory(*more, logs="together")) == what_is_left(directory(*more, logs="alone")), name
 
 
 def test_runs_at_once_take_turns_at_every_epoch(listed, monkeypatch):

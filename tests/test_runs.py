@@ -16,7 +16,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_arrays, read_lines, without_seconds
+from conftest import ROOT, make_arrays, needs_gpu, read_lines, without_seconds
 from test_pruning import training_setup
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -123,6 +123,21 @@ def test_a_killed_run_ends_as_if_it_had_not_been(run, directory, monkeypatch, ki
     summaries = [json.loads((directory(*options, logs=logs) / "done.json").read_text()) for logs in ("whole", "logs")]
     assert [{k: v for k, v in s.items() if k != "seconds"} for s in summaries][0] == \
            {k: v for k, v in summaries[1].items() if k != "seconds"}
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", RESUMED)
+def test_a_run_killed_on_cuda_ends_as_if_it_had_not_been(run, directory, monkeypatch, kind):
+    monkeypatch.setitem(runs.CHECKPOINT_EVERY, "cuda", 0)
+    options = ("--batch-size", 16, "--test-batch-size", 32, "--device", "cuda", "--deterministic", *RESUMED[kind])
+    assert run(*options, logs="whole") == 0
+    with monkeypatch.context() as patch:
+        kill_before(patch, train, "train_epoch", 4)
+        with pytest.raises(Killed):
+            run(*options)
+    assert len(read_lines(directory(*options))) == 3
+    assert run(*options) == 0
+    assert without_seconds(directory(*options)) == without_seconds(directory(*options, logs="whole"))
 
 
 def test_a_run_killed_with_signal_9_ends_as_if_it_had_not_been(run, options, directory):
