@@ -62,6 +62,7 @@ def build(options, point, device, backend="eager"):
     files.require(ops.available or backend == "eager", f"the extension is not built: {ops.why_not}")
     torch.manual_seed(options.seed)
     model = train.build_model(options.model, 10, options.width).to(device)
+    model.multiple = train.MULTIPLE[device.type]
     plan = train.pruning_plan(model, options, train.schedule(options))
     events = sorted((epoch, layer, kept) for layer, survivors in plan for epoch, kept in survivors.items())
     for _, layer, kept in events[:len(events) * POINTS.index(point) // 2]:

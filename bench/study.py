@@ -5,6 +5,7 @@
     python bench/study.py --log-dir logs           # from your own runs of --preset small
     python bench/study.py --unpack study           # then: python analyze.py --log-dir study --figure 2
     python bench/study.py --pack logs              # the runs below logs/, without checkpoints, into that file
+    python bench/study.py --archive bench/results/nvidia-h200-fig2.tar.xz      # the same of another packed file
 """
 import argparse
 import pathlib
@@ -126,6 +127,7 @@ def flatness_tables(groups, split):
 
 def report(log_dir):
     """All tables, lines of Markdown: for each data set, setting and model what each method gave, and tests on it."""
+    files.require(pathlib.Path(log_dir).is_dir(), f"{log_dir}: there is no such folder")
     found = analyze.find_runs(log_dir)
     runs, lines = [run for run in found if not run["problem"]], left_out(found)
     settings = {}
@@ -163,10 +165,10 @@ def report(log_dir):
     return lines
 
 
-def pack(log_dir, archive=ARCHIVE):
+def pack(log_dir, archive):
     """Writes what the tables and figures need of the finished runs below log_dir; the same bytes for the same logs."""
     log_dir = pathlib.Path(log_dir)
-    files.require(log_dir.is_dir(), f"--pack {log_dir}: there is no such folder")
+    files.require(log_dir.is_dir(), f"{log_dir}: there is no such folder")
     archive.parent.mkdir(parents=True, exist_ok=True)
 
     def plain(member):
@@ -185,7 +187,7 @@ def pack(log_dir, archive=ARCHIVE):
     print(f"{archive}: {len(finished)} of {of} runs are finished, {archive.stat().st_size / 2**20:.2f} MiB")
 
 
-def unpack(folder, archive=ARCHIVE):
+def unpack(folder, archive):
     files.require(archive.exists(), f"{archive} is missing: pack logs with --pack, or read some with --log-dir")
     with tarfile.open(archive) as file:
         file.extractall(folder, filter="data")
@@ -197,17 +199,18 @@ def main(argv=None):
     action.add_argument("--log-dir", help="read these runs in place of the packed ones")
     action.add_argument("--unpack", metavar="DIR", help="put the packed logs there, for analyze.py --log-dir DIR")
     action.add_argument("--pack", metavar="LOGS", help="pack these logs")
+    parser.add_argument("--archive", type=pathlib.Path, default=ARCHIVE, help="the packed file (default: the study's)")
     args = parser.parse_args(argv)
     try:
         if args.pack:
-            pack(args.pack)
+            pack(args.pack, args.archive)
         elif args.unpack:
-            unpack(args.unpack)
+            unpack(args.unpack, args.archive)
         elif args.log_dir:
             print("\n".join(report(args.log_dir)))
         else:
             with tempfile.TemporaryDirectory() as folder:
-                unpack(folder)
+                unpack(folder, args.archive)
                 print("\n".join(report(folder)))
         return 0
     except (OSError, files.UserError) as error:

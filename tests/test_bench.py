@@ -161,7 +161,7 @@ def test_a_part_that_fails_does_not_stop_the_next(tmp_path):
         assert f"--out {tmp_path}/results/fake-{out}.json" in said
 
 
-def test_the_nine_minutes_need_a_gpu():
+def test_what_only_a_gpu_can_say_needs_one():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     done = bench("gpu.sh")

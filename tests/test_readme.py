@@ -6,11 +6,15 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, read_lines
 
 import train
+
+sys.path.insert(0, str(ROOT / "bench"))
+import study  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").glob("*.md"))
@@ -77,16 +81,32 @@ def test_the_score_of_the_readme_prunes_by_itself(tmp_path, tiny):
     assert refused.returncode == 2 and "spread" in refused.stderr
 
 
-def test_the_table_of_cifar10_is_the_result_files():
-    methods = json.loads((ROOT / "bench" / "results" / "cifar10-cpu.json").read_text())["methods"]
+def test_the_table_of_results_is_the_packed_runs(tmp_path):
+    study.unpack(tmp_path, ROOT / "bench/results/nvidia-h200-fig2.tar.xz")
+    methods = {}
+    for path in tmp_path.glob("cifar10/vgg11/*/seed*/done.json"):
+        methods.setdefault(path.parts[-3], []).append(json.loads(path.read_text()))
     rows = {"no pruning": "none", "Prune_S, r 4": "S-r4", "Prune_S, r 40": "S-r40", "Prune_L, r 40": "L-r40"}
     for label, method in rows.items():
         line, = re.findall(rf"^\| {label} \| (\d+) \|(.*)\|$", README, re.M)
-        assert int(line[0]) == methods[method]["best_acc"]["n"]
+        runs = methods[f"{method}-x0.598-bf16"]
+        assert int(line[0]) == len(runs)
         for cell, measure in zip(line[1].split("|"), ("best_acc", "last_acc", "mean_stability")):
-            values = [float(value) for value in cell.split("±")]
-            assert values[0] == pytest.approx(methods[method][measure]["mean"], abs=0.00501)
-            assert sum(values[1:]) == pytest.approx(methods[method][measure]["sd"], abs=0.00501)
+            found, (mean, *deviation) = [run[measure] for run in runs], [float(value) for value in cell.split("±")]
+            assert mean == pytest.approx(np.mean(found), abs=0.00501)
+            assert sum(deviation) == pytest.approx(np.std(found, ddof=1), abs=0.00501)
+
+
+def test_the_tables_of_the_gpu_page_are_the_packed_runs_and_the_result_files(capsys):
+    page, results = (ROOT / "docs/gpu.md").read_text(), ROOT / "bench" / "results"
+    assert study.main(["--archive", str(results / "nvidia-h200-fig2.tar.xz")]) == 0
+    tables = [line for line in capsys.readouterr().out.split("\n\n")[1:3] for line in line.splitlines()]
+    assert len(tables) == 6 + 8 and all(line in page for line in tables)
+    rows = json.loads((results / "nvidia-h200-epoch.json").read_text())["epochs"]
+    shown = re.findall(r"(\d\.\d\d) \((\d\.\d\d)–(\d\.\d\d)\)", page)
+    seconds = [np.divide(row["rounds"], row["runs"]) for pair in zip(rows[:5], rows[5:]) for row in pair]
+    for cell, times in zip(shown, seconds, strict=True):
+        assert [float(x) for x in cell] == pytest.approx([np.median(times), min(times), max(times)], abs=0.00501)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -70,7 +70,7 @@ def test_what_is_packed_is_all_that_tables_need(tmp_path):
 def logs(tmp_path_factory):
     """The study's logs, unpacked."""
     folder = tmp_path_factory.mktemp("study")
-    study.unpack(folder)
+    study.unpack(folder, study.ARCHIVE)
     return folder
 
 
