@@ -339,8 +339,9 @@ def load_data(name, data_dir="data"):
                     np.savez(buffer, **files.download_cifar(name, data_dir))
                     files.write_atomically(path, buffer.getbuffer())
     elif name != "digits":
-        require(name.endswith(".npz") or path.is_dir(), f"--dataset {name}: no such thing; give cifar10, cifar100, "
-                "digits, a .npz file, or a folder with train/ and test/ class folders of images")
+        require(path.is_dir() or path.suffix == ".npz" and path.exists(),
+                f"--dataset {name}: no such thing; give cifar10, cifar100, digits, a .npz file, or a folder with "
+                "train/ and test/ class folders of images")
     read = files.read_image_folder if path.is_dir() else files.read_npz
     return files.checked_arrays(path, files.load_digits() if name == "digits" else read(path))
 

@@ -371,8 +371,6 @@ def read_npz(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file; name one that is there") from None
     except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
         raise UserError(f"{path} cannot be read as .npz ({reason(error)}): make it again, or delete it if it came from "
                         "a download") from None

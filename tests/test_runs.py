@@ -570,7 +570,7 @@ def test_a_bad_plan_is_one_line(tmp_path, capsys, content):
     ("--target S --s 0 --e 3 --p 0.5 --noise zero --prune-bn keep", "--prune-bn"), ("--scratch", "--scratch"),
     ("--seeds 3-1", "3-1"), ("--seeds 1-2,4-3", "4-3"), ("--seeds ,", ","), ("--seeds 1--3", "1--3"),
     ("--save-epoch 6", "--save-epoch"), ("--precision tf32", "tf32"), ("--dataset nowhere", "nowhere"),
-    ("--dataset nowhere.npz", "nowhere.npz: there is no such file"), ("--lr 1e7", "below a million"),
+    ("--dataset nowhere.npz", "--dataset nowhere.npz: no such thing"), ("--lr 1e7", "below a million"),
     ("--seed 4294967296", "2^32"),
     ("--r 4", "--r does nothing without --target"), ("--score l1", "--score does nothing without --target"),
     ("--runs list", "beside a list"), ("--status list --width 0.5", "beside a list"),
