@@ -500,9 +500,9 @@ def draw_dynamics(axis, groups, title, columns=2):
             bars=length == 1, label=f"{stability:.2f}% stable ({method_label(runs[0])})")}
     drawing.mark_drops(axis, [(curve["mean"], style(method)[0]) for method, curve in numbers.items()])
     counts = sorted({len(runs) for runs in groups.values()})
-    axis.set(xlabel="Epoch", ylabel="Test accuracy (%)",
-             title=f"{title}, {' to '.join(map(str, counts[::len(counts) - 1 or 1]))} runs a method" +
-                   (", too few for a band" if counts[-1] < 3 else ""))
+    n = " to ".join(map(str, counts[::len(counts) - 1 or 1]))
+    axis.set(xlabel="Epoch", ylabel="Test accuracy (%)", title=f"{title}, {n} run{'s' * (counts[-1] > 1)} a method" +
+             ", too few for a band" * (counts[-1] < 3))
     drawing.legend_below(axis, columns, "Stability (method)")
     return numbers
 
