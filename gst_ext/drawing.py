@@ -33,9 +33,9 @@ def panels(count, columns=2, height=3.3, width=3.375, **more):
 def table(rows):
     """A canvas of a table, rows a list of dicts with the same keys, which are its head."""
     canvas, (axis,) = panels(1, height=0.35 + 0.22 * (len(rows) + 1), width=6.75)
-    canvas.set_layout_engine("none")
     axis.axis("off")
-    drawn = axis.table([list(row.values()) for row in rows], colLabels=list(rows[0]), loc="center", cellLoc="center")
+    cells = [list(row.values()) for row in rows]
+    drawn = axis.table(cells, colLabels=list(rows[0]), loc="upper center", cellLoc="center")  # below the title
     drawn.auto_set_font_size(False)
     drawn.set_fontsize(7)
     drawn.auto_set_column_width(list(range(len(rows[0]))))
