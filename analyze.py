@@ -549,7 +549,7 @@ def draw_scatter(axis, groups, x="mean_stability", y="best_acc", baseline=False,
         text += [f"† moved by {100 * largest:.0f}% by rescaling"] if largest > MOVED else []
     axis.set_title("\n".join(filter(None, text)))
     axis.ticklabel_format(useOffset=False)
-    axis.locator_params(axis="x", nbins=5)
+    axis.locator_params(axis="x", nbins=3 if short else 5)
     axis.set(xlabel=LABELS[x], ylabel=LABELS[y], **({} if points else {"xticks": [], "yticks": []}))
     return result
 
