@@ -109,8 +109,7 @@ SCATTERS = {  # figure: (columns, the (x, y) of its panels)
     "6": (2, [("mean_stability", "trace_eigs"), ("trace_eigs", "best_acc"),
               ("mean_stability", "tr_c"), ("tr_c", "best_acc")]),
     "E3": (2, [("mean_stability", "epsilon_min"), ("epsilon_min", "best_acc")]),
-    "E5": (2, [("mean_stability", "tic"), ("tic", "best_acc")]),
-    "E6": (2, [("mean_stability", "best_acc")]),
+    "E5": (2, [("mean_stability", "tic"), ("tic", "best_acc")]), "E6": (2, [("mean_stability", "best_acc")]),
     "flatness": (4, [(form + x, "best_acc") for x in MEASURES for form in FORMS]),
     "stability": (5, [(x, y) for y in ("best_acc", "last_acc") for x in EVENTS]),
     "compute": (2, [("compute", "best_acc"), ("compute", "last_acc")]),
@@ -729,7 +728,8 @@ def spectra(name, models, args):
         numbers[method] = {"n": len(runs), "lambda": floats(grid), "width": floats([run["width"] for run in runs]),
                            **drawing.means(axis, grid, interval(each), style(method), len(runs),
                                            label=method_label(models["vgg11"][method][0]))}
-    axis.set(xlabel="Eigenvalue of the Hessian", ylabel="Density", yscale="log", ylim=(1e-8, None))
+    top = 3 * max(max(run["density"]) for run in all_runs)
+    axis.set(xlabel="Eigenvalue of the Hessian", ylabel="Density", yscale="log", ylim=(1e-8, top))
     drawing.legend_below(axis, 3)
     return canvas, {"vgg11": {"density": numbers}}
 
