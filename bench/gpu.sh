@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can say, in a quarter of an hour: builds the extension, tests it there, times steps and epochs.
+# Everything that only a GPU can say, in a quarter of an hour: builds the extension, tests it there, times steps and
+# epochs.
 #
 #   bench/gpu.sh                                   on a machine with a GPU, any card
 #   bench/gpu.sh --results folder                  (default: bench/results)

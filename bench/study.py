@@ -127,7 +127,6 @@ def flatness_tables(groups, split):
 
 def report(log_dir):
     """All tables, lines of Markdown: for each data set, setting and model what each method gave, and tests on it."""
-    files.require(pathlib.Path(log_dir).is_dir(), f"{log_dir}: there is no such folder")
     found = analyze.find_runs(log_dir)
     runs, lines = [run for run in found if not run["problem"]], left_out(found)
     settings = {}
@@ -168,7 +167,6 @@ def report(log_dir):
 def pack(log_dir, archive):
     """Writes what the tables and figures need of the finished runs below log_dir; the same bytes for the same logs."""
     log_dir = pathlib.Path(log_dir)
-    files.require(log_dir.is_dir(), f"{log_dir}: there is no such folder")
     archive.parent.mkdir(parents=True, exist_ok=True)
 
     def plain(member):
@@ -201,7 +199,9 @@ def main(argv=None):
     action.add_argument("--pack", metavar="LOGS", help="pack these logs")
     parser.add_argument("--archive", type=pathlib.Path, default=ARCHIVE, help="the packed file (default: the study's)")
     args = parser.parse_args(argv)
+    logs = args.pack or args.log_dir
     try:
+        files.require(not logs or pathlib.Path(logs).is_dir(), f"{logs}: there is no such folder")
         if args.pack:
             pack(args.pack, args.archive)
         elif args.unpack:
