@@ -68,6 +68,11 @@ inline at::ScalarType bn_type(const at::Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+inline void check_pool(const char* op, const at::Tensor& x, bool residual, bool pool) {
+  TORCH_CHECK(!pool || (!residual && x.size(2) % 2 == 0 && x.size(3) % 2 == 0 && x.numel() < int64_t{1} << 34), op,
+              ": pool is of maps of even size with less than 2^34 values, without a residual, not of x ", x.sizes());
+}
+
 inline void check_bn_act(const at::Tensor& x, const at::Tensor& gamma, const at::Tensor& beta,
                          const at::Tensor& running_mean, const at::Tensor& running_var,
                          const std::optional<at::Tensor>& live, const std::optional<at::Tensor>& residual,
@@ -92,8 +97,7 @@ inline void check_bn_act(const at::Tensor& x, const at::Tensor& gamma, const at:
                 residual->size(2) == x.size(2) && residual->size(3) == x.size(3) &&
                 (residual_map || residual->size(1) == x.size(1)), op, ": residual ", residual->scalar_type(), " ",
                 residual->sizes(), " on ", residual->device(), " does not fit x ", x.scalar_type(), " ", x.sizes());
-  TORCH_CHECK(!pool || (x.is_cpu() && !residual && x.size(2) % 2 == 0 && x.size(3) % 2 == 0), op,
-              ": pool is of maps of even size on the CPU, without a residual, not of x ", x.sizes());
+  check_pool(op, x, residual.has_value(), pool);
   TORCH_CHECK(!training || x.size(0) * x.size(2) * x.size(3) > 1, op,
               ": training needs more than one value per channel, x is ", x.sizes());
 }
@@ -111,9 +115,11 @@ inline void check_gate(const at::Tensor& gate, const at::Tensor& x, at::ScalarTy
 inline void check_bn_act_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& gamma,
                                   const at::Tensor& mean, const at::Tensor& invstd,
                                   const std::optional<at::Tensor>& live,
-                                  const std::optional<at::Tensor>& residual_map, bool pool) {
+                                  const std::optional<at::Tensor>& residual_map, int64_t residual_channels,
+                                  bool pool) {
   const char* op = "bn_act_backward";
   check_bn(op, x, gamma, live, residual_map);
+  check_pool(op, x, residual_channels >= 0, pool);
   check_vector(op, "gamma", gamma, gamma.size(0), bn_type(x), x);
   check_vector(op, "mean", mean, x.size(1), bn_type(x), x);
   check_vector(op, "invstd", invstd, x.size(1), bn_type(x), x);

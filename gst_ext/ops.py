@@ -117,9 +117,9 @@ def bn_act_ref(x, gamma, beta, running_mean, running_var, live=None, residual=No
     return F.max_pool2d(out, 2) if pool else out
 
 
-def pools_itself(pool, residual, device, *size):
+def pools_itself(pool, residual, *size):
     """Whether the kernels do a 2x2 max-pool of maps of this size themselves, and never write the map before it."""
-    return pool and residual is None and device.type == "cpu" and not any(s % 2 for s in size)
+    return pool and residual is None and not any(s % 2 for s in size)
 
 
 class BnAct(torch.autograd.Function):
@@ -156,7 +156,7 @@ def bn_act(x, gamma, beta, running_mean, running_var, live=None, residual=None, 
     on the CPU IndexError for a residual_map that points outside or twice at one channel. On a GPU the values of live
     and residual_map are not read back: such a map has undefined results there.
     """
-    inside = pools_itself(pool, residual, x.device, *x.shape[2:])
+    inside = pools_itself(pool, residual, *x.shape[2:])
     out = BnAct.apply(x, residual, gamma, beta, running_mean, running_var, live, residual_map, act, measure, training,
                       relu, inside, momentum, eps, act_keep)
     return F.max_pool2d(out, 2) if pool and not inside else out
@@ -277,7 +277,7 @@ def masked_conv_bn_act(x, weight, bias, gamma, beta, running_mean, running_var, 
         out = folded_conv(x, *parts, stride, padding, residual, relu, pool)
     elif there:
         size = ((s + 2 * padding - k) // stride + 1 for s, k in zip(x.shape[2:], weight.shape[2:]))
-        inside = pools_itself(pool, residual, x.device, *size)
+        inside = pools_itself(pool, residual, *size)
         out = ConvBnAct.apply(x, weight, bias, residual, gamma, beta, running_mean, running_var, live_out, live_in,
                               stride, padding, residual_map, act, measure, training, relu, inside, momentum, eps,
                               act_keep)

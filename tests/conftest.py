@@ -101,6 +101,5 @@ def device(request, monkeypatch):
     operators = request.getfixturevalue("emulation").operators
     for name in emulate.OPERATORS:
         monkeypatch.setattr(torch.ops.gst, name, getattr(operators, name))
-    monkeypatch.setattr(ops, "pools_itself", lambda *_: False)  # as for CUDA tensors
     monkeypatch.setattr(ops, "may_fold", lambda *_: False)
     return "cpu"

@@ -1,14 +1,16 @@
 """The CUDA kernels as C++: what the emulation must find, the same bits in any order, and a whole network by them."""
 import pytest
 import torch
+import torch.nn.functional as F
 from test_ext_blocks import LAYOUTS, draw, index, outcome, pair_of_networks
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gst_ext import ops
 
-CASES = {  # (n, c, h, w), all filters, residual_map
+CASES = {  # (n, c, h, w), all filters, residual_map; without one there is a pool
     "packs": ((5, 64, 9, 11), 70, "direct"), "idle columns": ((2, 36, 9, 7), 40, range(35, -1, -1)),
-    "single": ((3, 5, 7, 9), 9, [3, -1, 0, -1, 5]), "no filters": ((2, 0, 3, 3), 9, "direct")}
+    "single": ((3, 5, 7, 9), 9, [3, -1, 0, -1, 5]), "no filters": ((2, 0, 3, 3), 9, "direct"),
+    "pooled packs": ((5, 64, 6, 14), 70, None), "pooled, single": ((3, 5, 4, 6), 9, None)}
 
 
 def case_of(name, dtype=torch.float32):
@@ -16,32 +18,37 @@ def case_of(name, dtype=torch.float32):
     shape, c_out, source = CASES[name]
     n, c, h, w = shape
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    k = c if source == "direct" else max(source, default=-1) + 1
+    k = c if source in ("direct", None) else max(source, default=-1) + 1
     x, residual, grad = (draw(i, n, channels, h, w, dtype=dtype).contiguous(memory_format=LAYOUTS[1])
                          for i, channels in enumerate((c, k, c)))
+    if source is None:
+        residual, grad = None, F.avg_pool2d(grad, 2).contiguous(memory_format=LAYOUTS[1])
+        x = x.round()  # so that windows have equal values
     vectors = [draw(3 + i, c_out, dtype=wide) for i in range(3)]
     return dict(x=x, gamma=vectors[0], beta=vectors[1], running_mean=vectors[2],
                 running_var=draw(6, c_out, dtype=wide).abs() + 0.1,
                 live=torch.randperm(c_out, generator=torch.Generator().manual_seed(1))[:c].sort().values,
-                residual=residual, residual_map=None if source == "direct" else index(source, "cpu"),
+                residual=residual, residual_map=None if source in ("direct", None) else index(source, "cpu"),
                 act=torch.ones(c_out)), grad
 
 
 def forward_and_backward(emulation, case, grad):
     """All that the two operators give."""
     case = {k: v if v is None else v.clone() for k, v in case.items()}
-    out, mean, invstd, gate = emulation.operators.bn_act(**case, measure=None, training=True, relu=True, pool=False,
+    pool = case["residual"] is None
+    out, mean, invstd, gate = emulation.operators.bn_act(**case, measure=None, training=True, relu=True, pool=pool,
                                                          momentum=0.1, eps=1e-5, act_keep=0.9)
     back = emulation.operators.bn_act_backward(grad, case["x"], gate, case["gamma"], mean, invstd, case["live"],
-                                               case["residual_map"], case["residual"].shape[1], True, True, False)
+                                               case["residual_map"], -1 if pool else case["residual"].shape[1], True,
+                                               True, pool)
     return [out, case["running_mean"], case["running_var"], case["act"], *back, mean, invstd, gate]
 
 
 def from_reference(case, grad):
-    """What forward_and_backward gives first: eight tensors."""
+    """What forward_and_backward gives first: eight tensors, seven without a residual."""
     case = {k: v if v is None else v.clone() for k, v in case.items()}
-    leaves = [case[k].requires_grad_() for k in ("x", "gamma", "beta", "residual")]
-    out = ops.bn_act_ref(**case)
+    leaves = [case[k].requires_grad_() for k in ("x", "gamma", "beta", "residual") if case[k] is not None]
+    out = ops.bn_act_ref(**case, pool=case["residual"] is None)
     return [out.detach(), case["running_mean"], case["running_var"], case["act"],
             *torch.autograd.grad(out, leaves, grad)]
 
@@ -87,10 +94,10 @@ FAULTS = {
         "a barrier"),
     "shared memory is a thread too short": (instead("shared[V][kThreads]", "shared[V][kThreads - 1]"), "its bounds"),
     "blocks of more threads than there may be": (instead("kThreads = 256", "kThreads = 2048"), "a GPU refuses"),
-    "rows past the last are read": (instead("if (row + j < rows) raw[j]", "if (row < rows) raw[j]"), "past the end"),
-    "rows past the last are written": (instead("if (row + j >= p.rows) continue;", ""), "past the end"),
-    "vectors begin between two": (instead("write(out + (row + j) * p.c + part.first",
-                                          "write(out + (row + j) * p.c + part.first + (V > 1)"), "not aligned"),
+    "rows past the last are read": (instead("if (row < rows) raw[j]", "if (row - j < rows) raw[j]"), "past the end"),
+    "rows past the last are written": (instead("if (row >= p.rows) continue;", ""), "past the end"),
+    "vectors begin between two": (instead("write(out + row * p.c + part.first",
+                                          "write(out + row * p.c + part.first + (V > 1)"), "not aligned"),
     "no filter at all is read as all": (instead("return f < c ? f : -1;", "return f;"), "past the end"),
     "all chunks but the last are empty": (instead("groups ? (blockIdx.y + 1) * chunk", "groups ? blockIdx.y * chunk"),
                                        "wrong values"),
@@ -103,6 +110,13 @@ FAULTS = {
                                   "(f < p.c ? f : -1) : -1;\n  const double seen"), "wrong values"),
     "rows share a bit of the gate": (instead("act_passes(a, lowest)) << (j * V + k)", "act_passes(a, lowest)) << k"),
                                      "wrong values"),
+    "windows of one line lie in the next": (instead("(line * int64_t{2} + (j >> 1)) * width",
+                                                    "(line * int64_t{2} + 2 - (j >> 1)) * width"), "wrong values"),
+    "windows overlap": (instead("(static_cast<uint32_t>(g) - line * windows) * int64_t{2}",
+                                "(static_cast<uint32_t>(g) - line * windows) * int64_t{1}"), "wrong values"),
+    "a window's last largest value is taken": (instead("const bool better = j == 0 || a > top[k]",
+                                                       "const bool better = j == 0 || a >= top[k]"), "wrong values"),
+    "a window's gradient goes to its first value": (instead("<< (which[k] * V + k)", "<< k"), "wrong values"),
     "a shortcut's gradient ignores its map": (instead(
         "p.residual_width + source[k]] = gated", "p.residual_width + part.first + k] = gated"), "wrong|past the end"),
 }
@@ -158,10 +172,11 @@ def test_a_pruned_network_trains_and_evaluates_by_the_kernels_as_by_plain_pytorc
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(3, 5, 3, 3), (2, 64, 4, 4), (1, 12, 1, 2), (5, 0, 2, 2)])
-def test_what_is_said_of_the_kernels_results_before_they_run_is_so(emulation, dtype, shape):
+@pytest.mark.parametrize("shape, pool", [((3, 5, 3, 3), False), ((2, 64, 4, 4), False), ((1, 12, 1, 2), False),
+                                         ((5, 0, 2, 2), False), ((3, 5, 4, 6), True), ((2, 64, 4, 2), True)])
+def test_what_is_said_of_the_kernels_results_before_they_run_is_so(emulation, dtype, shape, pool):
     vector = torch.ones(shape[1], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    rest = *[None] * 5, True, True, False, 0.1, 1e-5, 0.9
+    rest = *[None] * 5, True, True, pool, 0.1, 1e-5, 0.9
     got = emulation.operators.bn_act(torch.ones(shape, dtype=dtype), *[vector.clone() for _ in range(4)], *rest)
     with FakeTensorMode():
         like = torch.empty(shape, dtype=dtype, device="cuda")

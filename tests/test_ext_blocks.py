@@ -275,7 +275,6 @@ def test_relu_s_gate_is_shut_at_zero_and_open_for_what_is_no_number(device, layo
     assert not residual or torch.equal(dr[0], (~(a <= 0)).float())
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(3, 5, 6, 4), (1, 5, 2, 2), (70, 1, 4, 2), (70, 5, 8, 10), (3, 5, 7, 9),
@@ -293,7 +292,6 @@ def test_bn_act_with_a_pool_agrees_with_its_reference(device, dtype, layout, sha
             torch.testing.assert_close(a, b, **TOLERANCE[narrow], msg=lambda m: f"{k} {pruned} {training} {relu} {m}")
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_of_equal_values_and_of_no_numbers_the_pool_takes_the_one_that_max_pool2d_takes(device, dtype, layout):
@@ -388,10 +386,11 @@ def test_bn_act_s_operators_pass_opcheck(device):
         c["residual_map"], 6, True, True, False), test_utils=checks)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(3, 5, 4, 6), (2, 1, 2, 2)])
-def test_bn_act_s_operators_with_a_pool_pass_opcheck_and_gradcheck(layout, shape):
-    c = bn_case("cpu", torch.float64, layout, shape, None, True)
+def test_bn_act_s_operators_with_a_pool_pass_opcheck_and_gradcheck(device, layout, shape):
+    c = bn_case(device, torch.float64, layout, shape, None, True)
     statistics, checks = (c["running_mean"], c["running_var"]), ("test_schema", "test_faketensor")
     arguments = c["x"], c["gamma"], c["beta"], *statistics, c["live"], *[None] * 4, True, True, True, 0.1, 1e-5, 0.9
     torch.library.opcheck(torch.ops.gst.bn_act.default, arguments, test_utils=checks)
@@ -401,6 +400,17 @@ def test_bn_act_s_operators_with_a_pool_pass_opcheck_and_gradcheck(layout, shape
         test_utils=checks)
     torch.autograd.gradcheck(lambda *t: ops.bn_act(*t, *(s.clone() for s in statistics), c["live"], pool=True),
                              [t.requires_grad_() for t in arguments[:3]])
+
+
+@pytest.mark.parametrize("size, residual", [((3, 4), None), ((4, 3), None), ((4, 4), 5)])
+def test_the_operators_pool_no_map_of_odd_size_and_none_with_a_shortcut(device, size, residual):
+    x, v = torch.ones(2, 5, *size, device=device), torch.ones(5, device=device)
+    with pytest.raises(RuntimeError, match="pool is of maps of even size"):
+        torch.ops.gst.bn_act(x, v, v, v.clone(), v.clone(), None, x if residual else None, *[None] * 3, True, True,
+                             True, 0.1, 1e-5, 0.9)
+    with pytest.raises(RuntimeError, match="pool is of maps of even size"):
+        torch.ops.gst.bn_act_backward(x[..., :size[0] // 2, :size[1] // 2], x, x.new_empty(0), v, v, v, None, None,
+                                      residual or -1, True, True, True)
 
 
 @pytest.mark.parametrize("change, words", [

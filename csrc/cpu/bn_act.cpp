@@ -503,7 +503,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward_cpu(
     const Tensor& grad_in, const Tensor& x_in, const Tensor& gate, const Tensor& gamma, const Tensor& mean,
     const Tensor& invstd, const OptTensor& live, const OptTensor& residual_map, int64_t residual_channels,
     bool training, bool, bool pool) {
-  check_bn_act_backward(grad_in, x_in, gamma, mean, invstd, live, residual_map, pool);
+  check_bn_act_backward(grad_in, x_in, gamma, mean, invstd, live, residual_map, residual_channels, pool);
   const auto format = pool ? at::MemoryFormat::ChannelsLast : x_in.suggest_memory_format();
   const Tensor grad = grad_in.contiguous(format), x = x_in.contiguous(format), dx = at::empty_like(x);
   check_gate(gate, x, at::kInt, Map(x, pool).words());

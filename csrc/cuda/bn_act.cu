@@ -1,4 +1,4 @@
-// Batch norm + shortcut + mean |a| + ReLU on the GPU. Sums are taken in two stages, chunks of rows and then the chunks
+// Batch norm + shortcut + mean |a| + ReLU (+ a 2x2 max-pool) on the GPU. Sums are taken in two stages, chunks of rows and then the chunks
 // in order, without atomics, so they repeat exactly. No torch headers here: they would take nvcc a minute.
 #include "bn_act.h"
 
@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kThreads = 256, kBlocks = 2;  // of a block that goes over a map; such blocks at a time, at least
 constexpr int kColumns = 16;                // at most, of those: 16 of them read 256 bytes of a row
-constexpr int kGroup = 4;                   // rows that a thread reads at a time: enough bytes in flight
+constexpr int kGroup = 4;                   // rows that a thread reads at a time: enough bytes in flight, or a window
 constexpr int64_t kSums = 256;              // chunks at most where each is to be added up
 constexpr int64_t kMostChunks = 65535;      // blocks that a grid may have in y
 constexpr int kLanes = 32, kSlices = 16;    // of a block that adds up chunks: a lane a filter, in slices of its chunks
@@ -69,6 +69,14 @@ __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16, float>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// Row j of group g: kGroup rows that follow one another or, where a pool is to follow, a 2x2 window of a map this wide.
+template <bool pool>
+__device__ __forceinline__ int64_t row_of(int64_t g, int j, int64_t width) {
+  if constexpr (!pool) return g * kGroup + j;
+  const uint32_t windows = static_cast<uint32_t>(width / 2), line = static_cast<uint32_t>(g) / windows;
+  return (line * int64_t{2} + (j >> 1)) * width + (static_cast<uint32_t>(g) - line * windows) * int64_t{2} + (j & 1);
+}
+
 // What of a map is this thread's: V channels from `first`, and groups begin, begin + blockDim.y, … below end.
 template <int V>
 struct Part {
@@ -89,15 +97,24 @@ __device__ __forceinline__ void read(A (&values)[V], const A* from) {
   for (int k = 0; k < V; ++k) values[k] = pack.v[k];
 }
 
-// A group's rows from `row` on; zeros past the last.
-template <typename T, int V>
-__device__ __forceinline__ void read_group(Raw<T, V> (&raw)[kGroup], const T* map, int64_t row, int64_t rows, int64_t c,
-                                           int64_t first) {
+// A group's rows; zeros past the last.
+template <typename T, int V, bool pool>
+__device__ __forceinline__ void read_group(Raw<T, V> (&raw)[kGroup], const T* map, int64_t g, int64_t width,
+                                           int64_t rows, int64_t c, int64_t first) {
 #pragma unroll
   for (int j = 0; j < kGroup; ++j) {
-    if (row + j < rows) raw[j] = *reinterpret_cast<const Raw<T, V>*>(map + (row + j) * c + first);
+    const int64_t row = row_of<pool>(g, j, width);
+    if (row < rows) raw[j] = *reinterpret_cast<const Raw<T, V>*>(map + row * c + first);
     else raw[j] = Raw<T, V>{};
   }
+}
+
+// A group's gradient: of its rows or, where they were pooled, their one.
+template <typename T, int V, bool pool>
+__device__ __forceinline__ void read_gradient(Raw<T, V> (&raw)[kGroup], const T* grad, int64_t g, int64_t rows,
+                                              int64_t c, int64_t first) {
+  if constexpr (pool) raw[0] = *reinterpret_cast<const Raw<T, V>*>(grad + g * c + first);
+  else read_group<T, V, false>(raw, grad, g, 0, rows, c, first);
 }
 
 template <typename T, int V>
@@ -161,12 +178,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks) moments_kernel(BnAct p, con
   if (part.any) {
     for (int k = 0; k < V; ++k) pilot[k] = bn_pilot(wide<A>(x[part.first + k]));
     for (int64_t g = part.begin; g < part.end; g += blockDim.y) {
-      const int64_t row = g * kGroup;
       Raw<T, V> in[kGroup];
-      read_group<T, V>(in, x, row, p.rows, p.c, part.first);
+      read_group<T, V, false>(in, x, g, 0, p.rows, p.c, part.first);
 #pragma unroll
       for (int j = 0; j < kGroup; ++j)
-        if (row + j < p.rows) {
+        if (g * kGroup + j < p.rows) {
           const Pack<T, V> value = unpacked<T, V>(in[j]);
           for (int k = 0; k < V; ++k) {
             const A d = wide<A>(value.v[k]) - pilot[k];
@@ -225,7 +241,7 @@ __device__ __forceinline__ void sources(int (&source)[V], const int64_t* residua
   for (int k = 0; k < V; ++k) source[k] = static_cast<int>(residual_map ? residual_map[first + k] : first + k);
 }
 
-template <typename T, typename A, int V, bool mapped>
+template <typename T, typename A, int V, bool mapped, bool pool>
 __global__ void __launch_bounds__(kThreads, kBlocks)
 apply_kernel(BnAct p, const T* __restrict__ x, const T* __restrict__ residual, const A* __restrict__ means,
              const A* __restrict__ coefficients, T* __restrict__ out, Gate<V>* __restrict__ gate) {
@@ -241,27 +257,44 @@ apply_kernel(BnAct p, const T* __restrict__ x, const T* __restrict__ residual, c
     read(shift, coefficients + p.c + part.first);
     if constexpr (mapped) sources(source, p.residual_map, part.first);
     for (int64_t g = part.begin; g < part.end; g += blockDim.y) {
-      const int64_t row = g * kGroup;
       Raw<T, V> in[kGroup], beside[kGroup];
-      read_group<T, V>(in, x, row, p.rows, p.c, part.first);
-      if (!mapped && residual) read_group<T, V>(beside, residual, row, p.rows, p.c, part.first);
+      read_group<T, V, pool>(in, x, g, p.pool_width, p.rows, p.c, part.first);
+      if (!mapped && residual) read_group<T, V, pool>(beside, residual, g, 0, p.rows, p.c, part.first);
       uint32_t bits = 0;
+      A top[V] = {};
+      int which[V] = {};
+      Pack<T, V> result;
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
-        if (row + j >= p.rows) continue;
+        const int64_t row = row_of<pool>(g, j, p.pool_width);
+        if (row >= p.rows) continue;
         const Pack<T, V> value = unpacked<T, V>(in[j]);
-        Pack<T, V> add = {}, result;
+        Pack<T, V> add = {};
         if (!mapped && residual) add = unpacked<T, V>(beside[j]);
         for (int k = 0; mapped && residual && k < V; ++k)
-          add.v[k] = source[k] < 0 ? narrow<T>(A(0)) : residual[(row + j) * p.residual_width + source[k]];
+          add.v[k] = source[k] < 0 ? narrow<T>(A(0)) : residual[row * p.residual_width + source[k]];
         for (int k = 0; k < V; ++k) {
           A a = bn_value(wide<A>(value.v[k]), mean[k], scale[k], shift[k]);
           if (residual) a += wide<A>(add.v[k]);
           sum[k] += a < 0 ? -a : a;
-          bits |= static_cast<uint32_t>(act_passes(a, lowest)) << (j * V + k);
-          result.v[k] = narrow<T>(act_value(a, lowest));
+          if constexpr (pool) {  // the first of the largest, as max_pool2d has it, or the last that is no number
+            a = wide<A>(narrow<T>(a));
+            const bool better = j == 0 || a > top[k] || a != a;
+            top[k] = better ? a : top[k];
+            which[k] = better ? j : which[k];
+          } else {
+            bits |= static_cast<uint32_t>(act_passes(a, lowest)) << (j * V + k);
+            result.v[k] = narrow<T>(act_value(a, lowest));
+          }
         }
-        write(out + (row + j) * p.c + part.first, result);
+        if constexpr (!pool) write(out + row * p.c + part.first, result);
+      }
+      if constexpr (pool) {
+        for (int k = 0; k < V; ++k) {
+          bits |= static_cast<uint32_t>(act_passes(top[k], lowest)) << (which[k] * V + k);
+          result.v[k] = narrow<T>(act_value(top[k], lowest));
+        }
+        write(out + g * p.c + part.first, result);
       }
       gate[g * (p.c / V) + part.first / V] = static_cast<Gate<V>>(bits);
     }
@@ -278,7 +311,7 @@ __global__ void act_kernel(BnAct p, int64_t chunks) {
   p.act[f] = static_cast<float>(running(p.act[f], seen, 1 - p.act_keep));
 }
 
-template <typename T, typename A, int V>
+template <typename T, typename A, int V, bool pool>
 __global__ void __launch_bounds__(kThreads, kBlocks)
 gradient_sums_kernel(BnActBackward p, const T* __restrict__ grad, const T* __restrict__ x,
                      const Gate<V>* __restrict__ gate, const A* __restrict__ means) {
@@ -287,15 +320,14 @@ gradient_sums_kernel(BnActBackward p, const T* __restrict__ grad, const T* __res
   if (part.any) {
     read(mean, means + part.first);
     for (int64_t g = part.begin; g < part.end; g += blockDim.y) {
-      const int64_t row = g * kGroup;
       Raw<T, V> above[kGroup], in[kGroup];
       const uint32_t bits = gate[g * (p.c / V) + part.first / V];
-      read_group<T, V>(above, grad, row, p.rows, p.c, part.first);
-      read_group<T, V>(in, x, row, p.rows, p.c, part.first);
+      read_gradient<T, V, pool>(above, grad, g, p.rows, p.c, part.first);
+      read_group<T, V, pool>(in, x, g, p.pool_width, p.rows, p.c, part.first);
 #pragma unroll
       for (int j = 0; j < kGroup; ++j)
-        if (row + j < p.rows) {
-          const Pack<T, V> full = unpacked<T, V>(above[j]), value = unpacked<T, V>(in[j]);
+        if (pool || g * kGroup + j < p.rows) {
+          const Pack<T, V> full = unpacked<T, V>(above[pool ? 0 : j]), value = unpacked<T, V>(in[j]);
           for (int k = 0; k < V; ++k) {
             const A gated = bits >> (j * V + k) & 1 ? wide<A>(full.v[k]) : A(0);
             sum[k] += gated;
@@ -328,7 +360,7 @@ __global__ void coefficients_kernel(BnActBackward p, int64_t chunks) {
   coefficients[2 * p.c + i] = static_cast<A>(k.kc);
 }
 
-template <typename T, typename A, int V, bool mapped>
+template <typename T, typename A, int V, bool mapped, bool pool>
 __global__ void __launch_bounds__(kThreads, kBlocks)
 gradient_kernel(BnActBackward p, const T* __restrict__ grad, const T* __restrict__ x, const Gate<V>* __restrict__ gate,
                 const A* __restrict__ means, const A* __restrict__ coefficients, T* __restrict__ dx,
@@ -343,27 +375,27 @@ gradient_kernel(BnActBackward p, const T* __restrict__ grad, const T* __restrict
   read(kc, coefficients + 2 * p.c + part.first);
   if constexpr (mapped) sources(source, p.residual_map, part.first);
   for (int64_t g = part.begin; g < part.end; g += blockDim.y) {
-    const int64_t row = g * kGroup;
     Raw<T, V> above[kGroup], in[kGroup];
     const uint32_t bits = gate[g * (p.c / V) + part.first / V];
-    read_group<T, V>(above, grad, row, p.rows, p.c, part.first);
-    read_group<T, V>(in, x, row, p.rows, p.c, part.first);
+    read_gradient<T, V, pool>(above, grad, g, p.rows, p.c, part.first);
+    read_group<T, V, pool>(in, x, g, p.pool_width, p.rows, p.c, part.first);
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) {
-      if (row + j >= p.rows) continue;
-      const Pack<T, V> full = unpacked<T, V>(above[j]), value = unpacked<T, V>(in[j]);
+      const int64_t row = row_of<pool>(g, j, p.pool_width);
+      if (row >= p.rows) continue;
+      const Pack<T, V> full = unpacked<T, V>(above[pool ? 0 : j]), value = unpacked<T, V>(in[j]);
       Pack<T, V> result, gated;
       for (int k = 0; k < V; ++k) {
         gated.v[k] = bits >> (j * V + k) & 1 ? full.v[k] : narrow<T>(A(0));
         result.v[k] = narrow<T>(bn_dx(wide<A>(gated.v[k]), wide<A>(value.v[k]), mean[k], ka[k], kb[k], kc[k]));
       }
-      write(dx + (row + j) * p.c + part.first, result);
+      write(dx + row * p.c + part.first, result);
       if (!dresidual) continue;
       if constexpr (!mapped) {
-        write(dresidual + (row + j) * p.c + part.first, gated);
+        write(dresidual + row * p.c + part.first, gated);
       } else {
         for (int k = 0; k < V; ++k)
-          if (source[k] >= 0) dresidual[(row + j) * p.residual_width + source[k]] = gated.v[k];
+          if (source[k] >= 0) dresidual[row * p.residual_width + source[k]] = gated.v[k];
       }
     }
   }
@@ -387,7 +419,7 @@ struct Shape {
   dim3 grid(int64_t chunks) const { return dim3(static_cast<unsigned>(columns), static_cast<unsigned>(chunks)); }
 };
 
-template <typename T, typename A, int V, bool mapped>
+template <typename T, typename A, int V, bool mapped, bool pool>
 void forward(const BnAct& p, cudaStream_t stream) {
   const Shape shape(p.rows, p.c, V);
   const dim3 filters(static_cast<unsigned>(divide_up(p.c_out, kLanes))), lanes(kLanes, kSlices);
@@ -400,11 +432,12 @@ void forward(const BnAct& p, cudaStream_t stream) {
   if (p.training && any) moments_kernel<T, A, V><<<summed, shape.block, 0, stream>>>(p, x);
   if (p.c_out > 0) statistics_kernel<T, A><<<filters, lanes, 0, stream>>>(p, shape.chunks);
   if (any)
-    apply_kernel<T, A, V, mapped><<<grid, shape.block, 0, stream>>>(p, x, residual, mean, coefficients, out, gate);
+    apply_kernel<T, A, V, mapped, pool><<<grid, shape.block, 0, stream>>>(p, x, residual, mean, coefficients, out,
+                                                                          gate);
   if (p.act && p.c_out > 0 && p.rows > 0) act_kernel<A><<<filters, lanes, 0, stream>>>(p, shape.chunks);
 }
 
-template <typename T, typename A, int V, bool mapped>
+template <typename T, typename A, int V, bool mapped, bool pool>
 void backward(const BnActBackward& p, cudaStream_t stream) {
   const Shape shape(p.rows, p.c, V);
   const dim3 filters(static_cast<unsigned>(divide_up(p.c_out, kLanes))), lanes(kLanes, kSlices);
@@ -414,27 +447,29 @@ void backward(const BnActBackward& p, cudaStream_t stream) {
   const A *mean = static_cast<const A*>(p.mean), *coefficients = static_cast<const A*>(p.coefficients);
   const Gate<V>* gate = static_cast<const Gate<V>*>(p.gate);
   T *dx = static_cast<T*>(p.dx), *dresidual = static_cast<T*>(p.dresidual);
-  if (any) gradient_sums_kernel<T, A, V><<<summed, shape.block, 0, stream>>>(p, grad, x, gate, mean);
+  if (any) gradient_sums_kernel<T, A, V, pool><<<summed, shape.block, 0, stream>>>(p, grad, x, gate, mean);
   if (p.c_out > 0) coefficients_kernel<A><<<filters, lanes, 0, stream>>>(p, any ? shape.chunks : 0);
   if (any)
-    gradient_kernel<T, A, V, mapped><<<grid, shape.block, 0, stream>>>(p, grad, x, gate, mean, coefficients, dx,
-                                                                      dresidual);
+    gradient_kernel<T, A, V, mapped, pool><<<grid, shape.block, 0, stream>>>(p, grad, x, gate, mean, coefficients, dx,
+                                                                            dresidual);
 }
 
 template <typename T, typename A>
 void forward(const BnAct& p, cudaStream_t stream) {
   constexpr int V = 16 / sizeof(T);
-  if (p.c % V) forward<T, A, 1, true>(p, stream);
-  else if (p.residual_map) forward<T, A, V, true>(p, stream);
-  else forward<T, A, V, false>(p, stream);
+  if (p.pool_width) p.c % V ? forward<T, A, 1, false, true>(p, stream) : forward<T, A, V, false, true>(p, stream);
+  else if (p.c % V) forward<T, A, 1, true, false>(p, stream);
+  else if (p.residual_map) forward<T, A, V, true, false>(p, stream);
+  else forward<T, A, V, false, false>(p, stream);
 }
 
 template <typename T, typename A>
 void backward(const BnActBackward& p, cudaStream_t stream) {
   constexpr int V = 16 / sizeof(T);
-  if (p.c % V) backward<T, A, 1, true>(p, stream);
-  else if (p.residual_map) backward<T, A, V, true>(p, stream);
-  else backward<T, A, V, false>(p, stream);
+  if (p.pool_width) p.c % V ? backward<T, A, 1, false, true>(p, stream) : backward<T, A, V, false, true>(p, stream);
+  else if (p.c % V) backward<T, A, 1, true, false>(p, stream);
+  else if (p.residual_map) backward<T, A, V, true, false>(p, stream);
+  else backward<T, A, V, false, false>(p, stream);
 }
 
 int64_t vector_of(Type type, int64_t c) {

@@ -23,6 +23,7 @@ struct BnAct {
   const bool* measure;  // null: measure whenever there is an act
   const void* bias;     // (c_out,), or null: what the convolution left out of x, for the running mean alone
   bool training, relu;
+  int64_t pool_width;  // 0, or the map's width, even as its height: a 2x2 max-pool follows, and out is pooled
   double momentum, eps, act_keep;
   void *out, *gate, *mean, *invstd;
   void* coefficients;  // 2 * c of the parameters' type
@@ -38,6 +39,7 @@ struct BnActBackward {
   const int64_t* residual_map;
   int64_t residual_width;
   bool training, relu;
+  int64_t pool_width;  // as in BnAct: grad is of the pooled map
   void *dx, *dgamma, *dbeta;
   void* dresidual;     // null: none; zeros where there is a map
   void* coefficients;  // 3 * c of the parameters' type

@@ -56,7 +56,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_cuda(
   const Tensor x = channels_last(x_in);
   const Tensor residual = residual_in ? channels_last(*residual_in) : Tensor();
   const OptTensor live = contiguous_index(live_in), map = contiguous_index(map_in);
-  const Tensor out = at::empty_like(x, at::MemoryFormat::ChannelsLast);
+  const auto format = pool ? at::MemoryFormat::ChannelsLast : x_in.suggest_memory_format();
+  const Tensor out = at::empty({x.size(0), x.size(1), x.size(2) / (pool ? 2 : 1), x.size(3) / (pool ? 2 : 1)},
+                               x.options().memory_format(at::MemoryFormat::ChannelsLast));
   const Tensor mean = at::empty({x.size(1)}, gamma.options()), invstd = at::empty_like(mean);
   const int64_t rows = x.size(0) * x.size(2) * x.size(3);
   const Tensor gate = at::empty({bn_gate_bytes(type_of(x), rows, x.size(1))}, x.options().dtype(at::kByte));
@@ -67,21 +69,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_cuda(
             residual_in ? residual.const_data_ptr() : nullptr, residual_in ? residual.size(1) : 0, index_data(map),
             gamma.const_data_ptr(), beta.const_data_ptr(), running_mean.data_ptr(), running_var.data_ptr(),
             act ? act->data_ptr<float>() : nullptr, measure ? measure->const_data_ptr<bool>() : nullptr,
-            bias ? bias->const_data_ptr() : nullptr, training, relu, momentum, eps, act_keep, out.data_ptr(),
-            gate.data_ptr(), mean.data_ptr(), invstd.data_ptr(), coefficients.data_ptr(), partial.data_ptr()},
+            bias ? bias->const_data_ptr() : nullptr, training, relu, pool ? x.size(3) : 0, momentum, eps, act_keep,
+            out.data_ptr(), gate.data_ptr(), mean.data_ptr(), invstd.data_ptr(), coefficients.data_ptr(),
+            partial.data_ptr()},
       c10::cuda::getCurrentCUDAStream()));
-  return {out.contiguous(x_in.suggest_memory_format()), mean, invstd, gate};
+  return {out.contiguous(format), mean, invstd, gate};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward_cuda(
     const Tensor& grad_in, const Tensor& x_in, const Tensor& gate, const Tensor& gamma, const Tensor& mean_in,
     const Tensor& invstd, const OptTensor& live_in, const OptTensor& map_in, int64_t residual_channels, bool training,
     bool relu, bool pool) {
-  check_bn_act_backward(grad_in, x_in, gamma, mean_in, invstd, live_in, map_in, pool);
+  check_bn_act_backward(grad_in, x_in, gamma, mean_in, invstd, live_in, map_in, residual_channels, pool);
   const int64_t rows = x_in.size(0) * x_in.size(2) * x_in.size(3);
   check_gate(gate, x_in, at::kByte, bn_gate_bytes(type_of(x_in), rows, x_in.size(1)));
   const c10::cuda::CUDAGuard guard(x_in.device());
-  const auto format = x_in.suggest_memory_format();
+  const auto format = pool ? at::MemoryFormat::ChannelsLast : x_in.suggest_memory_format();
   const Tensor grad = channels_last(grad_in), x = channels_last(x_in), mean = aligned(mean_in);
   const OptTensor live = contiguous_index(live_in), map = contiguous_index(map_in);
   const Tensor dx = at::empty_like(x, at::MemoryFormat::ChannelsLast);
@@ -97,9 +100,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward_cuda(
   C10_CUDA_CHECK(launch_bn_act_backward(
       BnActBackward{type_of(x), rows, x.size(1), gamma.size(0), index_data(live), grad.const_data_ptr(),
                     x.const_data_ptr(), gate.const_data_ptr(), gamma.const_data_ptr(), mean.const_data_ptr(),
-                    invstd.const_data_ptr(), index_data(map), residual_channels, training, relu, dx.data_ptr(),
-                    dgamma.data_ptr(), dbeta.data_ptr(), residual_channels >= 0 ? dresidual.data_ptr() : nullptr,
-                    coefficients.data_ptr(), partial.data_ptr()},
+                    invstd.const_data_ptr(), index_data(map), residual_channels, training, relu,
+                    pool ? x.size(3) : 0, dx.data_ptr(), dgamma.data_ptr(), dbeta.data_ptr(),
+                    residual_channels >= 0 ? dresidual.data_ptr() : nullptr, coefficients.data_ptr(),
+                    partial.data_ptr()},
       c10::cuda::getCurrentCUDAStream()));
   return {dx.contiguous(format), dgamma, dbeta, residual_channels >= 0 ? dresidual.contiguous(format) : dresidual};
 }

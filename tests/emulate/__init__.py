@@ -39,7 +39,7 @@ def sources(change=lambda text: text):
     files |= {f"include/{name}": '#include "emulate.h"\n' for name in HEADERS}
     files |= {f"include/{name}": '#include "ops.h"\n' for name in TORCH_HEADERS}
     files["gst_math.h"] = (CSRC / "gst_math.h").read_text()
-    files["checks.h"] = (CSRC / "checks.h").read_text().replace("x.is_cuda()", "true").replace("x.is_cpu()", "false")
+    files["checks.h"] = (CSRC / "checks.h").read_text().replace("x.is_cuda()", "true")
     kernels = [as_cpp(change((CSRC / "cuda/bn_act.cu").read_text())), as_cpp((CSRC / "cuda/ebn_score.cu").read_text())]
     files["cuda/kernels.cpp"] = "\n".join([*kernels, '#include "kernels.h"\n'])
     schemas = re.findall(rf'  m\.def\("(?:{"|".join(OPERATORS)})\(.*?\);', (CSRC / "ops.cpp").read_text(), flags=re.S)

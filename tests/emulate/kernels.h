@@ -83,7 +83,7 @@ EMULATED const char* emulated_bn_act(gst::BnAct p) {
     for (void** v : {&p.running_mean, &p.running_var}) buffers.take(*v, A * p.c_out);
     buffers.take(p.act, 4 * p.c_out);
     buffers.take(p.measure, 1);
-    buffers.take(p.out, T * p.rows * p.c, true);
+    buffers.take(p.out, T * p.rows / (p.pool_width ? 4 : 1) * p.c, true);
     buffers.take(p.gate, gst::bn_gate_bytes(p.type, p.rows, p.c), true);
     for (void** v : {&p.mean, &p.invstd}) buffers.take(*v, A * p.c, true);
     buffers.take(p.coefficients, A * 2 * p.c, true);
@@ -99,7 +99,8 @@ EMULATED const char* emulated_bn_act_backward(gst::BnActBackward p) {
     emulate::Buffers buffers;
     const size_t T = emulate::map_bytes(p.type), A = emulate::parameter_bytes(p.type);
     buffers.take(p.live, 8 * p.c);
-    for (const void** v : {&p.grad, &p.x}) buffers.take(*v, T * p.rows * p.c);
+    buffers.take(p.grad, T * p.rows / (p.pool_width ? 4 : 1) * p.c);
+    buffers.take(p.x, T * p.rows * p.c);
     buffers.take(p.gate, gst::bn_gate_bytes(p.type, p.rows, p.c));
     buffers.take(p.gamma, A * p.c_out);
     for (const void** v : {&p.mean, &p.invstd}) buffers.take(*v, A * p.c);
