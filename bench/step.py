@@ -320,7 +320,7 @@ def ratio(rows, model, point, variant, to):
 def measure_point(model, point, cli, job, device, results):
     """Adds all rounds of one network at one point to results."""
     job = job | {"model": model, "point": point}
-    flops = useful_flops(build(options_of(job), point, "cpu"), cli.batch_size)
+    flops = useful_flops(build(options_of(job), point, torch.device("cpu")), cli.batch_size)
     answers, failed, peaks = {variant: [] for variant in cli.variants}, {}, []
     with contextlib.ExitStack() as stack:  # which ends the processes by closing their stdin
         workers = {v: stack.enter_context(start_worker(job | {"variant": v})) for v in cli.variants}
@@ -359,7 +359,7 @@ def measure_bn(cli, job, results):
     """
     shapes = set()
     for name in cli.models:
-        layers = convolutions(build(options_of(job | {"model": name}), "unpruned", "cpu"))
+        layers = convolutions(build(options_of(job | {"model": name}), "unpruned", torch.device("cpu")))
         shapes |= {(conv.out_channels, size, with_) for conv, *_, size, with_ in layers if with_ is not None}
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(start_worker(job | {"model": cli.models[0], "variant": v})) for v in BN_WORKERS]

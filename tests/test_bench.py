@@ -54,6 +54,21 @@ def test_an_epoch_is_timed_for_every_variant_and_shared_out_among_its_runs(tmp_p
         40 * 325 * estimate["epoch_seconds_at_once"] / 3600 - 1e-3)
 
 
+def test_steps_and_bn_act_are_timed_for_every_variant(tmp_path):
+    out = tmp_path / "step.json"
+    done = bench("step.py", "--device", "cpu", "--models", "vgg11", "--width", "0.05", "--batch-size", "16", "--rounds",
+                 "1", "--steps", "1", "--batches", "1", "--points", "end", "--variants", "eager masked", "ext",
+                 "--out", out)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(out.read_text())
+    for rows in (results["steps"], results["evaluation"]):
+        assert [row["variant"] for row in rows] == ["eager masked", "ext"]
+        assert all(len(row["rounds"]) == 1 and row["rounds"][0] > 0 for row in rows)
+    shapes = [(row["channels"], row["size"]) for row in results["bn_act"]]
+    assert shapes == [(3, 32), (6, 16), (13, 8), (26, 4), (26, 2)]
+    assert not any("failed" in row for row in results["bn_act"])
+
+
 def test_epochs_are_a_gpus_unless_a_cpu_is_asked_for(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
