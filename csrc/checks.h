@@ -69,8 +69,10 @@ inline at::ScalarType bn_type(const at::Tensor& x) {
 }
 
 inline void check_pool(const char* op, const at::Tensor& x, bool residual, bool pool) {
-  TORCH_CHECK(!pool || (!residual && x.size(2) % 2 == 0 && x.size(3) % 2 == 0 && x.numel() < int64_t{1} << 34), op,
-              ": pool is of maps of even size with less than 2^34 values, without a residual, not of x ", x.sizes());
+  TORCH_CHECK(!pool || (!residual && x.size(2) % 2 == 0 && x.size(3) % 2 == 0), op,
+              ": pool is of maps of even size, without a residual, not of x ", x.sizes());
+  TORCH_CHECK(!pool || !x.is_cuda() || x.numel() < int64_t{1} << 34, op,  // windows are numbered in 32 bits
+              ": on a GPU pool is of maps of less than 2^34 values, not of x ", x.sizes());
 }
 
 inline void check_bn_act(const at::Tensor& x, const at::Tensor& gamma, const at::Tensor& beta,

@@ -135,9 +135,9 @@ TORCH_LIBRARY(gst, m) {
   m.def("winograd_conv2d(Tensor x, Tensor filters, int c, Tensor? bias, Tensor? residual, bool relu) -> Tensor");
   m.def("winograd_weight_gradient(Tensor grad, Tensor x, Tensor weight, Tensor? live_out, Tensor? live_in) -> Tensor");
   // out (n, c, h, w), mean and invstd (c,), c the live filters, and a gate: a bit for each value, set where ReLU (and
-  // pool, a max-pool of 2x2) let it through, in an order of the kernels' own. running_mean, running_var and act (c_out,)
-  // in place. bias (c_out,), in training: what the convolution has left out of x, which changes nothing but the running
-  // mean.
+  // pool, a max-pool of 2x2) let it through, in an order of the kernels' own. running_mean, running_var and act
+  // (c_out,) in place. bias (c_out,), in training: what the convolution has left out of x, which changes nothing but
+  // the running mean.
   m.def("bn_act(Tensor x, Tensor gamma, Tensor beta, Tensor(a!) running_mean, Tensor(b!) running_var, Tensor? live, "
         "Tensor? residual, Tensor? residual_map, Tensor(c!)? act, Tensor? measure, bool training, bool relu, "
         "bool pool, float momentum, float eps, float act_keep, Tensor? bias=None) -> "

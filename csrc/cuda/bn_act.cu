@@ -1,5 +1,6 @@
-// Batch norm + shortcut + mean |a| + ReLU (+ a 2x2 max-pool) on the GPU. Sums are taken in two stages, chunks of rows and then the chunks
-// in order, without atomics, so they repeat exactly. No torch headers here: they would take nvcc a minute.
+// Batch norm + shortcut + mean |a| + ReLU (+ a 2x2 max-pool) on the GPU. Sums are taken in two stages, chunks of rows
+// and then the chunks in order, without atomics, so they repeat exactly. No torch headers here: they would take nvcc a
+// minute.
 #include "bn_act.h"
 
 #include <cuda_bf16.h>
