@@ -629,8 +629,7 @@ def rates_figure(name, models, args):
                               bars=True, label=f"Prune$_{target}$")
         rate_axis(axis, rates)
         axis.set_ylabel(LABELS[key])
-    for axis in axes[:2]:
-        drawing.legend_below(axis, 3)
+    drawing.legend_outside(canvas, axes[:2])
     stable = [np.mean([float(run["mean_stability"]) for run in runs])
               for _, groups in rates.values() for runs in groups.values()]
     top, reach = max(stable), max(stable) - np.median(stable)

@@ -109,6 +109,12 @@ def test_the_tables_of_the_gpu_page_are_the_packed_runs_and_the_result_files(cap
         assert [float(x) for x in cell] == pytest.approx([np.median(times), min(times), max(times)], abs=0.00501)
 
 
+def test_the_rows_of_the_study_are_its_page_s():
+    rows, page = re.search(r"\| question \|.*?\n\n", README, re.S)[0], (ROOT / "docs/study.md").read_text()
+    numbers = re.findall(r"[+-]\d+\.\d+ \([+-]\d+\.\d+ to [+-]\d+\.\d+\)", rows)
+    assert len(numbers) == rows.count(" to ") >= 10 and not [number for number in numbers if number not in page]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_a_page_names_exists(page):
     text = page.read_text()
