@@ -107,6 +107,9 @@ def test_the_tables_of_the_gpu_page_are_the_packed_runs_and_the_result_files(cap
     seconds = [np.divide(row["rounds"], row["runs"]) for pair in zip(rows[:5], rows[5:]) for row in pair]
     for cell, times in zip(shown, seconds, strict=True):
         assert [float(x) for x in cell] == pytest.approx([np.median(times), min(times), max(times)], abs=0.00501)
+    pool = json.loads((results / "nvidia-h200-pool.json").read_text())
+    for times in (np.ravel(pool[side]["rounds"]) for side in ("after", "before")):
+        assert f"{np.median(times):.3f} s ({min(times):.3f}–{max(times):.3f})" in page
 
 
 def test_the_rows_of_the_study_are_its_page_s():
