@@ -1,46 +1,36 @@
 #!/usr/bin/env python3
 """Train a network, prune it while it trains, and measure how stable its accuracy is under pruning.
 
-The paper: "The Generalization-Stability Tradeoff in Neural Network Pruning" (NeurIPS 2020). Section numbers in this
-file are those of its appendix. Every default is the paper's setting for the model (Figure 2; Figure 4 for SGD).
+The paper is "The Generalization-Stability Tradeoff in Neural Network Pruning" (NeurIPS 2020,
+arXiv 1906.03728). Section numbers in this file are those of its appendix. Every default is the
+paper's setting for the model (Figure 2; Figure 4 for SGD).
 
-    python train.py --model vgg11 --target L --r 40                     # Prune_L 13%, CIFAR-10, 325 epochs
-    python train.py --model resnet18 --target S --r 4 --seed 7          # Prune_S 1%
-    python train.py --model vgg11 --target none --scale-epochs 0.08     # the baseline, in 26 epochs
+    python train.py --model vgg11 --target L --r 40                  # Prune_L, r = 40, CIFAR-10
+    python train.py --model resnet18 --target S --r 4 --seed 7
+    python train.py --model vgg11 --target none --scale-epochs 0.08  # the baseline, in 26 epochs
     python train.py --model vgg11 --target L --noise zero --noise-batches 50
-    python train.py --model resnet20 --target S --r 60                  # SGD, l1 scores, every layer
-    python train.py --model vgg11 --target S --seeds 1-10               # ten runs in one process
-    python train.py --dataset digits --width 0.25 --epochs 20 --lrs 12 18 --target S --s 0 --e 9 --p 0.5 --r 3
+    python train.py --model resnet20 --target S --r 60               # SGD, l1 scores, every layer
+    python train.py --model vgg11 --target S --seeds 1-10            # one run after the other
 
-A run leaves logs/<dataset>/<model>/<method>/seed<k>/ with config.json, epochs.jsonl, checkpoint.pt and, at its end,
-done.json. The same command again continues a half-done run and leaves a finished one alone.
-
-The experiment in ten lines; `experiment` below is these, with noise, learning rates, validation and CUDA graphs:
-
-    args = parse_options(["--preset", "quick", "--target", "L", "--device", "cpu"])
-    device, arrays = runs.choose_device(args), load_data(args.dataset)
-    data, run = put_on_device(arrays, device, args), new_run(args, len(arrays["classes"]), device)
-    for epoch in range(run.times["epochs"]):
-        totals, run.step = train_epoch(run.model, data, run.optimizer, args, run.generators, run.step)
-        before = evaluate(run.model, data, "test", args)
-        due = filters_due(run.model, args, run.plan, epoch, run.noise)
-        gone = prune_now(run.model, run.optimizer, args, run.plan, due, run.noise, run.generators["target"])
-        after = evaluate(run.model, data, "test", args)
-        print(epoch, measured(f"epoch {epoch}", data, totals, before, after, event=bool(gone)))
+A run leaves logs/<dataset>/<model>/<method>/seed<k>/ with config.json, epochs.jsonl,
+checkpoint.pt and, at its end, done.json (docs/files.md). The same command again continues a
+stopped run and leaves a finished one alone. The training loop is `train`, at the end.
 """
 import argparse
-import io
+import contextlib
+import ctypes
+import functools
+import inspect
 import math
 import os
 import pathlib
-import platform
 import shlex
 import signal
 import sys
 import threading
 import time
-import types
 import warnings
+import zlib
 from fractions import Fraction
 
 import numpy as np
@@ -48,56 +38,72 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gst_ext import files, ops, runs
-from gst_ext.files import UserError, require, short
-from gst_ext.graphs import fed, hold_for, new_graphs, numbers, replayed
+from gst_ext import datasets, ops, rundir
+from gst_ext.blocks import (ACT_EMA_DECAY, BN_EPS, BN_MOMENTUM, Block, PaddedShortcut,
+                            average_and_classify, compact_shortcut, copy_into, graph_key,
+                            map_shortcut, set_backend)
+from gst_ext.errors import (OneLineParser, UserError, check, first_line, format_value, print_line,
+                            repeated, report_error, seed_list, warn_once)
+from gst_ext.graphs import Graphs, side_stream, to_list
 
-# +--------------------------------------------------------------------------------------------------------------------+
-# | Configuration: the paper's settings, the command line, the run's name                                              |
-# +--------------------------------------------------------------------------------------------------------------------+
+# cuBLAS reads this when CUDA starts; --deterministic needs it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+# +----------------------------------------------------------------------------------------------+
+# | Options: the paper's settings, the command line, the run's name                              |
+# +----------------------------------------------------------------------------------------------+
 
 PRUNABLE_BLOCKS = {"vgg11": 8, "vgg19": 16, "resnet18": 16, "resnet20": 18, "resnet56": 54}
-SCORES = {  # name: the score of each filter of a block, (c_out,); of its weights (A.4), its map, its batch norm (B.2)
+SCORES = {  # name: the function block → the score of each of its filters, (c_out,) (A.4, B.2)
     "l1": lambda block: block.conv.weight.detach().flatten(1).abs().sum(1),
     "l2": lambda block: block.conv.weight.detach().flatten(1).square().sum(1).sqrt(),
     "act": lambda block: block.act.clone(),
     "ebn": lambda block: ops.ebn_score(block.bn.weight.double(), block.bn.bias.double()),
-    "ebn-signed": lambda block: ops.ebn_score(block.bn.weight.double(), block.bn.bias.double(), signed=True),
+    "ebn-signed": lambda block: ops.ebn_score(block.bn.weight.double(), block.bn.bias.double(),
+                                              signed=True),
 }
-MOMENTUM, BN_MOMENTUM, BN_EPS = 0.9, 0.1, 1e-5
-ACT_KEEP, ACT_EVERY = 0.9, 10  # act score: 0.9 * old + 0.1 * new on every tenth training batch (A.4, footnote 4)
-CROP_PADDING = 4
+PAPER_SCORES = tuple(SCORES)
+MOMENTUM, CROP_PADDING = 0.9, 4
+ACT_EVERY = 10  # training batches between updates of the act score (A.4, footnote 4)
+THREADS = torch.get_num_threads()
+ROUND_TO = {"cpu": 1, "cuda": 32}  # GPUs are faster on numbers of filters that are multiples of 32
+CHECKPOINT_SECONDS = {"cpu": 0, "cuda": 30}  # on a GPU, writing one may take longer than an epoch
 
 OPTIMIZERS = {
     "adam": dict(lr=0.001, weight_decay=0.0, epochs=325, lrs=[150, 300], augment=False),  # A.3, B.1
-    "sgd": dict(lr=0.1, weight_decay=1e-4, epochs=165, lrs=[83, 125], augment=True),  # Figures 4 and C.3
+    "sgd": dict(lr=0.1, weight_decay=1e-4, epochs=165, lrs=[83, 125], augment=True),  # Figures 4, C.3
 }
 ADAM_PRUNING = {  # B.1
-    "vgg": dict(s=[3, 4, 5, 6], e=[150, 150, 150, 275], p=[0.3, 0.3, 0.3, 0.9], r=40, score="l2", save_epoch=315),
-    "resnet": dict(s=[7, 8, 9, 10], e=[150, 150, 170, 275], p=[0.25, 0.4, 0.25, 0.95], r=40, score="act", save_epoch=0),
+    "vgg": dict(s=[3, 4, 5, 6], e=[150, 150, 150, 275], p=[0.3, 0.3, 0.3, 0.9], r=40, score="l2",
+                save_epoch=315),
+    "resnet": dict(s=[7, 8, 9, 10], e=[150, 150, 170, 275], p=[0.25, 0.4, 0.25, 0.95], r=40,
+                   score="act", save_epoch=0),
 }
-DEFAULTS = dict(dataset="cifar10", width=1.0, scale_epochs=1.0, batch_size=128, test_batch_size=128, val_split=0,
-                train_images=0, test_images=0, label_noise=0.0, precision="fp32",
-                deterministic=False)  # of what else decides a result, for every model
-PRESETS = {  # --preset: by optimizer, what takes the place of the settings above
-    "quick": {"adam": dict(dataset="digits", width=0.25, val_split=300, batch_size=12, lr=0.002, epochs=350, lrs=[350],
-                           scale_epochs=0.0375),
-              "sgd": dict(dataset="digits", width=0.25, val_split=300, batch_size=12, scale_epochs=0.08)},
-    "small": dict.fromkeys(OPTIMIZERS, dict(train_images=2560, test_images=3000, width=0.25, batch_size=64,
-                                              scale_epochs=0.1)),
+DEFAULTS = dict(  # of the other options that shape a result, for every model
+    dataset="cifar10", width=1.0, scale_epochs=1.0, batch_size=128, test_batch_size=128,
+    val_split=0, train_images=0, test_images=0, label_noise=0.0, precision="fp32",
+    deterministic=False)
+SMALL = dict(train_images=2560, test_images=3000, width=0.25, batch_size=64, scale_epochs=0.1)
+DIGITS = dict(dataset="digits", width=0.25, val_split=300, batch_size=12)
+PRESETS = {  # --preset: what replaces the settings above, by optimizer
+    "quick": {"adam": dict(DIGITS, lr=0.002, epochs=350, lrs=[350], scale_epochs=0.0375),
+              "sgd": dict(DIGITS, scale_epochs=0.08)},
+    "small": {"adam": SMALL, "sgd": SMALL},
 }
-NOT_THE_RESULT = ("log_dir", "data_dir", "device", "backend", "cuda_graphs", "save_epoch", "tensorboard", "seeds",
-                  "runs", "at_once", "plan", "retry_failed", "status", "preset")  # not what a run computes
-CIFAR = ("cifar10", "cifar100")
-BUILT_IN = (*CIFAR, "digits")
-LISTS = ("runs", "plan", "status", "at-once", "retry-failed")  # the options of lists of runs
-DATA_OPTIONS = types.SimpleNamespace(augment=False, **{name: DEFAULTS[name] for name in (
-    "val_split", "train_images", "test_images", "label_noise")})  # what put_on_device reads: the whole set as it is
-MULTIPLE = {"cpu": 1, "cuda": 32}  # a layer's live filters are computed as so many, rounded up: shapes a device likes
+RUNTIME_OPTIONS = (  # they do not decide what a run computes
+    "log_dir", "data_dir", "device", "backend", "cuda_graphs", "save_epoch", "tensorboard", "seeds",
+    "runs", "plan", "retry_failed", "status", "preset")
+LIST_OPTIONS = ("runs", "plan", "status", "retry-failed")
+DATA_OPTIONS = ("val_split", "train_images", "test_images", "label_noise", "augment")
 
 
-def paper_settings(model, optimizer=None):
-    """The paper's options for `model` (str) under `optimizer` ("adam", "sgd" or None: the paper's own for it)."""
+def paper_options(model, optimizer=None):
+    """Returns the paper's options for a model as a dict.
+
+    Args:
+        model: A key of PRUNABLE_BLOCKS.
+        optimizer: "adam", "sgd" or None for the paper's optimizer for the model.
+    """
     optimizer = optimizer or ("sgd" if model in ("resnet20", "resnet56") else "adam")
     n = PRUNABLE_BLOCKS[model]
     pruning = dict(s=[40] * n, e=[100] * n, p=[0.1] * n, r=30, score="l1", save_epoch=0)
@@ -106,304 +112,409 @@ def paper_settings(model, optimizer=None):
     return dict(optimizer=optimizer, **OPTIMIZERS[optimizer], **pruning)
 
 
-def usual_settings(model, optimizer=None, preset=None):
-    """What a run of `model` (str) uses where no option is given: the paper's settings, or a preset's in their place."""
-    settings = paper_settings(model, optimizer) | DEFAULTS
-    return settings | (PRESETS[preset][settings["optimizer"]] if preset else {})
+def default_options(model, optimizer=None, preset=None):
+    """Returns the options a run uses where none is given: the paper's, or a preset's."""
+    options = paper_options(model, optimizer) | DEFAULTS
+    return options | (PRESETS[preset][options["optimizer"]] if preset else {})
 
 
 def make_parser():
-    table = ["the paper's settings, used for whatever is not given:"]
+    lines = ["the paper's settings, used for every option that is not given:"]
     for model, optimizer in [("vgg11", "adam"), ("resnet18", "adam"), ("resnet20", "sgd")]:
-        options = paper_settings(model, optimizer)
-        table.append(f"  {model}: " + " ".join(f"{name}={short(value)}" for name, value in options.items()))
-    table.append("  vgg19 is as vgg11, resnet56 as resnet20; --optimizer brings the other settings of its kind along.")
-    parser = files.OneLineParser(prog="train.py", description=__doc__, epilog="\n".join(table), allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+        values = paper_options(model, optimizer).items()
+        lines.append(f"  {model}: " + " ".join(f"{k}={format_value(v)}" for k, v in values))
+    lines.append("  vgg19 is like vgg11, resnet56 like resnet20; --optimizer changes the others of "
+                 "its line.")
+    parser = OneLineParser(prog="train.py", description=__doc__, epilog="\n".join(lines),
+                           allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = argparse.BooleanOptionalAction
     add = parser.add_argument_group("network and data").add_argument
     add("--model", choices=PRUNABLE_BLOCKS, default="vgg11", help="(default: vgg11)")
-    add("--preset", choices=PRESETS, help="a named set of options: quick is a few epochs of digits, small is CIFAR-10 "
-        "with few images; an option given beside it counts (default: none, the paper's settings)")
+    add("--preset", choices=PRESETS, help="a named set of options: quick is a few epochs of digits, "
+        "small is CIFAR-10 with few images; options beside it override it (default: none)")
     add("--width", type=float, help="multiplies every channel count (default: 1)")
-    add("--dataset", help="cifar10, cifar100, digits, a .npz file, or a folder with train/ and test/ class folders of "
-        "images (default: cifar10)")
-    add("--data-dir", default="data", help="where <dataset>.npz lies or is put (default: data)")
-    add("--val-split", type=int, metavar="N", help="hold N training images out to validate (default: 0)")
-    add("--train-images", type=int, metavar="N", help="train on N of the training images, after those held out; 0: all "
+    add("--dataset", help="cifar10, cifar100, digits, a .npz file, or a folder with train/ and "
+        "test/ class folders of images (default: cifar10)")
+    add("--data-dir", default="data", help="where <dataset>.npz is or will be (default: data)")
+    add("--val-split", type=int, metavar="N", help="validation images taken from the training set "
         "(default: 0)")
-    add("--test-images", type=int, metavar="N", help="test on N of the test images; 0: all (default: 0)")
-    add("--label-noise", type=float, metavar="F", help="give a fraction F of the training images a random class, the "
-        "same ones for every seed and method (default: 0)")
+    add("--train-images", type=int, metavar="N", help="use N of the training images, 0 for all "
+        "(default: 0)")
+    add("--test-images", type=int, metavar="N", help="use N of the test images, 0 for all "
+        "(default: 0)")
+    add("--label-noise", type=float, metavar="F", help="give a fraction F of the training images a "
+        "random class, the same for every seed and method (default: 0)")
     add("--augment", action=flag, help="random crop and flip (default: the paper's)")
 
-    add = parser.add_argument_group("pruning (defaults: the paper's for the model, listed below)").add_argument
-    add("--target", choices=("none", "S", "L", "R"),
-        help="prune the filters with the Smallest or the Largest score, or Random ones (default: none)")
-    add("--r", type=int, help="retrain period: epochs between pruning iterations")
-    for name, kind, what in (("s", int, "first epochs"), ("e", int, "last epochs"), ("p", float, "pruned fractions")):
-        add(f"--{name}", type=files.repeated(kind), nargs="+", metavar=name,
-            help=f"{what} of pruning, one value (VxN: N times V) for each of the last n prunable layers")
+    add = parser.add_argument_group("pruning (defaults: the paper's, listed below)").add_argument
+    add("--target", choices=("none", "S", "L", "R"), help="prune the filters with the Smallest or "
+        "the Largest scores, or Random ones (default: none)")
+    add("--r", type=int, help="retrain period: epochs between pruning events")
+    for name, kind, what in (("s", int, "first epochs"), ("e", int, "last epochs"),
+                             ("p", float, "fractions of filters")):
+        add(f"--{name}", type=repeated(kind), nargs="+", metavar=name, help=f"{what} of pruning, "
+            "one value (VxN: N times V) for each of the last n prunable layers")
     add("--score", choices=SCORES, help="what makes a filter small or large")
-    add("--scratch", action=flag, default=False, help="prune everything once, before training (default: no)")
-    add("--prune-bn", choices=("drop", "keep"), default="drop",
-        help="drop a pruned filter's batch norm and shortcut too, or keep them (default: drop)")
+    add("--scratch", action=flag, default=False, help="prune everything once, at initialization "
+        "(default: no)")
+    add("--prune-bn", choices=("drop", "keep"), default="drop", help="prune a filter's batch norm "
+        "and shortcut, too, or keep them (default: drop)")
 
-    add = parser.add_argument_group("noise in place of pruning (appendix D)").add_argument
-    add("--noise", choices=("none", "zero", "gauss"), default="none",
-        help="noise the targeted filters instead of removing them (default: none)")
-    add("--noise-batches", type=int, metavar="K", help="end an event's noise after K noised training batches; 1 is a "
-        "single application, on the first test batch (default: 1)")
-    add("--noise-filters", choices=("newest", "all"), help="only the event's filters, or all so far (default: newest)")
-    add("--noise-restore", action=flag, help="zero batch norm too, and put all back afterwards, D.2 (default: no)")
+    add = parser.add_argument_group("noise instead of pruning (appendix D)").add_argument
+    add("--noise", choices=("none", "zero", "gauss"), default="none", help="add noise to the "
+        "targeted filters instead of removing them (default: none)")
+    add("--noise-batches", type=int, metavar="K", help="an event's noise ends after K training "
+        "batches; 1 is a single application, at the first test batch (default: 1)")
+    add("--noise-filters", choices=("newest", "all"), help="the filters of the event only, or of "
+        "all events so far (default: newest)")
+    add("--noise-restore", action=flag, help="zero batch norm, too, and restore all values "
+        "afterwards, D.2 (default: no)")
 
-    add = parser.add_argument_group("optimisation and schedule").add_argument
+    add = parser.add_argument_group("optimization and schedule").add_argument
     add("--optimizer", choices=OPTIMIZERS, help="(default: the paper's for the model)")
     add("--lr", type=float, help="initial learning rate")
     add("--weight-decay", type=float)
     add("--batch-size", type=int, help="(default: 128)")
-    add("--test-batch-size", type=int, help="each adds its noise in a noise run (default: 128)")
+    add("--test-batch-size", type=int, help="each test batch adds its noise in a noise run "
+        "(default: 128)")
     add("--epochs", type=int)
-    add("--lrs", type=files.repeated(int), nargs="*", metavar="epoch", help="epochs that divide the rate by ten")
-    add("--scale-epochs", type=float, metavar="F",
-        help="multiply epochs, lrs, s, e, r and noise batches by F, each rounded, r at least 1 (default: 1)")
+    add("--lrs", type=repeated(int), nargs="*", metavar="epoch", help="epochs at which the learning "
+        "rate is divided by ten")
+    add("--scale-epochs", type=float, metavar="F", help="multiply epochs, lrs, s, e, r and noise "
+        "batches by F, rounded, r at least 1 (default: 1)")
     add("--seed", type=int, default=1, help="(default: 1)")
 
     add = parser.add_argument_group("machine and files").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
-    add("--backend", choices=("auto", "ext", "eager"), default="auto", help="who computes the blocks: the extension, "
-        "live filters only, or plain PyTorch, masked; auto is ext where it is built (default: auto)")
+    add("--backend", choices=("auto", "ext", "eager"), default="auto", help="ext: the extension, "
+        "which computes live filters only; eager: plain PyTorch, masked (default: ext if built)")
     add("--precision", choices=("fp32", "tf32", "bf16"), help="(default: fp32)")
-    add("--deterministic", action=flag,
-        help="CUDA: only deterministic kernels; CPU runs repeat exactly anyway (default: no)")
-    add("--cuda-graphs", action=flag, default=True, help="CUDA: capture a step once, then replay it (default: yes)")
+    add("--deterministic", action=flag, help="on CUDA, use deterministic kernels only; a CPU run "
+        "repeats exactly with the same number of threads, torch and processor (default: no)")
+    add("--cuda-graphs", action=flag, default=True, help="capture steps as CUDA graphs "
+        "(default: yes)")
     add("--log-dir", default="logs", help="(default: logs)")
-    add("--save-epoch", type=int, metavar="N", help="also keep the weights after the N-th epoch, as epoch<N>.pt; 0: no")
-    add("--tensorboard", action=flag, default=False, help="also write <run>/tensorboard, if installed (default: no)")
+    add("--save-epoch", type=int, metavar="N", help="keep the weights after the N-th epoch, too, "
+        "as epoch<N>.pt; 0: no")
+    add("--tensorboard", action=flag, default=False, help="write <run>/tensorboard, too, if it is "
+        "installed (default: no)")
 
-    add = parser.add_argument_group("many runs, each with the files and results it would have alone").add_argument
-    add("--seeds", type=files.seed_list, metavar="1-10", help="a run for each seed, 1-10 or 1,4,7, in place of --seed")
+    add = parser.add_argument_group("several runs, one after the other").add_argument
+    add("--seeds", type=seed_list, metavar="1-10", help="a run for each seed, 1-10 or 1,4,7")
     add("--runs", metavar="FILE", help="train the runs listed in FILE, a line of options each")
-    add("--at-once", type=int, metavar="N", help="runs that take turns in this process; on a GPU they compute side by "
-        "side (default: what a GPU's memory holds, at most 16; 1 on a CPU)")
-    add("--plan", metavar="FILE", help="train nothing: say how many of the runs listed in FILE are left, fetch their "
-        "data, and print their lines")
-    add("--retry-failed", action=flag, default=False, help="count failed runs as left in --plan (default: no)")
-    add("--status", metavar="FILE", nargs="+", help="train nothing: say what became of the runs listed in each FILE")
+    add("--plan", metavar="FILE", help="train nothing: report how many of the runs in FILE are "
+        "left, download their data, and print their lines")
+    add("--retry-failed", action=flag, default=False, help="count failed runs as left in --plan "
+        "(default: no)")
+    add("--status", metavar="FILE", nargs="+", help="train nothing: report the status of the runs "
+        "listed in each FILE")
     return parser
 
 
 def parse_options(argv):
-    """Parses, fills in the paper's settings, checks; raises UserError. Options that a run does not use become None."""
-    args = make_parser().parse_args(argv)
+    """Parses and checks options and fills in the defaults; what a run does not use becomes None.
+
+    Args:
+        argv: A list of str, without the program's name.
+
+    Returns:
+        An argparse.Namespace.
+
+    Raises:
+        UserError: An option is wrong, or would have no effect.
+    """
+    options = make_parser().parse_args(argv)
     for name in ("s", "e", "p", "lrs"):
-        if getattr(args, name) is not None:
-            setattr(args, name, [value for values in getattr(args, name) for value in values])
-    given = {name for name, value in vars(args).items() if value is not None}
-    for name, value in usual_settings(args.model, args.optimizer, args.preset).items():
+        if getattr(options, name) is not None:
+            setattr(options, name, [value for part in getattr(options, name) for value in part])
+    given = {name for name, value in vars(options).items() if value is not None}
+    defaults = default_options(options.model, options.optimizer, options.preset)
+    for name, value in defaults.items():
         if name not in given:
-            setattr(args, name, value)
+            setattr(options, name, value)
+    check_ranges(options)
+    check_combinations(options, given, argv)
+    options.target = options.target or "none"
+    if options.noise != "none":
+        options.noise_batches = options.noise_batches or 1
+        options.noise_filters = options.noise_filters or "newest"
+        options.noise_restore = bool(options.noise_restore)
+    check_schedule(options, given)
 
-    if {"runs", "plan", "status"} & given:
-        more = [x for x in argv if x.startswith("--") and x.split("=")[0][2:] not in LISTS]
-        require(not more, f"{' '.join(more)} beside a list would count for none of its runs: write it into their lines")
+    if options.target == "none" or options.scratch:
+        options.r = options.s = options.e = None
+    if options.target == "none":
+        options.p = None
+    if options.target in ("none", "R"):
+        options.score = None
+    if options.save_epoch > options.epochs:
+        options.save_epoch = 0
+    return options
+
+
+def check_ranges(options):
+    """Checks each value by itself."""
     from_0 = ("seed", "val_split", "train_images", "test_images", "save_epoch")
-    for name in ("epochs", "batch_size", "test_batch_size", "r", "noise_batches", "at_once", *from_0):
-        value, least = getattr(args, name), 0 if name in from_0 else 1
-        require(value is None or least <= value < 2**32,
-                f"--{name.replace('_', '-')} {value}: give {least} or more, below 2^32")
+    from_1 = ("epochs", "batch_size", "test_batch_size", "r", "noise_batches")
+    for name in from_0 + from_1:
+        value, least = getattr(options, name), int(name in from_1)
+        check(value is None or least <= value < 2**32,
+              f"--{name.replace('_', '-')} {value}: give {least} or more, below 2^32")
     for name in ("width", "scale_epochs", "lr", "weight_decay"):
-        value = getattr(args, name)
-        require(0 < value < 1e6 or value == 0 and name == "weight_decay",
-                f"--{name.replace('_', '-')} {short(value)}: give a number above 0 and below a million")
-    require(0 <= args.label_noise <= 1, f"--label-noise {short(args.label_noise)}: give a fraction from 0 to 1")
-    require(all(epoch >= 0 for epoch in args.lrs), f"--lrs {short(args.lrs)}: epochs count from 0")
+        value = getattr(options, name)
+        check(0 < value < 1e6 or value == 0 and name == "weight_decay",
+              f"--{name.replace('_', '-')} {format_value(value)}: give a number above 0 and below "
+              "a million")
+    check(0 <= options.label_noise <= 1, f"--label-noise {format_value(options.label_noise)}: give "
+          "a fraction from 0 to 1")
+    check(min(options.lrs, default=0) >= 0,
+          f"--lrs {format_value(options.lrs)}: epochs count from 0")
+    check(all(0 <= p < 1 for p in options.p), f"--p {format_value(options.p)}: give fractions from "
+          "0 to below 1, since a layer without filters cuts the network in two")
 
-    args.target = args.target or "none"
-    pruning, noise = args.target != "none", args.noise != "none"
-    require(pruning or not (args.scratch or noise), "--scratch and --noise need filters: give --target S, L or R too")
-    require(not (noise and args.scratch), "--noise and --scratch exclude each other: choose one")
-    require(args.prune_bn == "drop" or pruning and not noise, "--prune-bn keep needs a --target, and no --noise")
+
+def check_combinations(options, given, argv):
+    """Refuses options that exclude each other, or would have no effect beside the others."""
+    if {"runs", "plan", "status"} & given:
+        others = [arg for arg in argv if arg.startswith("--")
+                  and arg.split("=")[0][2:] not in LIST_OPTIONS]
+        check(not others, f"{' '.join(others)} cannot be combined with a list of runs: put it on "
+              "the lines of the list")
+    check(options.seeds is None or not any(arg.split("=")[0] == "--seed" for arg in argv),
+          "--seed and --seeds exclude each other: choose one")
+    pruning, noise = options.target in ("S", "L", "R"), options.noise != "none"
+    check(pruning or not (options.scratch or noise),
+          "--scratch and --noise need filters: give --target S, L or R too")
+    check(not (noise and options.scratch), "--noise and --scratch exclude each other: choose one")
+    check(options.prune_bn == "drop" or pruning and not noise,
+          "--prune-bn keep needs a --target, and no --noise")
     for name in {"noise_batches", "noise_filters", "noise_restore"} & given:
-        require(noise, f"--{name.replace('_', '-')} does nothing without --noise: add --noise zero or gauss")
-    for name in {"s", "e", "p", "r", "score"} & given:  # beside an explicit none they are those of a list's other runs
-        require("target" in given, f"--{name} does nothing without --target: add --target S, L or R")
-    require(not args.noise_restore or args.noise == "zero", "--noise-restore is for --noise zero")
-    if noise:
-        args.noise_batches, args.noise_filters = args.noise_batches or 1, args.noise_filters or "newest"
-        args.noise_restore = bool(args.noise_restore)
-
-    counts = ", ".join(f"{len(getattr(args, k))} (--{k}{'' if k in given else ', the default'})" for k in "sep")
-    require(len(args.s) == len(args.e) == len(args.p) or args.scratch,
-            f"--s, --e and --p need one value for each pruned layer: there are {counts}")
-    n = PRUNABLE_BLOCKS[args.model]
-    require(len(args.p) <= n, f"--p has {len(args.p)} values, but {args.model} has {n} layers to prune: give fewer")
-    require(all(0 <= p < 1 for p in args.p), f"--p {short(args.p)}: give fractions from 0 to below 1, since a layer "
-            "without filters cuts the network in two")
-    for s, e in zip(args.s, args.e):
-        require(0 <= s <= e, f"pruning starts at epoch {s} and ends at {e}: each s must be 0 or more and at most its e")
-    if not pruning or args.scratch:
-        args.r = args.s = args.e = None
-    else:
-        require(max(args.e) < args.epochs, f"pruning ends at epoch {max(args.e)}, but epochs count from 0 to "
-                                           f"{args.epochs - 1}: lower --e or raise --epochs")
-    if not pruning:
-        args.p = args.score = None
-    require("save_epoch" not in given or args.save_epoch <= args.epochs,
-            f"--save-epoch {args.save_epoch} is past the last of {args.epochs} epochs")
-    if args.save_epoch > args.epochs:
-        args.save_epoch = 0
-    return args
+        check(noise, f"--{name.replace('_', '-')} does nothing without --noise: add --noise zero "
+              "or gauss")
+    check(not options.noise_restore or options.noise == "zero",
+          "--noise-restore is for --noise zero")
+    for name in {"s", "e", "p", "r", "score"} & given:  # --target none may stand in a list of runs
+        check("target" in given, f"--{name} does nothing without --target: add --target S, L or R")
 
 
-def schedule(args):
-    """The run's epochs, lrs, s, e, r, save_epoch and noise_batches after --scale-epochs, a dict; None: not used."""
+def check_schedule(options, given):
+    """Checks the pruning schedule against the network and the epochs."""
+    lengths = ", ".join(f"{len(getattr(options, k))} (--{k}{'' if k in given else ', the default'})"
+                        for k in "sep")
+    check(len(options.s) == len(options.e) == len(options.p) or options.scratch,
+          f"--s, --e and --p need one value for each pruned layer: there are {lengths}")
+    n = PRUNABLE_BLOCKS[options.model]
+    check(len(options.p) <= n, f"--p has {len(options.p)} values, but {options.model} has {n} "
+          "layers to prune: give fewer")
+    for s, e in zip(options.s, options.e):
+        check(0 <= s <= e, f"pruning starts at epoch {s} and ends at {e}: each s must be 0 or more "
+              "and at most its e")
+    if options.target != "none" and not options.scratch:
+        check(max(options.e) < options.epochs, f"pruning ends at epoch {max(options.e)}, but epochs "
+              f"count from 0 to {options.epochs - 1}: lower --e or raise --epochs")
+    check("save_epoch" not in given or options.save_epoch <= options.epochs,
+          f"--save-epoch {options.save_epoch} is past the last of {options.epochs} epochs")
+
+
+def scaled_schedule(options):
+    """Applies --scale-epochs.
+
+    Returns:
+        A dict of epochs, lrs, s, e, r, save_epoch and noise_batches; None for what is not used.
+    """
     def scaled(x):
-        return math.floor(Fraction(str(args.scale_epochs)) * x + Fraction(1, 2))
+        return math.floor(Fraction(str(options.scale_epochs)) * x + Fraction(1, 2))
 
-    times = {name: getattr(args, name) and [scaled(x) for x in getattr(args, name)] for name in ("lrs", "s", "e")}
-    times["epochs"] = max(1, scaled(args.epochs))
-    times["save_epoch"] = args.save_epoch and max(1, scaled(args.save_epoch))
-    times["r"] = args.r and max(1, scaled(args.r))
-    k = args.noise_batches  # 1 is another thing, a single pass
+    times = {name: getattr(options, name) and [scaled(x) for x in getattr(options, name)]
+             for name in ("lrs", "s", "e")}
+    times["epochs"] = max(1, scaled(options.epochs))
+    times["save_epoch"] = options.save_epoch and max(1, scaled(options.save_epoch))
+    times["r"] = options.r and max(1, scaled(options.r))
+    k = options.noise_batches  # a single application (1) stays one
     times["noise_batches"] = k if k in (None, 1) else max(2, scaled(k))
-    if times["e"]:  # rounding up must not carry the last pruning iteration past the end
+    if times["e"]:  # rounding up must not move the last pruning event past the end
         times["e"] = [min(e, times["epochs"] - 1) for e in times["e"]]
         times["s"] = [min(s, e) for s, e in zip(times["s"], times["e"])]
     return times
 
 
-def run_name(args):
-    """(method, setting): what is done to the filters, and all else: the preset and what differs from that (without
-    one, from the paper's settings), "" if nothing."""
-    usual = usual_settings(args.model, args.optimizer, args.preset)
-    usual["optimizer"] = paper_settings(args.model)["optimizer"]
+def lr_schedule_warnings(options, times):
+    """Returns warnings, a list of str, about milestones of the learning rate without effect.
+
+    Args:
+        options: From parse_options. A milestone equal to the number of epochs is a way to say
+            "never" and is accepted where it was given.
+        times: From scaled_schedule.
+    """
+    def spaced(epochs):
+        return " ".join(map(str, epochs))
+
+    warnings_, n = [], options.epochs
+    is_default = options.lrs == paper_options(options.model, options.optimizer)["lrs"]
+    late = [x for x in options.lrs if x > n - is_default]
+    if late:
+        warnings_.append(f"the learning rate never falls at --lrs {spaced(late)}, since epochs count "
+                         f"from 0 to {n - 1}: give --lrs that fit --epochs, or --lrs alone for none")
+    used = [x for x in options.lrs if x < n]
+    scaled = [x for x in times["lrs"] if x < times["epochs"]]
+    if len(set(scaled)) < len(set(used)) or 0 in scaled and 0 not in used:
+        warnings_.append(
+            f"--scale-epochs {format_value(options.scale_epochs)} rounds --lrs {spaced(used)} of {n} "
+            f"epochs to {spaced(times['lrs'])} of {times['epochs']}, which loses a fall of the "
+            "learning rate: give --epochs and --lrs")
+    return warnings_
+
+
+def run_name(options):
+    """Names a run by what differs from the paper's settings or, with a preset, from the preset's.
+
+    Returns:
+        (method, setting), str: what is done to the filters, and everything else ("" if nothing).
+    """
+    default = default_options(options.model, options.optimizer, options.preset)
+    default["optimizer"] = paper_options(options.model)["optimizer"]
 
     def differing(**labels):
-        return [label + short(getattr(args, name)) for name, label in labels.items()
-                if getattr(args, name) not in (None, usual[name])]
+        return [label + format_value(getattr(options, name)) for name, label in labels.items()
+                if getattr(options, name) not in (None, default[name])]
 
-    if args.noise != "none":
-        method = [args.noise, str(args.noise_batches)] + [args.target] * (args.target != "L") + differing(r="r")
-        method += [args.noise_filters] * (args.noise_filters != "newest") + ["restore"] * args.noise_restore
-        method += differing(test_batch_size="tb")
-    elif args.scratch:
-        method = ["scratch", args.target]
+    if options.noise != "none":
+        method = [options.noise, str(options.noise_batches)]
+        method += [options.target] * (options.target != "L") + differing(r="r")
+        method += [options.noise_filters] * (options.noise_filters != "newest")
+        method += ["restore"] * options.noise_restore + differing(test_batch_size="tb")
+    elif options.scratch:
+        method = ["scratch", options.target]
     else:
-        method = [args.target] + [f"r{args.r}"] * (args.target != "none")
-    method += differing(score="") + ["bnkeep"] * (args.prune_bn == "keep") + differing(s="s", e="e", p="p")
-    setting = differing(optimizer="") + [args.preset] * bool(args.preset)
+        method = [options.target] + [f"r{options.r}"] * (options.target != "none")
+    method += differing(score="") + ["bnkeep"] * (options.prune_bn == "keep")
+    method += differing(s="s", e="e", p="p")
+    setting = differing(optimizer="") + [options.preset] * bool(options.preset)
     setting += differing(width="w", scale_epochs="x", epochs="epochs", lrs="lrs", lr="lr",
-                         weight_decay="wd", batch_size="batch", val_split="val", train_images="n", test_images="t",
-                         label_noise="noise", precision="")
-    setting += ["augment" if args.augment else "noaugment"] * (args.augment != usual["augment"])
-    return "-".join(method), "-".join(setting + ["deterministic"] * args.deterministic)
+                         weight_decay="wd", batch_size="batch", val_split="val", train_images="n",
+                         test_images="t", label_noise="noise", precision="")
+    setting += (["augment" if options.augment else "noaugment"]
+                * (options.augment != default["augment"]))
+    return "-".join(method), "-".join(setting + ["deterministic"] * options.deterministic)
 
 
-def dataset_name(name):
-    """The data set's part of a path: the whole name of a file or folder, or a built-in name, which is nobody else's."""
-    if name in BUILT_IN:
-        return name
-    whole = os.path.basename(os.path.abspath(name))  # of "..", too
-    return f"own-{whole}" if whole.lower() in ("", *BUILT_IN) else whole
+def dataset_label(dataset):
+    """Names a data set in paths: by the last part of its path, distinct from the built-in names."""
+    if dataset in datasets.BUILT_IN:
+        return dataset
+    name = os.path.basename(os.path.abspath(dataset))
+    return f"own-{name}" if name.lower() in ("", *datasets.BUILT_IN) else name
 
 
-def run_directory(args):
-    return pathlib.Path(args.log_dir, dataset_name(args.dataset), args.model, "-".join(filter(None, run_name(args))),
-                        f"seed{args.seed}")
+def run_path(options):
+    """Returns the run's directory: <log_dir>/<dataset>/<model>/<method>[-<setting>]/seed<k>."""
+    name = "-".join(filter(None, run_name(options)))
+    if len(name.encode()) > 200:  # file systems allow 255 bytes; config.json holds every option
+        name = f"{name[:180]}-{zlib.crc32(name.encode()):08x}"
+    return pathlib.Path(options.log_dir, dataset_label(options.dataset), options.model, name,
+                        f"seed{options.seed}")
 
 
-# +--------------------------------------------------------------------------------------------------------------------+
-# | Data: every source gives the same dict of arrays; the whole set lives on the device as uint8                       |
-# +--------------------------------------------------------------------------------------------------------------------+
-
-def data_path(name, data_dir):
-    """The file or folder of a data set; digits have none."""
-    return pathlib.Path(data_dir, f"{name}.npz") if name in CIFAR else pathlib.Path(name)
+def experiment_options(options):
+    """Returns the options that decide what a run computes, as a dict."""
+    return {k: v for k, v in vars(options).items() if k not in RUNTIME_OPTIONS}
 
 
-def load_data(name, data_dir="data"):
-    """Loads a data set by name or path, checked.
+# +----------------------------------------------------------------------------------------------+
+# | Data: the whole data set is on the device as uint8                                           |
+# +----------------------------------------------------------------------------------------------+
 
-    name: "cifar10", "cifar100" (read from data_dir/<name>.npz; downloaded by torchvision and cached there the first
-    time), "digits" (scikit-learn's), the path of a .npz of the same form, or of a folder with train/ and test/, each
-    with one folder of images per class (resized to 32x32). Returns a dict: train_x, test_x (n, height, width, 3)
-    uint8; train_y, test_y (n,) int64, 0 … k-1; classes (k,) str. Raises UserError if that cannot be had.
+def disjoint_subsets(n, *counts):
+    """Draws disjoint subsets of n images, the same for every seed and method.
+
+    Returns:
+        An ascending index array for each of the counts.
     """
-    path = data_path(name, data_dir)
-    if name in CIFAR:
-        if not path.exists():
-            with files.lock_directory(path.parent, wait=True):
-                if not path.exists():
-                    buffer = io.BytesIO()
-                    np.savez(buffer, **files.download_cifar(name, data_dir))
-                    files.write_atomically(path, buffer.getbuffer())
-    elif name != "digits":
-        require(path.is_dir() or path.suffix == ".npz" and path.exists(),
-                f"--dataset {name}: no such thing; give cifar10, cifar100, digits, a .npz file, or a folder with "
-                "train/ and test/ class folders of images")
-    read = files.read_image_folder if path.is_dir() else files.read_npz
-    return files.checked_arrays(path, files.load_digits() if name == "digits" else read(path))
-
-
-def subset(n, *counts):
-    """Disjoint ascending indices into n images, so many as each of counts says: the same for every seed and method."""
     order, bounds = np.random.RandomState(0).permutation(n), np.cumsum([0, *counts])
     return [np.sort(order[start:end]) for start, end in zip(bounds, bounds[1:])]
 
 
-def put_on_device(data, device, args=DATA_OPTIONS):
-    """The arrays as tensors on `device`: {"train": (x uint8 NHWC, y), "test": …, "val": … if asked, "mean", "std"}
-    and, for --augment, "padded", the training images in a border for crop_and_flip.
+def prepare_data(arrays, device, *, val_split=0, train_images=0, test_images=0, label_noise=0.0,
+                 augment=False):
+    """Splits a data set and moves it to the device.
 
-    args: a namespace with DATA_OPTIONS' fields; mean and std (3,): the training images' per-channel ones, in units of a
-    uint8 pixel, exact. The options draw the same images and labels for every seed, so that runs differ in what they
-    learn and not in what teaches and judges it.
+    The subsets and the label noise do not depend on the seed: all runs share their images.
+
+    Args:
+        arrays: From datasets.load_dataset.
+        device: A torch.device.
+        val_split, train_images, test_images, label_noise, augment: The options of these names.
+
+    Returns:
+        A dict: "train", "test" and, with a validation set, "val": (images (n, h, w, 3) uint8,
+        labels (n,) int64); "mean" and "std" (3,): the training images' channel statistics in
+        units of a uint8 pixel; with augment "padded", the training images with a border.
+
+    Raises:
+        UserError: There are too few images.
     """
-    train_x, train_y, test_x, test_y = (data[k] for k in ("train_x", "train_y", "test_x", "test_y"))
-    val_split, train_images, test_images = args.val_split, args.train_images, args.test_images
-    left = len(train_x) - val_split
-    require(left > 0, f"--val-split {val_split} leaves none of {len(train_x)} images: give fewer")
-    for name, wanted, there in (("train", train_images, left), ("test", test_images, len(test_x))):
-        require(wanted <= there, f"--{name}-images {wanted}, but there are {there}: give fewer")
+    train_x, train_y, test_x, test_y = (arrays[k] for k in
+                                        ("train_x", "train_y", "test_x", "test_y"))
+    available = len(train_x) - val_split
+    check(available > 0, f"--val-split {val_split} leaves none of {len(train_x)} images: give fewer")
+    for name, wanted, there in (("train", train_images, available),
+                                ("test", test_images, len(test_x))):
+        check(wanted <= there, f"--{name}-images {wanted}, but there are {there}: give fewer")
     splits = {"test": (test_x, test_y)}
+    if "val_x" in arrays and not val_split:
+        splits["val"] = arrays["val_x"], arrays["val_y"]
     if test_images:
-        kept, = subset(len(test_x), test_images)
-        splits["test"] = (test_x[kept], test_y[kept])
+        index, = disjoint_subsets(len(test_x), test_images)
+        splits["test"] = (test_x[index], test_y[index])
     if val_split or train_images:
-        held_out, kept = subset(len(train_x), val_split, train_images or left)
+        val_index, index = disjoint_subsets(len(train_x), val_split, train_images or available)
         if val_split:
-            splits["val"] = (train_x[held_out], train_y[held_out])
-        train_x, train_y = train_x[kept], train_y[kept]
-    if args.label_noise:
+            splits["val"] = (train_x[val_index], train_y[val_index])
+        train_x, train_y = train_x[index], train_y[index]
+    if label_noise:
         random, train_y = np.random.RandomState(1), train_y.copy()
-        noised = random.permutation(len(train_y))[:math.floor(args.label_noise * len(train_y) + 0.5)]
-        train_y[noised] = random.randint(len(data["classes"]), size=len(noised))
+        noisy = random.permutation(len(train_y))[:math.floor(label_noise * len(train_y) + 0.5)]
+        train_y[noisy] = random.randint(len(arrays["classes"]), size=len(noisy))
     splits["train"] = (train_x, train_y)
-    counts = np.stack([np.bincount(train_x[..., c].ravel(), minlength=256) for c in range(3)]) / train_x[..., 0].size
-    mean = counts @ np.arange(256)
-    variance = counts @ np.arange(256) ** 2 - mean**2
-    require(variance.min() > 1e-9, "the training images are constant in one channel: nothing can be learnt from it")
-    tensors = {k: tuple(torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in v) for k, v in splits.items()}
-    if args.augment:
-        tensors["padded"] = F.pad(tensors["train"][0], (0, 0, *[CROP_PADDING] * 4))
-    return tensors | {k: torch.tensor(v, dtype=torch.float32, device=device)
-                      for k, v in (("mean", mean), ("std", np.sqrt(variance)))}
+    # Histograms give the mean and the variance exactly, whatever the number of images.
+    histograms = np.stack([np.bincount(train_x[..., c].ravel(), minlength=256) for c in range(3)])
+    frequencies = histograms / train_x[..., 0].size
+    mean = frequencies @ np.arange(256)
+    variance = frequencies @ np.arange(256) ** 2 - mean**2
+    check(variance.min() > 1e-9,
+          "the training images are constant in one channel: nothing can be learnt from it")
+    data = {name: tuple(torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in split)
+            for name, split in splits.items()}
+    if augment:
+        data["padded"] = F.pad(data["train"][0], (0, 0, *[CROP_PADDING] * 4))
+    return data | {name: torch.tensor(value, dtype=torch.float32, device=device)
+                   for name, value in (("mean", mean), ("std", np.sqrt(variance)))}
 
 
-def normalise(x, data):
-    """uint8 (n, h, w, 3) → float32 (n, 3, h, w) in channels-last memory, by the training set's mean and deviation."""
-    return ((x.float() - data["mean"]) / data["std"]).permute(0, 3, 1, 2)
+def normalise(images, data):
+    """Normalises uint8 images (n, h, w, 3) by the training set's mean and standard deviation.
+
+    Returns:
+        float32 (n, 3, h, w) in channels-last memory.
+    """
+    return ((images.float() - data["mean"]) / data["std"]).permute(0, 3, 1, 2)
 
 
 def draw_crops(n, generator):
-    """Crop offsets (2, n) in 0 … 8 and flips (n,) for one epoch, drawn on the CPU so that any device trains alike."""
+    """Draws crop offsets (2, n) in 0 … 8 and flips (n,) for one epoch, on the CPU."""
     offsets = torch.randint(0, 2 * CROP_PADDING + 1, (2, n), generator=generator)
     return offsets, torch.randint(0, 2, (n,), generator=generator).bool()
 
 
 def crop_and_flip(padded, index, offsets, flips):
-    """Images `index` of `padded` (n, h+8, w+8, 3), cropped to (h, w) at `offsets` and mirrored where `flips`."""
+    """Crops images `index` of `padded` (n, h+8, w+8, 3) to (h, w) and mirrors them where `flips`.
+
+    Args:
+        padded: The images with a border of CROP_PADDING pixels.
+        index: (b,) int64.
+        offsets: (2, b), the upper left corner of each crop.
+        flips: (b,) bool.
+    """
     height, width = (size - 2 * CROP_PADDING for size in padded.shape[1:3])
     rows = offsets[0][:, None] + torch.arange(height, device=padded.device)
     columns = torch.arange(width, device=padded.device).expand(len(index), width)
@@ -411,136 +522,54 @@ def crop_and_flip(padded, index, offsets, flips):
     return padded[index[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-# +--------------------------------------------------------------------------------------------------------------------+
-# | Networks: every one is made of blocks, and a block knows which of its filters are live                             |
-# +--------------------------------------------------------------------------------------------------------------------+
-
-class Block(nn.Module):
-    """conv → batch norm → (+ shortcut) → ReLU, with a mask of its filters.
-
-    mask (c_out,) bool, True = live; bn_mask the same for the batch norm's scale and shift and the shortcut, which
-    differs from mask only under --prune-bn keep; act (c_out,) the running mean |a| before ReLU.
-
-    The backend "eager" multiplies by the masks. "ext" computes compact maps: live_in and live_out (int64 indices, None
-    for all) are the channels it gets and gives, all that are live and as many pruned ones, which stay zero, as make a
-    shape the device likes; shortcut_map says where each lies in the shortcut (-1: nowhere). use_backend sets them,
-    which whoever changes masks has to call again. pool ends the block with a 2x2 max-pool.
-    """
-
-    def __init__(self, c_in, c_out, kernel=3, stride=1, bias=False):
-        super().__init__()
-        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=bias)
-        self.bn = nn.BatchNorm2d(c_out, BN_EPS, BN_MOMENTUM)
-        self.register_buffer("mask", torch.ones(c_out, dtype=torch.bool))
-        self.register_buffer("bn_mask", torch.ones(c_out, dtype=torch.bool))
-        self.register_buffer("act", torch.zeros(c_out))
-        self.pool = False
-        self.measure = False  # whether this forward pass updates act
-        self.backend, self.keeps_bn, self.live_in, self.live_out, self.shortcut_map = "eager", False, None, None, None
-
-    def forward(self, x, shortcut=None):
-        """x (n, c_in, h, w), shortcut (n, c_out, h', w') or None → (n, c_out, h', w'); a pruned map is exactly 0.
-
-        Masking the parameters, not only the map, is what keeps the gradient of a pruned filter exactly 0.
-        """
-        conv, bn = self.conv, self.bn
-        if self.backend == "ext":
-            weight = conv.weight * self.mask.view(-1, 1, 1, 1) if self.keeps_bn else conv.weight
-            return ops.masked_conv_bn_act(
-                x, weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, self.live_out, self.live_in,
-                conv.stride[0], conv.padding[0], shortcut, self.shortcut_map, self.act if self.measure else None,
-                training=self.training, momentum=bn.momentum, eps=bn.eps, act_keep=ACT_KEEP, pool=self.pool)
-        weight = conv.weight * self.mask.view(-1, 1, 1, 1)
-        a = F.conv2d(x, weight, conv.bias, conv.stride, conv.padding)
-        a = F.batch_norm(a, bn.running_mean, bn.running_var, bn.weight * self.bn_mask, bn.bias * self.bn_mask,
-                         self.training, bn.momentum, bn.eps)
-        if shortcut is not None:
-            a = a + shortcut * self.bn_mask.view(-1, 1, 1)
-        if self.measure:
-            self.act.mul_(ACT_KEEP).add_(a.detach().abs().mean((0, 2, 3), dtype=torch.float32), alpha=1 - ACT_KEEP)
-        a = F.relu(a, inplace=True)
-        return F.max_pool2d(a, 2) if self.pool else a
-
-    def connect(self, live_in, multiple):
-        """Takes the channels of its input and returns those of its output (indices, None for all)."""
-        self.keeps_bn = not torch.equal(self.mask, self.bn_mask)
-        n = min(len(self.mask), -(-int(self.bn_mask.sum()) // multiple) * multiple)
-        chosen = torch.argsort(~self.bn_mask, stable=True)[:n].sort().values if n < len(self.mask) else None
-        self.live_in, self.live_out = live_in, in_place_of(self.live_out, chosen)
-        return self.live_out
-
-    def computed(self):
-        """How many filters it computes: under "ext" the live ones, and those that fill up the shape."""
-        return len(self.mask) if self.backend == "eager" or self.live_out is None else len(self.live_out)
+@functools.lru_cache(maxsize=1)  # consecutive runs share a data set
+def load_arrays(dataset, data_dir):
+    """Returns a data set's arrays and what config.json says of them."""
+    arrays = datasets.load_dataset(dataset, data_dir)
+    return arrays, datasets.dataset_info(arrays)
 
 
-def in_place_of(old, new):
-    """new, but in old's memory where it fits in there: a captured graph goes on reading its indices from that."""
-    return new if old is None or new is None or old.shape != new.shape else old.copy_(new)
+@functools.lru_cache(maxsize=1)
+def load_prepared(dataset, data_dir, device, **split_options):
+    """Returns prepare_data of a data set."""
+    return prepare_data(load_arrays(dataset, data_dir)[0], device, **split_options)
 
 
-def use_backend(model, backend):
-    """Makes every block of `model` compute by "ext" or "eager", by its masks as they are now; returns the model.
-
-    Under "ext" a pruned block computes its live filters, their number rounded up to a multiple of model.multiple.
-    """
-    for block in model.modules():
-        if isinstance(block, Block):
-            block.backend = backend
-    model.backend = backend
-    if backend == "ext":
-        model.connect()
-    return model
-
-
-def shapes_of(model):
-    """What a captured step holds fast of how `model` computes; where the channels lie it reads anew each time."""
-    return [(block.keeps_bn, block.computed(), block.shortcut_map is None) for block in model.prunable]
-
-
-def classify(model, x):
-    """The last layer, on the mean of each map of x (n, c, h, w), c all or the live channels."""
-    live = model.live if model.backend == "ext" else None
-    weight = model.linear.weight if live is None else model.linear.weight[:, live]
-    return F.linear(x.mean((2, 3)), weight, model.linear.bias)
-
-
-class PaddedShortcut(nn.Module):
-    """ResNet's option A: zero maps around the old ones; no parameters."""
-
-    def __init__(self, c_in, c_out):
-        super().__init__()
-        self.c_in, self.before = c_in, (c_out - c_in) // 2
-        self.after = c_out - c_in - self.before
-
-    def forward(self, x):
-        return F.pad(x, (0, 0, 0, 0, self.before, self.after))
-
+# +----------------------------------------------------------------------------------------------+
+# | Networks: made of blocks, each with a mask of its live filters                               |
+# +----------------------------------------------------------------------------------------------+
 
 class VGG(nn.Module):
-    def __init__(self, maps, num_classes):
+    """VGG with batch norm; `widths` lists the filters of each block, and "pool" for a max-pool."""
+
+    def __init__(self, widths, num_classes):
         super().__init__()
         layers, c_in = [], 3
-        for c_out in maps:  # 0 stands for a 2x2 max-pool, which is the end of the block before
-            layers.append(Block(c_in, c_out, bias=True) if c_out else nn.Identity())
-            layers[-1 if c_out else -2].pool = not c_out
-            c_in = c_out or c_in
+        for c_out in widths:
+            if c_out == "pool":
+                layers[-1].pool = True
+                layers.append(nn.Identity())  # keeps the layers' numbers those of the paper's VGG
+            else:
+                layers.append(Block(c_in, c_out, bias=True))
+                c_in = c_out
         self.features = nn.Sequential(*layers)
         self.linear = nn.Linear(c_in, num_classes)
         self.prunable = [layer for layer in layers if isinstance(layer, Block)]
         nn.init.normal_(self.linear.weight, 0, 0.01)
         nn.init.zeros_(self.linear.bias)
 
-    def connect(self):
+    def update_live_channels(self):
         self.live = None
         for block in self.prunable:
-            self.live = block.connect(self.live, self.multiple)
+            self.live = block.update_live_channels(self.live, self.round_to)
 
     def forward(self, x):
-        return classify(self, self.features(x))  # 32x32 images end as 1x1 maps, larger ones are averaged
+        return average_and_classify(self, self.features(x))  # of 32x32 images a map has one pixel
 
 
 class ResNet(nn.Module):
+    """ResNet of basic blocks; its shortcuts are projections (option B) or padded with zeros (A)."""
+
     def __init__(self, stem, stages, depth, projection, num_classes):
         super().__init__()
         self.stem = Block(3, stem)
@@ -548,7 +577,8 @@ class ResNet(nn.Module):
         for stage, c_out in enumerate(stages):
             for i in range(depth):
                 stride = 2 if stage and not i else 1
-                self.pairs.append(nn.ModuleList([Block(c_in, c_out, stride=stride), Block(c_out, c_out)]))
+                pair = [Block(c_in, c_out, stride=stride), Block(c_out, c_out)]
+                self.pairs.append(nn.ModuleList(pair))
                 if stride == 1 and c_in == c_out:
                     shortcut = nn.Identity()
                 elif projection:
@@ -561,96 +591,86 @@ class ResNet(nn.Module):
         self.linear = nn.Linear(c_in, num_classes)
         self.prunable = [block for pair in self.pairs for block in pair]
 
-    def connect(self):
-        self.live = self.stem.connect(None, 1)
+    def update_live_channels(self):
+        self.live = self.stem.update_live_channels(None, 1)
         for (first, second), shortcut in zip(self.pairs, self.shortcuts):
-            came = self.live
-            self.live = second.connect(first.connect(came, self.multiple), self.multiple)
-            second.shortcut_map = in_place_of(second.shortcut_map, shortcut_map(shortcut, came, second))
+            live_in = self.live
+            middle = first.update_live_channels(live_in, self.round_to)
+            self.live = second.update_live_channels(middle, self.round_to)
+            second.shortcut_map = copy_into(second.shortcut_map,
+                                            map_shortcut(shortcut, live_in, second))
 
     def forward(self, x):
         x = self.stem(x)
         for (first, second), shortcut in zip(self.pairs, self.shortcuts):
             stride = first.conv.stride[0]
-            # The shortcut reads every second pixel by itself: of fewer than eight channels, oneDNN's AVX2 code for a
-            # strided 1x1 convolution's gradient writes past its buffer.
-            seen = x[:, :, ::stride, ::stride]
-            x = second(first(x), live_shortcut(shortcut, seen, first) if self.backend == "ext" else shortcut(seen))
-        return classify(self, x)
+            # The shortcut reads every second pixel by itself: of fewer than eight channels,
+            # oneDNN's AVX2 code for a strided 1x1 convolution's gradient writes past its buffer.
+            strided = x[:, :, ::stride, ::stride]
+            compact = self.backend == "ext"
+            past = compact_shortcut(shortcut, strided, first) if compact else shortcut(strided)
+            x = second(first(x), past)
+        return average_and_classify(self, x)
 
 
-def shortcut_map(shortcut, came, block):
-    """Where each filter that `block` computes lies in what live_shortcut gives (-1: nowhere), an index; None: in order.
+def count_params_and_macs(model, image):
+    """Counts the parameters left and the multiply-adds of one image's forward pass.
 
-    came: the channels that come in, as Block.connect takes them. A pruned filter's shortcut is pruned too.
+    Counted are live filters and the slices that read live maps; only convolutions and the last
+    layer multiply. A projection shortcut counts in full.
+
+    Args:
+        image: An image's (height, width, ...).
     """
-    before, n = (shortcut.before, shortcut.c_in) if isinstance(shortcut, PaddedShortcut) else (0, len(block.mask))
-    if isinstance(shortcut, nn.Sequential):
-        came = None  # a projection gives all its maps
-    alive = block.bn_mask.tolist()
-    if n == len(alive) and came is block.live_out is None and all(alive):
-        return None
-    where = {channel + before: i for i, channel in enumerate(range(n) if came is None else came.tolist())}
-    filters = range(len(alive)) if block.live_out is None else block.live_out.tolist()
-    return torch.tensor([where.get(f, -1) if alive[f] else -1 for f in filters], dtype=torch.int64,
-                        device=block.mask.device)
+    num_params, macs, c_in, size = 0, 0, 3, image[:2]
 
+    def count(conv, size, c_in, filters, maps):
+        nonlocal num_params, macs
+        k, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
+        size = [(s + 2 * padding - k) // stride + 1 for s in size]
+        num_params += c_in * filters * k * k + filters * (conv.bias is not None) + 2 * maps
+        macs += c_in * filters * k * k * math.prod(size)
+        return size
 
-def live_shortcut(shortcut, x, block):
-    """The shortcut past `block` of compact maps x: a projection gives all its maps, the others the live ones of x."""
-    if not isinstance(shortcut, nn.Sequential):
-        return x
-    conv, bn = shortcut
-    if block.training:
-        bn.num_batches_tracked.add_(1)  # as the module itself would
-    return ops.masked_conv_bn_act(x, conv.weight, None, bn.weight, bn.bias, bn.running_mean, bn.running_var, None,
-                                      block.live_in, 1, 0, training=block.training, relu=False,
-                                      momentum=bn.momentum, eps=bn.eps)
-
-
-def cost(model, image):
-    """(parameters left, multiply-adds of one image's forward pass): what live filters hold and what reads live maps.
-
-    image: (height, width, …). Convolutions and the last layer are what multiplies.
-    """
-    parameters, macs, came, size = 0, 0, 3, image[:2]
-
-    def add(conv, filters, maps):
-        nonlocal parameters, macs
-        weights = came * filters * conv.kernel_size[0] ** 2
-        after = [(s + 2 * conv.padding[0] - conv.kernel_size[0]) // conv.stride[0] + 1 for s in size]
-        parameters += weights + filters * (conv.bias is not None) + 2 * maps
-        macs += weights * math.prod(after)
-        return after
-
-    past = dict(zip((first for first, _ in getattr(model, "pairs", ())), getattr(model, "shortcuts", ())))
+    shortcut_of = dict(zip((first for first, _ in getattr(model, "pairs", ())),
+                           getattr(model, "shortcuts", ())))
     for block in (module for module in model.modules() if isinstance(module, Block)):
         maps = int(block.bn_mask.sum())
-        size = [s // 2 if block.pool else s for s in add(block.conv, int(block.mask.sum()), maps)]
-        if isinstance(past.get(block), nn.Sequential):
-            add(past[block][0], len(block.mask), len(block.mask))  # a projection stays whole
-        came = maps
-    classes = len(model.linear.bias)
-    return parameters + classes * (came + 1), macs + classes * came
+        size = count(block.conv, size, c_in, int(block.mask.sum()), maps)
+        if isinstance(shortcut_of.get(block), nn.Sequential):
+            count(shortcut_of[block][0], size, c_in, len(block.mask), len(block.mask))
+        size = [s // 2 if block.pool else s for s in size]
+        c_in = maps
+    num_classes = len(model.linear.bias)
+    return num_params + num_classes * (c_in + 1), macs + num_classes * c_in
 
 
 def build_model(name, num_classes=10, width=1.0):
-    """A CIFAR network, initialised from torch's global generator, in channels-last memory.
+    """Builds a CIFAR network, initialised from torch's global generator, in channels-last memory.
 
-    name: vgg11, vgg19, resnet18, resnet20 or resnet56; width multiplies every channel count. Input (n, 3, h, w), h and
-    w at least 32; output (n, num_classes) logits. `.prunable` lists the blocks that may be pruned, in network order.
+    Args:
+        name: A key of PRUNABLE_BLOCKS.
+        width: Multiplies every channel count, rounded, at least 1.
+
+    Returns:
+        A module (n, 3, h, w) → (n, num_classes) logits, h and w at least 32; `.prunable` lists the
+        blocks that may be pruned, in network order.
     """
-    def channels(*counts):
-        return [max(1, math.floor(c * width + 0.5)) if c else 0 for c in counts]
+    def widths(*counts):
+        return [c if c == "pool" else max(1, math.floor(c * width + 0.5)) for c in counts]
 
     if name == "vgg11":
-        model = VGG(channels(64, 0, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512, 0), num_classes)
+        model = VGG(widths(64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512,
+                           "pool"), num_classes)
     elif name == "vgg19":
-        model = VGG(channels(64, 64, 0, 128, 128, 0, *[256] * 4, 0, *[512] * 4, 0, *[512] * 4, 0), num_classes)
+        model = VGG(widths(64, 64, "pool", 128, 128, "pool", *[256] * 4, "pool", *[512] * 4, "pool",
+                           *[512] * 4, "pool"), num_classes)
     elif name == "resnet18":
-        model = ResNet(*channels(64), channels(64, 128, 256, 512), 2, True, num_classes)
+        stages = widths(64, 128, 256, 512)
+        model = ResNet(stages[0], stages, 2, True, num_classes)
     elif name in ("resnet20", "resnet56"):
-        model = ResNet(*channels(16), channels(16, 32, 64), {"resnet20": 3, "resnet56": 9}[name], False, num_classes)
+        stages = widths(16, 32, 64)
+        model = ResNet(stages[0], stages, 3 if name == "resnet20" else 9, False, num_classes)
     else:
         raise UserError(f"no model {name}: choose from {', '.join(PRUNABLE_BLOCKS)}")
     for module in model.modules():
@@ -658,486 +678,848 @@ def build_model(name, num_classes=10, width=1.0):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    model.multiple = 1
-    return use_backend(model.to(memory_format=torch.channels_last), "eager")
+    model.round_to = 1
+    return set_backend(model.to(memory_format=torch.channels_last), "eager")
 
 
-# +--------------------------------------------------------------------------------------------------------------------+
-# | Pruning: when (A.4), which filters (B), and how they go                                                            |
-# +--------------------------------------------------------------------------------------------------------------------+
+# +----------------------------------------------------------------------------------------------+
+# | Pruning: when (A.4), which filters (B), and how they are removed                             |
+# +----------------------------------------------------------------------------------------------+
 
-def prune_epochs(s, e, r):
-    """The epochs (from 0) after whose training a layer is pruned: s, s+r, … up to e (A.4; docs/deviations.md)."""
+def pruning_epochs(s, e, r):
+    """Returns the epochs after whose training a layer is pruned: s, s+r, ... up to e (A.4).
+
+    The paper's printed number of iterations counts one past e whenever r divides e - s + 1
+    (docs/deviations.md).
+    """
     return range(s, e + 1, r)
 
 
-def kept_filters(n, p, n_iter):
-    """How many of n filters survive iterations 1 … n_iter when a fraction p goes in the end (A.4), exactly: a list.
+def num_filters_to_keep(n, p, n_iter):
+    """Returns how many of n filters remain after each of n_iter iterations, a list (A.4).
 
-    p is read as the decimal number it prints as, so that (1 - 0.3) * 10 is 7 and not the ceiling of 7.000000000000001.
+    Args:
+        p: The fraction of filters pruned in the end, read as the decimal number that it prints
+            as: (1 - 0.3) * 10 is 7, not the ceiling of 7.000000000000001.
     """
     m = math.ceil((1 - Fraction(str(p))) * n)
     return [math.ceil(m + Fraction((n - m) * (n_iter - j), n_iter)) for j in range(1, n_iter + 1)]
 
 
-def pruning_plan(model, args, times):
-    """One entry per pruned layer: its index in model.prunable, and the survivors by epoch, {epoch: filters kept}.
+def pruning_schedule(model, options, times):
+    """Returns {layer: {epoch: number of filters to keep}}, layer an index into model.prunable.
 
-    --scratch prunes at epoch -1, before the first; without a target the list is empty.
+    With --scratch the epoch is -1, before the first; without a target the schedule is empty.
     """
-    plan = []
-    for i, p in enumerate(args.p or ()):
-        layer = len(model.prunable) - len(args.p) + i
-        epochs = [-1] if args.scratch else prune_epochs(times["s"][i], times["e"][i], times["r"])
-        plan.append((layer, dict(zip(epochs, kept_filters(len(model.prunable[layer].mask), p, len(epochs))))))
-    return plan
+    schedule, ratios = {}, options.p or ()
+    for i, p in enumerate(ratios):
+        layer = len(model.prunable) - len(ratios) + i
+        epochs = [-1]
+        if not options.scratch:
+            epochs = pruning_epochs(times["s"][i], times["e"][i], times["r"])
+        n = len(model.prunable[layer].mask)
+        schedule[layer] = dict(zip(epochs, num_filters_to_keep(n, p, len(epochs))))
+    return schedule
 
 
-def filter_scores(block, method):
-    """The score of each filter of `block`, (c_out,), by the method of that name in SCORES."""
-    require(method in SCORES, f"no score {method}: choose from {', '.join(SCORES)}")
-    return SCORES[method](block)
+def filter_scores(block, score):
+    """Returns the score of each filter of `block`, (c_out,), by its name in SCORES.
+
+    Raises:
+        UserError: The score is unknown, or its function does not give one number a filter.
+    """
+    check(score in SCORES, f"no score {score}: choose from {', '.join(SCORES)}")
+    values, n = SCORES[score](block), len(block.mask)
+    shape = tuple(values.shape) if torch.is_tensor(values) else type(values).__name__
+    check(shape == (n,), f"the score {score} gives {shape} for a block of {n} filters: let it "
+          f"return a tensor of shape ({n},)")
+    return values
 
 
 def select_filters(scores, mask, k, target, generator=None):
-    """The k filters to prune among those live in mask (c,), as ascending indices (k,) on the CPU.
+    """Selects the k filters to prune among the live ones.
 
-    target: "S" smallest scores, "L" largest, "R" uniformly random (by `generator`); of equal scores the lower index
-    goes. Raises UserError if fewer than k are live or a score is not a number.
+    Args:
+        scores: (c,); not used for target R.
+        mask: (c,) bool, True for a live filter.
+        target: "S" smallest scores, "L" largest, "R" uniformly random (by `generator`). Of equal
+            scores the lower index is selected.
+
+    Returns:
+        Ascending indices (k,) on the CPU.
+
+    Raises:
+        UserError: Fewer than k filters are live, or a score is NaN.
     """
+    check(target in ("S", "L", "R"), f"no target {target}: choose S, L or R")
     live = mask.cpu().nonzero().flatten()
-    scores = scores.detach().cpu()[live]
-    require(target in ("S", "L", "R"), f"no target {target}: choose S, L or R")
-    require(k <= len(live), f"cannot prune {k} of {len(live)} live filters")
-    require(not scores.isnan().any(), "a filter's score is not a number, the run has diverged: lower --lr", 1)
+    check(k <= len(live), f"cannot prune {k} of {len(live)} live filters")
     if target == "R":
-        order = torch.randperm(len(live), generator=generator)
-    else:
-        order = torch.sort(scores, stable=True, descending=target == "L").indices
+        return live[torch.randperm(len(live), generator=generator)[:k]].sort().values
+    scores = scores.detach().cpu()[live]
+    check(not scores.isnan().any(), "a filter's score is NaN: lower --lr", 1)
+    order = torch.sort(scores, stable=True, descending=target == "L").indices
     return live[order[:k]].sort().values
 
 
-def count_tied(scores, mask, indices):
-    """How many live filters share the score between those that go (indices) and those that stay; 0 if none does.
+def count_ties(scores, mask, indices):
+    """Counts the live filters that share a score across the pruning threshold.
 
-    Where it is not 0, the order of the filters decided between them, and not their scores.
+    Args:
+        scores: (c,).
+        mask: (c,) bool, True for a live filter.
+        indices: Those selected.
+
+    Returns:
+        0 if the scores alone decided; else the order of the filters decided between so many.
     """
-    gone = torch.zeros_like(mask, device="cpu")
-    gone[indices] = True
-    stay = mask.cpu() & ~gone
-    shared = set(scores[gone].tolist()) & set(scores[stay].tolist())
-    return sum(s in shared for s in scores[gone | stay].tolist())
+    selected = torch.zeros_like(mask, device="cpu")
+    selected[indices] = True
+    remaining = mask.cpu() & ~selected
+    shared = set(scores[selected].tolist()) & set(scores[remaining].tolist())
+    return sum(s in shared for s in scores[selected | remaining].tolist())
 
 
 @torch.no_grad()
-def prune_block(block, indices, keep_bn=False, optimizer=None):
-    """Removes filters `indices` of `block` for good: weights, bias, batch norm's scale and shift and shortcut become 0.
+def prune_filters(block, indices, keep_bn=False, optimizer=None):
+    """Removes filters for good: their weights, bias, batch norm and shortcut become 0.
 
-    With keep_bn only the convolution's weights go (D.1's Prune_L). The optimiser's memory of what goes is cleared: what
-    is left of a filter's momentum would move the zeros again.
+    The optimizer's state of them is cleared: a momentum would move the zeros again.
+
+    Args:
+        indices: (k,) int64.
+        keep_bn: Remove the convolution's weights only (D.1's Prune_L).
     """
     indices = indices.to(block.mask.device)
     block.mask[indices] = False
+    params = [block.conv.weight]
     if not keep_bn:
         block.bn_mask[indices] = False
-    for param in [block.conv.weight] if keep_bn else [*block.conv.parameters(), *block.bn.parameters()]:
+        params = [*block.conv.parameters(), *block.bn.parameters()]
+    for param in params:
         param[indices] = 0
         for value in optimizer.state[param].values() if optimizer else ():
             if torch.is_tensor(value) and value.shape == param.shape:
                 value[indices] = 0
 
 
-def prune_scratch(run):
-    """--scratch: prunes before the first step; returns what was tied (prune_now)."""
-    due, tied = filters_due(run.model, run.args, run.plan, -1, run.noise), {}
-    prune_now(run.model, run.optimizer, run.args, run.plan, due, run.noise, run.generators["target"], tied)
-    runs.say_ties(run, tied)
-    return tied
+def num_filters_to_prune(model, schedule, epoch, noise=None):
+    """Returns {layer: number of filters to prune after this epoch}, without layers at their goal.
 
-
-def filters_due(model, args, plan, epoch, noise):
-    """{index in plan: number of filters to go after this epoch}; nothing to remove is nothing due (A.4)."""
-    due = {}
-    for i, (layer, kept) in enumerate(plan):
-        if epoch in kept:  # else the device would be asked, and waited for, in vain
-            live = int((~noise[i]["targeted"]).sum() if noise else model.prunable[layer].mask.sum())
-            due |= {i: live - kept[epoch]} if kept[epoch] < live else {}
-    return due
-
-
-def prune_now(model, optimizer, args, plan, due, noise, generator, tied=None):
-    """Removes (or starts to noise) the filters that are due; returns {layer: their indices}.
-
-    tied: a dict that takes {layer: how many filters equal scores left to their order} (count_tied). UserError if all
-    filters of a layer have one score, which then says nothing, but under --scratch: there the paper's rule takes the
-    scores of a fresh network.
+    Args:
+        schedule: From pruning_schedule.
+        noise: The run's FilterNoise; a noised filter counts as pruned.
     """
-    gone = {}
-    for i, k in due.items():
-        layer = plan[i][0]
+    numbers = {}
+    for layer, keep in schedule.items():
+        if epoch in keep:  # counting live filters synchronizes a GPU
+            live = noise.never_noised(layer) if noise else model.prunable[layer].mask
+            num = int(live.sum()) - keep[epoch]
+            if num > 0:
+                numbers[layer] = num
+    return numbers
+
+
+def pruning_event(model, optimizer, score, target, generator, noise, keep_bn, numbers,
+                  allow_ties=False):
+    """Removes filters, or starts their noise.
+
+    Args:
+        score, target: The options of these names.
+        generator: The random generator of target R.
+        noise: The run's FilterNoise, None to prune.
+        keep_bn: See prune_filters.
+        numbers: {layer: number of filters}, from num_filters_to_prune.
+        allow_ties: Whether all filters of a layer may have the same score.
+
+    Returns:
+        ({layer: list of the filters' indices}, {layer: number of ties, from count_ties}).
+
+    Raises:
+        UserError: All filters of a layer have the same score, which selects none of them.
+    """
+    pruned, ties = {}, {}
+    for layer, k in numbers.items():
         block = model.prunable[layer]
         if noise:
-            end_noise(block, noise[i], args)  # scores are taken of the network itself
-        live = ~noise[i]["targeted"] if noise else block.mask
-        scores = filter_scores(block, args.score).cpu()
-        indices = select_filters(scores, live, k, args.target, generator)
-        if args.target != "R" and (n := count_tied(scores, live, indices)):
-            require(n < int(live.sum()) or args.scratch, f"all {n} filters of layer {layer} have the same "
-                    f"{args.score} score, which says nothing of which should go: prune later (--s; act is measured on "
-                    "every tenth training batch), or choose another --score", 1)
-            if tied is not None:
-                tied[layer] = n
+            noise.stop(layer)  # scores are of the network itself
+        live = noise.never_noised(layer) if noise else block.mask
+        scores = None if target == "R" else filter_scores(block, score).cpu()
+        indices = select_filters(scores, live, k, target, generator)
+        if target != "R" and (num_tied := count_ties(scores, live, indices)):
+            check(num_tied < int(live.sum()) or allow_ties, f"all {num_tied} filters of layer "
+                  f"{layer} have the same {score} score, which selects none: prune later (--s; act "
+                  f"is updated on every {ACT_EVERY}th training batch), or choose another --score", 1)
+            ties[layer] = num_tied
         if noise:
-            start_noise(block, noise[i], indices, args)
+            noise.start(layer, indices)
         else:
-            prune_block(block, indices, args.prune_bn == "keep", optimizer)
-        gone[layer] = indices.tolist()
-    use_backend(model, model.backend)
-    return gone
+            prune_filters(block, indices, keep_bn, optimizer)
+        pruned[layer] = indices.tolist()
+    set_backend(model, model.backend)
+    return pruned, ties
 
 
-# +--------------------------------------------------------------------------------------------------------------------+
-# | Noise in place of pruning (D): the schedule picks filters as usual, but they stay and are noised for a while       |
-# +--------------------------------------------------------------------------------------------------------------------+
+# +----------------------------------------------------------------------------------------------+
+# | Noise instead of pruning (D): the schedule selects filters, but they stay and get noise      |
+# +----------------------------------------------------------------------------------------------+
 
-def new_noise(block):
-    """The noise state of a layer: filters ever targeted, those noised now, passes noised, and what to put back."""
-    return {"targeted": torch.zeros_like(block.mask, device="cpu"), "active": None, "calm": 0, "test": 0, "train": 0,
-            "backup": None}
+class FilterNoise:
+    """The noise of all layers of one run.
+
+    Args:
+        blocks: {layer: Block}, the layers of the pruning schedule.
+        kind: "zero" or "gauss".
+        batches: How many training batches an event's noise lasts; 1 is a single forward pass.
+        filters: "newest" or "all": the event's filters only, or all that were ever noised.
+        restore: Whether to zero batch norm, too, and to restore all values afterwards (D.2).
+        generator: The random generator of Gaussian noise.
+
+    Attributes:
+        state: For the checkpoint, one dict a layer: "noised", a mask of filters ever noised;
+            "active", the indices noised now, or None; "reference", a filter that never was; the
+            forward passes with noise since the event, "test" and "train"; "saved" values.
+    """
+
+    def __init__(self, blocks, kind, batches, filters, restore, generator):
+        self.blocks, self.kind, self.batches = blocks, kind, batches
+        self.filters, self.restore, self.generator = filters, restore, generator
+        self.state = [{"noised": torch.zeros_like(block.mask, device="cpu"), "active": None,
+                       "reference": 0, "test": 0, "train": 0, "saved": None}
+                      for block in blocks.values()]
+
+    def layer_state(self, layer):
+        return self.state[list(self.blocks).index(layer)]
+
+    def never_noised(self, layer):
+        return ~self.layer_state(layer)["noised"]
+
+    def tensors(self, block):
+        """Returns the tensors that noise changes, indexed by filter."""
+        bn = block.bn
+        extra = [bn.weight, bn.bias, bn.running_mean, bn.running_var] if self.restore else []
+        return [block.conv.weight, *extra]
+
+    @torch.no_grad()
+    def start(self, layer, indices):
+        """Starts an event's noise on filters `indices` of a layer."""
+        self.stop(layer)  # restores the values of an earlier event before they are saved again
+        block, state = self.blocks[layer], self.layer_state(layer)
+        state["noised"][indices] = True
+        active = indices if self.filters == "newest" else state["noised"].nonzero().flatten()
+        state.update(active=active.to(block.mask.device), test=0, train=0,
+                     reference=int((~state["noised"]).nonzero()[0]))
+        if self.restore:
+            state["saved"] = [t[state["active"]].clone() for t in self.tensors(block)]
+
+    @torch.no_grad()
+    def apply(self, training):
+        """Changes the active filters' weights in place; called before every forward pass."""
+        for block, state in zip(self.blocks.values(), self.state):
+            if state["active"] is None:
+                continue
+            state["train" if training else "test"] += 1
+            active, weight = state["active"], block.conv.weight
+            if self.kind == "gauss":
+                noise = torch.randn((len(active), *weight.shape[1:]), generator=self.generator,
+                                    device=weight.device)
+                weight[active] += weight[state["reference"]].std() * noise
+            else:
+                for tensor in self.tensors(block)[:3]:  # not the running statistics
+                    tensor.index_fill_(0, active, 0)
+
+    def after_batch(self):
+        """Ends the noise that has lasted long enough; called after every batch, of both kinds."""
+        for layer, state in zip(self.blocks, self.state):
+            if self.batches == 1 or state["train"] == self.batches:
+                self.stop(layer)
+
+    @torch.no_grad()
+    def stop(self, layer):
+        """Ends a layer's noise and restores what was saved."""
+        state = self.layer_state(layer)
+        if state["active"] is not None and self.restore:
+            for tensor, saved in zip(self.tensors(self.blocks[layer]), state["saved"]):
+                tensor[state["active"]] = saved
+        state.update(active=None, saved=None)
+
+    def load(self, state, device):
+        """Restores the state of a checkpoint."""
+        for own, saved in zip(self.state, state, strict=True):
+            own.update(saved)
+            if saved["active"] is not None:
+                own["active"] = saved["active"].to(device)
+                own["saved"] = saved["saved"] and [t.to(device) for t in saved["saved"]]
 
 
-def noised_tensors(block, args):
-    """What the noise touches in a block, each indexed by filter: weights; to restore, batch norm as well (D.2)."""
-    bn = block.bn
-    return [block.conv.weight] + ([bn.weight, bn.bias, bn.running_mean, bn.running_var] if args.noise_restore else [])
+# +----------------------------------------------------------------------------------------------+
+# | What a run records: its config, a line an epoch, a summary                                   |
+# +----------------------------------------------------------------------------------------------+
+
+def score_fingerprint(score):
+    """Returns a checksum of an own score's source; None for the paper's or without a source.
+
+    It does not see what the function calls or reads.
+    """
+    if score in (None, *PAPER_SCORES):
+        return None
+    with contextlib.suppress(OSError, TypeError):
+        return zlib.crc32(inspect.getsource(SCORES[score]).encode())
 
 
-@torch.no_grad()
-def start_noise(block, state, indices, args):
-    end_noise(block, state, args)  # what an earlier event still holds is put back before its successor copies it
-    state["targeted"][indices] = True
-    active = indices if args.noise_filters == "newest" else state["targeted"].nonzero().flatten()
-    state.update(active=active.to(block.mask.device), test=0, train=0,
-                 calm=int((~state["targeted"]).nonzero()[0]))  # the filter whose deviation sets the noise's
-    if args.noise_restore:
-        state["backup"] = [tensor[state["active"]].clone() for tensor in noised_tensors(block, args)]
+def run_config(options, times, schedule, model, device, info):
+    """Returns config.json: the options, the schedule, the constants, the data and the machine.
 
-
-@torch.no_grad()
-def noise_pass(block, state, args, generator, training):
-    """Noises the active filters' weights in place; called before every forward pass, of test and training batches."""
-    if state["active"] is None:
-        return
-    state["train" if training else "test"] += 1
-    active, weight = state["active"], block.conv.weight
-    if args.noise == "gauss":
-        noise = torch.randn((len(active), *weight.shape[1:]), generator=generator, device=weight.device)
-        weight[active] += weight[state["calm"]].std() * noise
-    else:
-        for tensor in noised_tensors(block, args)[:3]:  # not the running statistics
-            tensor.index_fill_(0, active, 0)
-
-
-def end_noise_if_due(block, state, args, k):
-    """Called after every batch, that is after the optimiser's step: k = 1 is a single pass, else k training passes."""
-    if k == 1 or state["train"] == k:
-        end_noise(block, state, args)
-
-
-@torch.no_grad()
-def end_noise(block, state, args):
-    if state["active"] is not None and args.noise_restore:
-        for tensor, value in zip(noised_tensors(block, args), state["backup"]):
-            tensor[state["active"]] = value
-    state.update(active=None, backup=None)
-
-
-# +--------------------------------------------------------------------------------------------------------------------+
-# | What a run records: its settings, its checkpoint, a line for each epoch, a summary                                 |
-# +--------------------------------------------------------------------------------------------------------------------+
-
-def result_options(args):
-    """The options that decide a result, a dict."""
-    return {k: v for k, v in vars(args).items() if k not in NOT_THE_RESULT}
-
-
-def describe_run(run, facts):
-    """config.json: every option, the schedule it gives, the constants behind it, the data, machine and versions."""
-    args, model = run.args, run.model
-    method, setting = run_name(args)
+    Args:
+        times: From scaled_schedule.
+        schedule: From pruning_schedule.
+        model: The network before any pruning.
+        info: From datasets.dataset_info.
+    """
+    method, setting = run_name(options)
+    num_params, macs = count_params_and_macs(model, info["image"])
     return {
-        "method": method, "setting": setting, "backend": model.backend,
-        "options": result_options(args), "schedule": run.times,
-        "pruned_layers": [{"layer": layer, "filters": len(model.prunable[layer].mask), "epochs": list(kept),
-                           "kept": list(kept.values())} for layer, kept in run.plan],
+        "method": method, "setting": setting, "options": experiment_options(options),
+        "schedule": times, "score_crc32": score_fingerprint(options.score),
+        "pruned_layers": [{"layer": layer, "filters": len(model.prunable[layer].mask),
+                           "epochs": list(keep), "kept": list(keep.values())}
+                          for layer, keep in schedule.items()],
         # in %, the largest of any layer (A.4)
-        "iterative_rate": max((100 * p / len(kept) for p, (_, kept) in zip(args.p or (), run.plan)), default=0.0),
-        **dict(zip(("parameters", "macs"), cost(model, facts["image"]))),
-        "constants": {"momentum": MOMENTUM, "adam_betas": [0.9, 0.999], "adam_eps": 1e-8, "bn_momentum": BN_MOMENTUM,
-                      "bn_eps": BN_EPS, "act_keep": ACT_KEEP, "act_every": ACT_EVERY, "crop_padding": CROP_PADDING},
-        "data": facts | {"train": args.train_images or facts["train"] - args.val_split, "val": args.val_split,
-                         "test": args.test_images or facts["test"]},
-        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(), "machine": platform.machine(), "git": files.commit_of(__file__),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-    }
+        "iterative_rate": max((100 * p / len(keep) for p, keep in
+                               zip(options.p or (), schedule.values())), default=0.0),
+        "parameters": num_params, "macs": macs,
+        "constants": {"momentum": MOMENTUM, "adam_betas": [0.9, 0.999], "adam_eps": 1e-8,
+                      "bn_momentum": BN_MOMENTUM, "bn_eps": BN_EPS, "act_keep": ACT_EMA_DECAY,
+                      "act_every": ACT_EVERY, "crop_padding": CROP_PADDING},
+        "data": info | {"train": options.train_images or info["train"] - options.val_split,
+                        "val": options.val_split or info.get("val", 0),
+                        "test": options.test_images or info["test"]},
+        **rundir.environment(device, model.backend, __file__)}
 
 
-def measured(where, data, trained, before, after=None, val=None, event=False):
-    """An epoch's losses (nats), accuracies, stability and churn (%) as its record holds them: one look at the device.
+def epoch_metrics(where, data, trained, before, after=None, val=None, event=False):
+    """Computes an epoch's metrics from its totals, which are read from the device once.
 
-    trained: what train_epoch gives; before, after, val: what evaluate gives, at the end of the epoch and, where filters
-    went (event) or noise was added, after that. Raises UserError, which begins with `where`, unless all is finite.
+    Args:
+        where: What an error message begins with.
+        data: From prepare_data.
+        trained: The totals of train_epoch.
+        before, after, val: From evaluate: before and after the pruning event, and of the
+            validation images or None.
+        event: Whether filters were pruned, or noise was started.
+
+    Returns:
+        A dict: losses in nats; accuracies, stability and churn in %; counts of correct answers.
+
+    Raises:
+        UserError: The training loss or a logit is NaN or infinite.
     """
     after = after or before
-    changed, *found = numbers(torch.cat([(before[1] != after[1]).sum()[None], trained, before[0], after[0],
-                                         *([val[0]] if val else ())]))
-    train_loss, train_right, right_before, loss_before, _, right, loss, *_ = found
-    n_train, n = len(data["train"][1]), len(data["test"][1])
-    finite = sum(found[4::3]) == 2 * n + (len(data["val"][1]) if val else 0)
-    require(math.isfinite(train_loss) and finite, f"{where}: the training loss is {train_loss / n_train:g}"
-            f"{'' if finite else ', and logits of the evaluation are not finite'}: lower --lr; the checkpoint of the "
-            "epoch before is kept", 1)
-    return {"train_loss": train_loss / n_train, "train_acc": 100 * (train_right / n_train),
-            "test_acc_before": 100 * right_before / n, "test_acc": 100 * right / n,
-            "test_loss_before": loss_before / n, "test_loss": loss / n,
-            "val_acc": 100 * found[8] / len(data["val"][1]) if val else None,
-            "stability": 100 * right / right_before if event and right_before else None,
-            "churn": 100 * changed / n if event else None}
+    sizes = {split: len(data[split][1]) for split in ("train", "test", "val") if split in data}
+    changed = (before[1] != after[1]).sum()[None]
+    totals = [trained, before[0], after[0]] + ([val[0]] if val else [])
+    num_changed, *numbers = to_list(torch.cat([changed, *totals]))
+    (train_loss, train_correct), evaluated = numbers[:2], numbers[2:]
+    before_correct, before_loss, before_finite, correct, loss, finite = evaluated[:6]
+    val_correct, _, val_finite = evaluated[6:] if val else (None, None, None)
+    n, n_train = sizes["test"], sizes["train"]
+    all_finite = before_finite == finite == n and (not val or val_finite == sizes["val"])
+    check(math.isfinite(train_loss) and all_finite,
+          f"{where}: the training loss is {train_loss / n_train:g}"
+          f"{'' if all_finite else ', and logits of the evaluation are NaN or infinite'}: lower "
+          "--lr; the checkpoint of the epoch before is kept", 1)
+    return {
+        "train_loss": train_loss / n_train, "train_acc": 100 * (train_correct / n_train),
+        "test_acc_before": 100 * before_correct / n, "test_acc": 100 * correct / n,
+        "test_loss_before": before_loss / n, "test_loss": loss / n,
+        "val_acc": 100 * val_correct / sizes["val"] if val else None,
+        "stability": 100 * correct / before_correct if event and before_correct else None,
+        "churn": 100 * num_changed / n if event else None,
+        "train_correct": int(train_correct), "test_correct_before": int(before_correct),
+        "test_correct": int(correct), "val_correct": int(val_correct) if val else None}
 
 
-def summarize_epochs(records, config):
-    """What a run's epoch records say (docs/files.md), as a dict; percentages, nats, counts. config: its config.json.
+def summarize_run(records, config):
+    """Summarizes a run: best and last accuracy, stability, cost (docs/files.md lists the fields).
 
-    best_acc, best_epoch: the best test accuracy from the last pruning event on, that epoch included; gap: training
-    minus test accuracy there; last_acc; val_chosen_acc: test accuracy at the best validation epoch (None without
-    one). Over the events that removed (or noised) at least one filter: mean_stability and min_stability (100 without
-    any), below, how many were below 99, 98, 95 and 90%, loss_rise and churn, means (0 without any). parameters, macs:
-    of the network in the end; macs_spent: all of the training's multiply-adds, a backward pass as two forward ones,
-    and macs_unpruned: without pruning. None for what an older log does not say.
+    Args:
+        records: The epochs of epochs.jsonl, as dicts.
+        config: The run's config.json.
+
+    Returns:
+        A dict of percentages, nats and counts. The best accuracy is over the epochs from the last
+        pruning event on. Means over events are 100 (stability) or 0 without events. A field is
+        None where an older log does not have it.
     """
     events = [r for r in records if any(r["removed"])]
     stabilities = [r["stability"] for r in events if r["stability"] is not None]
-    late = [r for r in records if r["epoch"] >= (events[-1]["epoch"] if events else 0)]
-    best = max(late, key=lambda r: r["test_acc"])  # the first of equal ones
-    chosen = max(late, key=lambda r: r["val_acc"]) if best["val_acc"] is not None else None
+    final = [r for r in records if r["epoch"] >= (events[-1]["epoch"] if events else 0)]
+    best = max(final, key=lambda r: r["test_acc"])  # the first of equal ones
+    chosen = max(final, key=lambda r: r["val_acc"]) if best["val_acc"] is not None else None
     summary = {
-        "epochs": len(records), "events": len(events), "best_acc": best["test_acc"], "best_epoch": best["epoch"],
-        "gap": best["train_acc"] - best["test_acc"], "last_acc": records[-1]["test_acc"],
-        "val_chosen_acc": chosen["test_acc"] if chosen else None,
+        "epochs": len(records), "events": len(events), "best_acc": best["test_acc"],
+        "best_epoch": best["epoch"], "gap": best["train_acc"] - best["test_acc"],
+        "last_acc": records[-1]["test_acc"], "val_chosen_acc": chosen["test_acc"] if chosen else None,
         "mean_stability": math.fsum(stabilities) / len(stabilities) if stabilities else 100.0,
         "min_stability": min(stabilities, default=100.0),
         "below": {str(limit): sum(s < limit for s in stabilities) for limit in (99, 98, 95, 90)},
-        **dict.fromkeys(("loss_rise", "churn", "parameters", "macs", "macs_spent", "macs_unpruned")),
+        **dict.fromkeys(("loss_rise", "churn", "parameters", "macs", "macs_spent",
+                         "macs_unpruned")),
         "seconds": sum(r["seconds"] for r in records)}
     if "macs" in config:
         first = config["macs"] if any(records[0]["removed"]) else records[0]["macs"]
-        trained = [first] + [r["macs"] for r in records[:-1]]  # an epoch trains what the one before left
-        passes, n = 3 * config["data"]["train"], max(1, len(events))
-        summary |= {"loss_rise": math.fsum(r["test_loss"] - r["test_loss_before"] for r in events) / n,
+        trained = [first] + [r["macs"] for r in records[:-1]]  # what the epoch before left
+        passes = 3 * config["data"]["train"]  # a backward pass costs two forward passes
+        n = max(1, len(events))
+        rises = [r["test_loss"] - r["test_loss_before"] for r in events]
+        summary |= {"loss_rise": math.fsum(rises) / n,
                     "churn": math.fsum(r["churn"] for r in events) / n,
                     "parameters": records[-1]["parameters"], "macs": records[-1]["macs"],
-                    "macs_spent": passes * sum(trained), "macs_unpruned": passes * len(records) * config["macs"]}
+                    "macs_spent": passes * sum(trained),
+                    "macs_unpruned": passes * len(records) * config["macs"]}
     return summary
 
 
-# +--------------------------------------------------------------------------------------------------------------------+
-# | Training                                                                                                           |
-# +--------------------------------------------------------------------------------------------------------------------+
+def network_record(model, schedule, pruned, ties, noise, image):
+    """Returns what an epoch's record says of the network, a dict (docs/files.md)."""
+    num_params, macs = count_params_and_macs(model, image)
+    passes = [{k: state[k] for k in ("test", "train")} for state in noise.state] if noise else []
+    return {"removed": [len(pruned.get(layer, ())) for layer in schedule],
+            "live": [int(block.mask.sum()) for block in model.prunable],
+            "filters": pruned, "tied": ties,
+            "computed": [block.num_computed_filters() for block in model.prunable],
+            "parameters": num_params, "macs": macs, "noised": passes}
 
-def predict(model, images, data, args):
-    """Logits in float32 for uint8 images (n, h, w, 3); under bf16, only the network runs in bfloat16."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+
+def print_ties(label, score, ties):
+    """Prints one line if equal scores left the selection to the order of the filters."""
+    if ties:
+        print_line(f"{label}: equal {score} scores, so the order of the filters decided: " +
+                   ", ".join(f"{n} filters of layer {layer}" for layer, n in ties.items()))
+
+
+# +----------------------------------------------------------------------------------------------+
+# | Training                                                                                     |
+# +----------------------------------------------------------------------------------------------+
+
+def setup_device(device="auto", precision="fp32", deterministic=False):
+    """Returns the torch.device of --device, with precision and determinism set globally.
+
+    Raises:
+        UserError: The machine lacks what was asked for.
+    """
+    cuda = torch.cuda.is_available()
+    check(cuda or device != "cuda", "--device cuda, but torch sees no CUDA device here: use "
+          "--device cpu, or check the driver")
+    device = torch.device("cuda" if cuda and device != "cpu" else "cpu")
+    check(device.type == "cuda" or precision != "tf32",
+          "--precision tf32 needs a CUDA device: use fp32 here")
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    return device
+
+
+def choose_backend(backend, device):
+    """Returns "ext" or "eager" for the option --backend; warns if "auto" lacks the extension."""
+    available = ops.supports_device(device)
+    reason = ops.unavailable_reason or "it has no CUDA kernels: there was no CUDA toolkit"
+    check(available or backend != "ext", "--backend ext, but the extension is not built for this "
+          f"device ({reason}): run bash runs.sh setup, or use --backend eager")
+    if not available and backend == "auto":
+        warn_once(f"train.py: the extension is not built for this device ({reason}); plain PyTorch "
+                  "replaces it. bash runs.sh setup builds it")
+    return "ext" if available and backend != "eager" else "eager"
+
+
+def make_generators(seed, noise_device):
+    """Seeds torch's global generator, for the initial weights, and one for each other use.
+
+    Runs with the same seed share initial weights, data order and augmentation.
+
+    Returns:
+        {"order", "augment", "target" and "noise": torch.Generator}.
+    """
+    torch.manual_seed(seed)
+    generators = {}
+    for i, name in enumerate(("order", "augment", "target", "noise")):
+        own_seed = int(np.random.SeedSequence((seed, i)).generate_state(1)[0])
+        device = noise_device if name == "noise" else "cpu"
+        generators[name] = torch.Generator(device).manual_seed(own_seed)
+    return generators
+
+
+def make_optimizer(model, name, lr, weight_decay):
+    params, settings = list(model.parameters()), dict(lr=lr, weight_decay=weight_decay, fused=True)
+    if name == "sgd":
+        return torch.optim.SGD(params, momentum=MOMENTUM, **settings)
+    # Steps before the first capture of a CUDA graph are meant.
+    warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
+    return torch.optim.Adam(params, capturable=params[0].is_cuda, **settings)
+
+
+def predict(model, images, data, precision):
+    """Returns float32 logits for uint8 images (n, h, w, 3); only the network runs in bf16."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
         return model(normalise(images, data)).float()
 
 
 @torch.no_grad()
-def evaluate(model, data, split, args, before_batch=None, after_batch=None, graphs=None):
-    """What the network says of a split, in eval mode, as tensors on the device: (totals (3,) float64, right answers,
-    summed loss in nats and images whose logits are finite; predicted classes (images,) int64)."""
+def evaluate(model, data, split, batch_size, precision, graphs, noise=None):
+    """Evaluates the network on a split, in eval mode.
+
+    Returns:
+        Tensors on the device: totals (3,) float64 (correct answers, summed loss in nats, images
+        with finite logits) and the predicted classes (images,) int64.
+    """
     model.eval()
     x, y = data[split]
-    totals, at, predicted = fed(graphs, split, torch.zeros(3, dtype=torch.float64, device=x.device),
-                                torch.zeros((), dtype=torch.int64, device=x.device), torch.zeros_like(y))
+    totals, position, predicted = graphs.static(
+        split, torch.zeros(3, dtype=torch.float64, device=x.device),
+        torch.zeros((), dtype=torch.int64, device=x.device), torch.zeros_like(y))
 
-    def count(size):
-        index = at + torch.arange(size, device=x.device)
-        logits, labels = predict(model, x[index], data, args), y[index]
+    def test_batch(size):
+        index = position + torch.arange(size, device=x.device)
+        logits, labels = predict(model, x[index], data, precision), y[index]
         classes = logits.argmax(1)
         predicted.index_copy_(0, index, classes)
-        totals.add_(torch.stack([(classes == labels).sum(), F.cross_entropy(logits, labels, reduction="sum").double(),
-                                 logits.isfinite().all(1).sum()]))
-        at.add_(size)
+        loss = F.cross_entropy(logits, labels, reduction="sum").double()
+        finite = logits.isfinite().all(1).sum()
+        totals.add_(torch.stack([(classes == labels).sum(), loss, finite]))
+        position.add_(size)
 
-    for start in range(0, len(x), args.test_batch_size):
-        if before_batch:
-            before_batch(training=False)
-        replayed(graphs, split, count, min(args.test_batch_size, len(x) - start))
-        if after_batch:
-            after_batch()
-    return totals.clone(), predicted.clone()  # the next evaluation's go into the same memory
+    for start in range(0, len(x), batch_size):
+        if noise:
+            noise.apply(training=False)
+        graphs.run(split, test_batch, min(batch_size, len(x) - start))
+        if noise:
+            noise.after_batch()
+    return totals.clone(), predicted.clone()  # the next evaluation reuses the static tensors
 
 
-def train_epoch(model, data, optimizer, args, generators, step, before_batch=None, after_batch=None, graphs=None):
-    """One pass over the training data; returns (summed loss and right answers, (2,) float64 on the device; next step).
+def train_epoch(model, data, optimizer, options, generators, step, graphs, noise=None):
+    """Trains for one pass over the training data.
 
-    graphs: a dict for CUDA graphs of the step (replayed); None: no graphs.
+    Args:
+        options: batch_size, precision, augment and score are used.
+        step: The number of training batches before this epoch.
+
+    Returns:
+        (totals (2,) float64 on the device: summed loss in nats and correct answers; next step).
     """
     model.train()
     x, y = data["train"]
     device, n = x.device, len(x)
     order = torch.randperm(n, generator=generators["order"]).to(device)
-    crops = [t.to(device) for t in draw_crops(n, generators["augment"])] if args.augment else []
-    totals, at = torch.zeros(2, dtype=torch.float64, device=device), torch.zeros((), dtype=torch.int64, device=device)
-    totals, at, order, *crops = fed(graphs, "train", totals, at, order, *crops)
+    crops = []
+    if options.augment:
+        crops = [tensor.to(device) for tensor in draw_crops(n, generators["augment"])]
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    position = torch.zeros((), dtype=torch.int64, device=device)
+    totals, position, order, *crops = graphs.static("train", totals, position, order, *crops)
 
     def train_batch(size):
-        batch = at + torch.arange(size, device=device)
+        batch = position + torch.arange(size, device=device)
         index = order[batch]
-        images = crop_and_flip(data["padded"], index, *[t[..., batch] for t in crops]) if crops else x[index]
-        labels = y[index]
-        logits = predict(model, images, data, args)
+        images, labels = x[index], y[index]
+        if crops:
+            offsets, flips = (tensor[..., batch] for tensor in crops)
+            images = crop_and_flip(data["padded"], index, offsets, flips)
+        logits = predict(model, images, data, options.precision)
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        totals.add_(torch.stack([loss.detach() * size, (logits.detach().argmax(1) == labels).sum()]))
-        at.add_(size)
+        correct = (logits.detach().argmax(1) == labels).sum()
+        totals.add_(torch.stack([loss.detach() * size, correct]))
+        position.add_(size)
 
-    for start in range(0, n, args.batch_size):
+    reads_act = options.score == "act" or options.score not in (None, *PAPER_SCORES)
+    for start in range(0, n, options.batch_size):
         step += 1
-        measure = args.score == "act" and step % ACT_EVERY == 0
+        update_act = reads_act and step % ACT_EVERY == 0
         for block in model.prunable:
-            block.measure = measure
-        if before_batch:
-            before_batch(training=True)
-        replayed(graphs, f"train {measure}", train_batch, min(args.batch_size, n - start))
-        if after_batch:
-            after_batch()
+            block.update_act = update_act
+        if noise:
+            noise.apply(training=True)
+        graphs.run(f"train {update_act}", train_batch, min(options.batch_size, n - start))
+        if noise:
+            noise.after_batch()
     for block in model.prunable:
-        block.measure = False
+        block.update_act = False
     return totals.clone(), step
 
 
-def make_optimizer(model, args):
-    params, settings = list(model.parameters()), dict(lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(params, momentum=MOMENTUM, **settings)
-    warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # the steps before
-    return torch.optim.Adam(params, capturable=params[0].is_cuda, **settings)
+def check_same_run(path, options, info=None):
+    """Refuses a directory whose config.json is of another experiment or of other data.
 
+    Args:
+        info: From datasets.dataset_info; None skips the data.
 
-def make_generators(args, device):
-    """One generator per source of randomness: runs with the same seed share initial weights, order and augmentation."""
-    torch.manual_seed(args.seed)  # the initial weights
-    generators = {}
-    for i, name in enumerate(("order", "augment", "target") + ("noise",) * (args.noise == "gauss")):
-        seed = int(np.random.SeedSequence((args.seed, i)).generate_state(1)[0])
-        generators[name] = torch.Generator(device if name == "noise" else "cpu").manual_seed(seed)
-    return generators
+    Returns:
+        The config.
 
-
-def new_run(args, num_classes, device):
-    """A run before its first step: a namespace of what `experiment` works with.
-
-    args; directory, where its files go, and label, the end of that; device; model and optimizer; generators, one for
-    each source of randomness; times (schedule) and plan (pruning_plan); noise, the state of each pruned layer, []
-    without --noise; graphs, those of captured steps; hooks, what train_epoch and evaluate take for noise and graphs;
-    epoch and step, how many are done; lines, their log, and records, what it says.
+    Raises:
+        UserError: It is another run, or config.json is missing or damaged.
     """
-    directory, times = run_directory(args), schedule(args)
-    generators = make_generators(args, device)
-    model = build_model(args.model, num_classes, args.width).to(device)
-    model.multiple = MULTIPLE[device.type]
-    use_backend(model, runs.choose_backend(args, device))
-    plan = pruning_plan(model, args, times)
-    noise, graphs = [], new_graphs(device) if args.cuda_graphs else None
-    hooks = {"graphs": graphs}
-    if args.noise != "none":
-        noise = [new_noise(model.prunable[layer]) for layer, _ in plan]
-        noised = [(model.prunable[layer], state) for (layer, _), state in zip(plan, noise)]
-        hooks |= {"before_batch": lambda training: [noise_pass(block, state, args, generators.get("noise"), training)
-                                                    for block, state in noised],
-                  "after_batch": lambda: [end_noise_if_due(block, state, args, times["noise_batches"])
-                                          for block, state in noised]}
-    return types.SimpleNamespace(
-        args=args, directory=directory, label="/".join(directory.parts[-3:]), device=device, model=model,
-        optimizer=make_optimizer(model, args), generators=generators, times=times, plan=plan, noise=noise,
-        graphs=graphs, hooks=hooks, epoch=0, step=0, lines=[], records=[])
+    config = rundir.read_config(path)
+    different = [k for k, v in experiment_options(options).items()
+                 if k != "dataset" and v is not None and config["options"].get(k, v) != v]
+    if config.get("score_crc32") != score_fingerprint(options.score):
+        different.append(f"source of the score {options.score}")
+    if info and any(config.get("data", {}).get(k) != info[k] for k in ("classes", "image", "crc32")):
+        different.append("data set")
+    check(not different, f"{path} holds a run with another {', '.join(different)}: move it away, or "
+          "choose another --log-dir")
+    return config
 
 
-def experiment(run, data, record):
-    """The epochs that are left of a run. Each trains, evaluates, chooses, prunes, evaluates and records.
+def missing_outputs(path, times, tensorboard, epoch):
+    """Returns the end of a status line: outputs that are asked for now and were not written."""
+    names = [f"epoch{times['save_epoch']}.pt"] * (0 < times["save_epoch"] <= epoch)
+    names += ["tensorboard"] * (tensorboard and epoch == times["epochs"])
+    names = [name for name in names if not (path / name).exists()]
+    return f", without {' and '.join(names)}: move it away to train it with that" * bool(names)
 
-    data: as put_on_device gives it; record(dict) takes what an epoch found. A generator, which yields once an epoch,
-    when the device has work and the host would wait for it.
+
+def check_finished(path, options):
+    """Checks that a finished run is the one that was asked for, without a download."""
+    there = datasets.dataset_path(options.dataset, options.data_dir).exists()
+    info = None
+    if there or options.dataset not in datasets.CIFAR:
+        _, info = load_arrays(options.dataset, options.data_dir)
+    check_same_run(path, options, info)
+
+
+def make_noise(model, schedule, options, times, generator):
+    """Returns the FilterNoise of --noise on the scheduled layers, or None."""
+    if options.noise == "none":
+        return None
+    return FilterNoise({layer: model.prunable[layer] for layer in schedule}, options.noise,
+                       times["noise_batches"], options.noise_filters, options.noise_restore,
+                       generator)
+
+
+def run_state(epoch, step, model, optimizer, noise, generators):
+    """Returns all that a run needs to continue after `epoch` epochs and `step` batches, a dict."""
+    return {"epoch": epoch, "step": step, "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(), "noise": noise.state if noise else [],
+            "generators": {name: g.get_state() for name, g in generators.items()}}
+
+
+def restore_state(model, optimizer, noise, generators, device, state):
+    """Restores what run_state returned; returns the step."""
+    model.load_state_dict(state["model"])
+    set_backend(model, model.backend)
+    optimizer.load_state_dict(state["optimizer"])
+    for group in optimizer.param_groups:
+        if "capturable" in group:  # the checkpoint may come from another device
+            group["capturable"] = device.type == "cuda"
+    for name, generator_state in state["generators"].items():
+        generators[name].set_state(generator_state)
+    if noise:
+        noise.load(state["noise"], device)
+    return state["step"]
+
+
+def train(options):
+    """Trains one run, or what is left of it, and prunes the network while it trains.
+
+    Args:
+        options: From parse_options.
+
+    Returns:
+        The run's summary (summarize_run); None for a run that was finished before.
     """
-    args, model, optimizer, times, plan, noise = run.args, run.model, run.optimizer, run.times, run.plan, run.noise
-    image = data["test"][0].shape[1:]
-    live, left = [int(block.mask.sum()) for block in model.prunable], cost(model, image)
-    for epoch in range(run.epoch, times["epochs"]):
-        clock = time.monotonic()
-        lr = optimizer.param_groups[0]["lr"] = args.lr * 0.1 ** sum(epoch >= x for x in times["lrs"])
-        hold_for(run.graphs, lr, shapes_of(model))
-        totals, run.step = train_epoch(model, data, optimizer, args, run.generators, run.step, **run.hooks)
-        before = after = evaluate(model, data, "test", args, **run.hooks)
-        yield
+    path, times = run_path(options), scaled_schedule(options)
+    if rundir.run_status(path) == "done":
+        check_finished(path, options)
+        rundir.repair_log(path, times["epochs"])
+        print_line(f"{path}: finished already"
+                   + missing_outputs(path, times, options.tensorboard, times["epochs"]))
+        return None
+    for line in lr_schedule_warnings(options, times):
+        warn_once(f"train.py: {line}")
+    torch.set_num_threads(THREADS)  # a run that continued may have changed it
+    device = setup_device(options.device, options.precision, options.deterministic)
+    _, info = load_arrays(options.dataset, options.data_dir)
+    data = load_prepared(options.dataset, options.data_dir, device,
+                         **{name: getattr(options, name) for name in DATA_OPTIONS})
+    directory = rundir.RunDirectory(path, times["epochs"], CHECKPOINT_SECONDS[device.type],
+                                    options.tensorboard)
+    with side_stream(device), directory:
+        generators = make_generators(options.seed, device)
+        model = build_model(options.model, info["classes"], options.width).to(device)
+        model.round_to = ROUND_TO[device.type]
+        set_backend(model, choose_backend(options.backend, device))
+        optimizer = make_optimizer(model, options.optimizer, options.lr, options.weight_decay)
+        schedule = pruning_schedule(model, options, times)
+        noise = make_noise(model, schedule, options, times, generators["noise"])
+        graphs = Graphs(options.cuda_graphs and device.type == "cuda")
+        config = run_config(options, times, schedule, model, device, info)
+        prune = functools.partial(pruning_event, model, optimizer, options.score, options.target,
+                                  generators["target"], noise, options.prune_bn == "keep")
+        test = functools.partial(evaluate, model, data, batch_size=options.test_batch_size,
+                                 precision=options.precision, graphs=graphs)
+        if directory.has_checkpoint():
+            config = rundir.continued_config(check_same_run(path, options, info), config)
+            step = directory.resume(functools.partial(restore_state, model, optimizer, noise,
+                                                      generators, device))
+            print_line(f"{directory.label}: continues after epoch {len(directory.records)} of "
+                       f"{times['epochs']}"
+                       + missing_outputs(path, times, options.tensorboard, len(directory.records)))
+        else:  # --scratch prunes before the first epoch, which the schedule calls -1
+            step, to_prune = 0, num_filters_to_prune(model, schedule, -1, noise)
+            config["tied"] = prune(to_prune, allow_ties=True)[1]
+            print_ties(directory.label, options.score, config["tied"])
+        directory.begin(config)
 
-        gone, tied, due = {}, {}, filters_due(model, args, plan, epoch, noise)
-        where = f"{run.directory}: epoch {epoch}, lr {lr:g}"
-        if due:
-            measured(where, data, totals, before)  # a network that has diverged must not choose
-            gone = prune_now(model, optimizer, args, plan, due, noise, run.generators["target"], tied)
-            runs.say_ties(run, tied)
-            live, left = [int(block.mask.sum()) for block in model.prunable], cost(model, image)
-            hold_for(run.graphs, lr, shapes_of(model))
-        if due or noise:
-            after = evaluate(model, data, "test", args, **run.hooks)
-        val = evaluate(model, data, "val", args, graphs=run.graphs) if args.val_split else None
+        for epoch in range(len(directory.records), times["epochs"]):
+            start_time = time.monotonic()
+            lr = options.lr * 0.1 ** sum(epoch >= x for x in times["lrs"])
+            optimizer.param_groups[0]["lr"] = lr
+            where = f"{path}: epoch {epoch}, lr {lr:g}"
 
-        run.epoch = epoch + 1
-        record({
-            "epoch": epoch, "lr": lr, **measured(where, data, totals, before, after, val, event=bool(gone)),
-            "removed": [len(gone.get(layer, ())) for layer, _ in plan], "live": live, "filters": gone, "tied": tied,
-            "computed": [block.computed() for block in model.prunable], "parameters": left[0], "macs": left[1],
-            "noised": [{k: state[k] for k in ("test", "train")} for state in noise],
-            "seconds": round(max(0, time.monotonic() - clock), 3)})
+            # 1. Train for one epoch, then test.
+            graphs.clear_unless(lr, graph_key(model))
+            trained, step = train_epoch(model, data, optimizer, options, generators, step, graphs,
+                                        noise)
+            before = after = test("test", noise=noise)
+
+            # 2. Prune the filters that the schedule asks for, or start their noise.
+            pruned, ties = {}, {}
+            to_prune = num_filters_to_prune(model, schedule, epoch, noise)
+            if to_prune:
+                epoch_metrics(where, data, trained, before)  # a diverged network must not select
+                pruned, ties = prune(to_prune)
+                print_ties(directory.label, options.score, ties)
+                graphs.clear_unless(lr, graph_key(model))
+
+            # 3. Test again: stability is the accuracy after the event over that before it.
+            if to_prune or noise:
+                after = test("test", noise=noise)
+            validation = test("val") if "val" in data else None
+            metrics = epoch_metrics(where, data, trained, before, after, validation, bool(pruned))
+            record = {"epoch": epoch, "lr": lr, **metrics,
+                      **network_record(model, schedule, pruned, ties, noise, info["image"]),
+                      "seconds": round(max(0, time.monotonic() - start_time), 3)}
+            directory.save_epoch(record,
+                                 run_state(epoch + 1, step, model, optimizer, noise, generators),
+                                 keep_weights=epoch + 1 == times["save_epoch"])
+            directory.print_epoch(summarize_run(directory.records, config)["mean_stability"])
+
+        return directory.finish(summarize_run(directory.records, config))
 
 
-# +--------------------------------------------------------------------------------------------------------------------+
-# | Entry                                                                                                              |
-# +--------------------------------------------------------------------------------------------------------------------+
+# +----------------------------------------------------------------------------------------------+
+# | Entry: one run, or a list of runs                                                            |
+# +----------------------------------------------------------------------------------------------+
 
-def runs_of(command):
-    """The runs of an option list, one for each seed: (directory, runs.Run) each."""
-    args = parse_options(command)
-    for seed in args.seeds or [args.seed]:
-        one = argparse.Namespace(**vars(args) | {"seed": seed, "seeds": None})
-        line = shlex.join(command) + (f" --seeds {seed}" if args.seeds else "")  # the last one counts
-        unnamed = os.path.abspath(data_path(one.dataset, one.data_dir)), one.save_epoch, one.tensorboard
-        yield run_directory(one), runs.Run(one, line, schedule(one)["epochs"], unnamed)
+def expand_seeds(argv):
+    """Parses a command line; returns [(options, line), ...], a pair for each of its --seeds."""
+    options = parse_options(argv)
+    if options.seeds is None:
+        return [(options, shlex.join(argv))]
+    return [(argparse.Namespace(**vars(options) | {"seed": seed, "seeds": None}),
+             f"{shlex.join(argv)} --seeds {seed}")  # the last --seeds counts
+            for seed in options.seeds]
+
+
+def unique_runs(commands):
+    """Returns the runs of several command lines by their directories, each directory once.
+
+    Returns:
+        {path: (options, line)}, line the options that train this run alone.
+
+    Raises:
+        UserError: Two runs would share a directory, but are not the same.
+    """
+    runs = {}
+    for options, line in (run for argv in commands for run in expand_seeds(argv)):
+        path = run_path(options)
+        first, _ = runs.setdefault(path, (options, line))
+        same = all(getattr(first, k) == getattr(options, k)
+                   for k in ("dataset", "data_dir", "save_epoch", "tensorboard"))
+        check(same, f"two of the runs would share {path}, but differ in --dataset, --data-dir, "
+              "--save-epoch or --tensorboard: give one of them another --log-dir")
+    return runs
+
+
+def read_runs(file):
+    """Returns unique_runs of a file with a line of options for each run."""
+    try:
+        commands = [shlex.split(line) for line in open(file) if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as lines of options: {first_line(error)}") from None
+    return unique_runs(commands)
+
+
+def train_runs(runs):
+    """Trains runs one after the other; reports those that fail and goes on with the next."""
+    num_failed = 0
+    for path, (options, line) in runs.items():
+        try:
+            train(options)
+        except Exception as error:
+            report_error(error, "train.py", "")
+            refused = isinstance(error, UserError) and error.code == 2
+            if refused or rundir.run_status(path) not in ("running", "done"):  # elsewhere
+                print_line(f"failed: train.py {line}", sys.stderr)
+                num_failed += 1
+    check(not num_failed, f"{num_failed} of {len(runs)} runs failed; the same train.py command "
+          "tries them again", 1)
+
+
+def print_plan(runs, retry_failed):
+    """Prints the lines of the runs that are left, and on stderr how many there are."""
+    for path in rundir.group_by_status(runs)["done"]:
+        check_finished(path, runs[path][0])
+    num_epochs = {path: scaled_schedule(options)["epochs"] for path, (options, _) in runs.items()}
+    left = rundir.print_plan(num_epochs, retry_failed)
+    for path in left:  # a download that fails should fail here, once
+        load_arrays(runs[path][0].dataset, runs[path][0].data_dir)
+    for path in left:
+        print_line(runs[path][1])
+
+
+def keep_freed_memory():
+    """Tells glibc to keep freed memory: returning activations each step costs a fifth of it."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no memory map of its own for a large tensor
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
+def terminate(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second signal must not disturb the end
+    raise KeyboardInterrupt("terminated")
 
 
 def main(argv=None):
-    argv, this = sys.argv[1:] if argv is None else argv, sys.modules[__name__]
+    argv = sys.argv[1:] if argv is None else argv
+    load_arrays.cache_clear()
+    load_prepared.cache_clear()
     try:
-        args = parse_options(argv)
-        runs.keep_freed_memory()
+        options = parse_options(argv)
+        keep_freed_memory()
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, runs.terminate)
-        if args.plan:
-            runs.print_plan(runs.read_runs(args.plan, runs_of), args.retry_failed, this)
-        elif args.status:
-            runs.print_status(args.status, runs_of)
-        elif args.runs:
-            runs.train_all(runs.read_runs(args.runs, runs_of), args.at_once, this)
-        elif args.seeds:
-            runs.train_all(runs.once_each([argv], runs_of), args.at_once, this)
+            signal.signal(signal.SIGTERM, terminate)
+        if options.plan:
+            print_plan(read_runs(options.plan), options.retry_failed)
+        elif options.status:
+            rundir.print_status({file: {path: scaled_schedule(run)["epochs"] for path, (run, _)
+                                        in read_runs(file).items()} for file in options.status})
+        elif options.runs:
+            train_runs(read_runs(options.runs))
+        elif options.seeds:
+            train_runs(unique_runs([argv]))
         else:
-            runs.train_one(args, this)
+            train(options)
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        return files.tell(error, "train.py")
+        return report_error(error, "train.py",
+                            "the same command continues after the last finished epoch")
 
 
 if __name__ == "__main__":

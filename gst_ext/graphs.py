@@ -1,110 +1,120 @@
-"""A step as a CUDA graph: what a step asks of the host becomes one call.
+"""CUDA graphs: a training or evaluation step is captured once and then replayed by one launch.
 
-    graphs = new_graphs(device)  # None where steps are not captured
+    graphs = Graphs(enabled)
     for epoch in range(epochs):
-        hold_for(graphs, lr, shapes)  # a graph holds fast what was a number or a shape when it was captured
-        total, at, order = fed(graphs, "train", total, at, order)
+        graphs.clear_unless(lr, shapes)  # a graph contains the numbers and shapes of its capture
+        total, position, order = graphs.static("train", total, position, order)
         for _ in range(steps):
-            replayed(graphs, "train", step, batch_size)  # step(batch_size) finds its batch by `at`, and moves it on
+            graphs.run("train", step, batch_size)  # step(batch_size) reads its batch at `position`
 """
 import contextlib
 import time
 
 import torch
 
-from . import files
+from .errors import first_line, warn_once
 
-GRAPHED = ("cuda",)  # devices whose steps are captured
-STREAMS = 32  # PyTorch has so many to give: more would be shared
-WARM_UP = 3  # calls of a step before it becomes a graph: the libraries choose their algorithms in them
+WARM_UP_CALLS = 3  # the libraries choose their algorithms in a step's first calls
 
 
-def new_graphs(device):
-    """What keeps a run's graphs on `device`; None where there are none."""
-    return {} if device.type in GRAPHED else None
+class Graphs:
+    """The CUDA graphs of one run's steps; when not enabled, steps are called directly.
 
+    A replay is one launch for the host. So a step must find its batch and add up its results in
+    tensors whose addresses do not change: `static` gives them.
 
-def hold_for(graphs, *facts):
-    """Clears the graphs unless `facts`, whatever they hold fast, are those of the last call."""
-    if graphs is not None and graphs.get("facts") != facts:
-        kept = {name: graphs[name] for name in ("given up", "last") if name in graphs}
-        graphs.clear()
-        graphs |= kept | {"facts": facts}
-
-
-def fed(graphs, name, *tensors):
-    """The tensors, at the addresses that captured graphs of that name read and write."""
-    if graphs is None:
-        return tensors
-    held = graphs.setdefault(("fed", name), [t.clone() for t in tensors])
-    for mine, new in zip(held, tensors):
-        mine.copy_(new)
-    return held
-
-
-def replayed(graphs, name, function, size):
-    """function(size); on a GPU from a CUDA graph, after WARM_UP calls of that name and size.
-
-    A replay is all that a step asks of the host: the driver queues about a thousand launches, and a run that fills the
-    queue keeps the other runs' waiting. So function itself finds its batch and adds up what it finds, in tensors that
-    are `fed`. graphs (from new_graphs) keeps the graphs; hold_for tells it of the network's shapes and the learning
-    rate, which a graph holds fast. Without graphs (None) it is called as it is, and once a capture has failed, but
-    for want of memory: that raises OutOfMemoryError.
+    Args:
+        enabled: Whether to capture steps, for a run on a CUDA device.
     """
-    if graphs is None or graphs.get("given up"):
-        return function(size)
-    calls = graphs[name, size, "calls"] = graphs.get((name, size, "calls"), 0) + 1
-    if calls <= WARM_UP:
-        return function(size)
-    if (name, size) not in graphs:
+
+    def __init__(self, enabled):
+        self.enabled, self.key, self.last_graph = enabled, None, None
+        self.num_calls, self.replays, self.tensors = {}, {}, {}
+
+    def clear_unless(self, *key):
+        """Drops all graphs unless `key` equals that of the last call.
+
+        Args:
+            key: What a captured graph contains as constants: numbers and shapes.
+        """
+        if key != self.key:
+            self.key = key
+            self.num_calls, self.replays, self.tensors = {}, {}, {}
+
+    def static(self, name, *tensors):
+        """Returns the tensors, copied to the addresses that the graphs of that name use."""
+        if not self.enabled:
+            return tensors
+        static = self.tensors.setdefault(name, [tensor.clone() for tensor in tensors])
+        for old, new in zip(static, tensors):
+            old.copy_(new)
+        return static
+
+    def run(self, name, step, size):
+        """Calls step(size), or replays its graph after WARM_UP_CALLS calls of that name and size.
+
+        If a capture fails, steps are called directly from then on.
+
+        Raises:
+            torch.OutOfMemoryError: The GPU's memory does not hold the graph.
+        """
+        if not self.enabled:
+            return step(size)
+        key = name, size
+        self.num_calls[key] = self.num_calls.get(key, 0) + 1
+        if self.num_calls[key] <= WARM_UP_CALLS:
+            return step(size)
+        if key not in self.replays:
+            try:
+                self.replays[key] = self.capture(step, size)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self.enabled = False
+                warn_once(f"a step cannot be captured as a CUDA graph ({first_line(error)}); the "
+                          "run continues without graphs, slower. --no-cuda-graphs avoids the try")
+                return step(size)
+        self.replays[key]()
+
+    def capture(self, step, size):
+        """Captures step(size) without running it; returns the function that replays it.
+
+        All graphs of a run share one memory pool, since they are replayed one after the other and
+        none reads what another left there. The last graph is kept alive so that the next can
+        reuse its pool; otherwise the memory is returned by empty_cache only, which synchronizes.
+        """
+        graph = torch.cuda.CUDAGraph()
+        pool = [self.last_graph.pool()] if self.last_graph else []
+        interruptible_sync()
+        graph.capture_begin(*pool, capture_error_mode="thread_local")
         try:
-            graphs[name, size] = record(lambda: function(size), graphs)
-        except torch.OutOfMemoryError:
+            step(size)
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # the first error is the one to report
+                graph.capture_end()
             raise
-        except RuntimeError as error:
-            graphs["given up"] = True
-            files.say_once(f"train.py: a step cannot be captured as a CUDA graph ({files.reason(error)}); it goes on "
-                           "without, slower. --no-cuda-graphs does not try")
-            return function(size)
-    graphs[name, size]()
+        graph.capture_end()
+        self.last_graph = graph
+        return graph.replay
 
 
-def record(function, graphs):
-    """Captures function() in a CUDA graph, computing nothing; returns what replays it.
-
-    The graphs of a run share memory: they are replayed one after the other, and nothing that one leaves there is read
-    once another has begun. That of graphs which are gone would come back only by emptying the cache, for which the
-    whole device is waited for, as torch.cuda.graph does: so the last graph stays until the next shares its memory.
-    """
-    graph, pool = torch.cuda.CUDAGraph(), [graphs["last"].pool()] if "last" in graphs else []
-    wait_for(torch.cuda.current_stream())
-    graph.capture_begin(*pool, capture_error_mode="thread_local")
-    try:
-        function()
-    except BaseException:
-        with contextlib.suppress(RuntimeError):  # what went wrong has been raised already
-            graph.capture_end()
-        raise
-    graph.capture_end()
-    graphs["last"] = graph
-    return graph.replay
-
-
-def wait_for(stream):
-    """Waits until a CUDA stream has done its work, and hears signals meanwhile: PyTorch's own waits would be deaf to
-    SIGTERM until all that is queued is done."""
-    done = stream.record_event()
+def interruptible_sync():
+    """Waits for the current CUDA stream; signals such as SIGTERM are handled meanwhile."""
+    done = torch.cuda.current_stream().record_event()
     while not done.query():
         time.sleep(0.0005)
 
 
-def numbers(tensor):
-    """tensor.tolist(), for which wait_for waits."""
+def to_list(tensor):
+    """Returns tensor.tolist(), waiting with interruptible_sync on a GPU."""
     if tensor.is_cuda:
-        wait_for(torch.cuda.current_stream())
+        interruptible_sync()
     return tensor.tolist()
 
 
-def stream_of(device):
-    """A CUDA stream of its own to work on (of STREAMS that PyTorch has, in turn); on a CPU, nothing."""
-    return torch.cuda.stream(torch.cuda.Stream() if device.type == "cuda" else None)
+def side_stream(device):
+    """Returns a context manager that enters a new CUDA stream, which a capture needs."""
+    if device.type != "cuda":
+        return torch.cuda.stream(None)
+    torch.cuda.synchronize(device)  # the stream must see what was prepared on the default one
+    return torch.cuda.stream(torch.cuda.Stream(device))

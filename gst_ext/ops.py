@@ -1,6 +1,6 @@
 """The compiled operators of the project, their pure-PyTorch references, and what PyTorch must know of them.
 
-`available` says whether the extension is built and loads here, `why_not` what stands in the way; computes_on(device)
+`available` says whether the extension is built and loads here, `unavailable_reason` what stands in the way; supports_device(device)
 whether it was built for a device, too: where there is no CUDA toolkit, there are kernels for the CPU only.
 
 Maps are compact: they hold the live channels only, live_out and live_in saying which of all the filters those are
@@ -19,12 +19,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 try:
     from . import _C  # noqa: F401  (loading it registers torch.ops.gst)
     available = hasattr(torch.ops.gst, "winograd_filters")
-    why_not = None if available else "it is an older build"
+    unavailable_reason = None if available else "it is an older build"
 except ImportError as error:  # not built, or built for another torch
-    available, why_not = False, str(error)
+    available, unavailable_reason = False, str(error)
 
 
-def computes_on(device):
+def supports_device(device):
     """Whether the built operators compute on such a torch device; the references compute on any."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return available and (device.type != "cuda" or has_kernel("gst::bn_act", "CUDA"))
@@ -56,7 +56,7 @@ def ebn_score(gamma, beta, signed=False):
     Raises RuntimeError for other shapes, types or devices. Without the extension built for the device it is the
     reference, rounded.
     """
-    if not computes_on(gamma.device):
+    if not supports_device(gamma.device):
         return ebn_score_ref(gamma, beta, signed).to(gamma.dtype)
     return torch.ops.gst.ebn_score(gamma.detach(), beta.detach(), signed)
 
@@ -98,7 +98,7 @@ def update_statistic(statistic, live, seen, momentum):
 
 
 def bn_act_ref(x, gamma, beta, running_mean, running_var, live=None, residual=None, residual_map=None, act=None,
-               measure=None, training=True, relu=True, momentum=0.1, eps=1e-5, act_keep=0.9, pool=False):
+               measure=None, training=True, relu=True, momentum=0.1, eps=1e-5, ema_decay=0.9, pool=False):
     """`bn_act` in plain PyTorch."""
     wide = x.to(gamma.dtype)
     mean, var = live_part(running_mean, live), live_part(running_var, live)
@@ -112,7 +112,7 @@ def bn_act_ref(x, gamma, beta, running_mean, running_var, live=None, residual=No
     if residual is not None:
         a = a + mapped_residual(residual, residual_map)
     if act is not None and (measure is None or measure):
-        update_statistic(act, live, a.detach().abs().mean((0, 2, 3)), 1 - act_keep)
+        update_statistic(act, live, a.detach().abs().mean((0, 2, 3)), 1 - ema_decay)
     out = (a.relu() if relu else a).to(x.dtype)
     return F.max_pool2d(out, 2) if pool else out
 
@@ -125,10 +125,10 @@ def pools_itself(pool, residual, *size):
 class BnAct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, gamma, beta, running_mean, running_var, live, residual_map, act, measure, training,
-                relu, pool, momentum, eps, act_keep):
+                relu, pool, momentum, eps, ema_decay):
         out, mean, invstd, gate = torch.ops.gst.bn_act(
             x, gamma, beta, running_mean, running_var, live, residual, residual_map, act, measure, training, relu,
-            pool, momentum, eps, act_keep)
+            pool, momentum, eps, ema_decay)
         ctx.save_for_backward(x, gate, gamma, mean, invstd, live, residual_map)
         ctx.rest = -1 if residual is None else residual.shape[1], training, relu, pool
         return out
@@ -141,14 +141,14 @@ class BnAct(torch.autograd.Function):
 
 
 def bn_act(x, gamma, beta, running_mean, running_var, live=None, residual=None, residual_map=None, act=None,
-           measure=None, training=True, relu=True, momentum=0.1, eps=1e-5, act_keep=0.9, pool=False):
+           measure=None, training=True, relu=True, momentum=0.1, eps=1e-5, ema_decay=0.9, pool=False):
     """Batch norm, then the shortcut, then ReLU, of compact maps, and the act score's average on the way (A.4).
 
     x (n, c, h, w), float32, float64 or bfloat16 (CUDA: float16 too), in NCHW or channels-last memory; c = len(live).
     gamma, beta, running_mean, running_var (c_out,), float32 (float64 for a float64 x). training: normalise by the
     batch and update the running statistics, a pruned filter's as if its map of zeros had been seen; else normalise by
     them. residual (n, k, h, w), of x's type: channel residual_map[i] of it is added to channel i, none where that is
-    -1, and no channel twice; without a map, k = c. act (c_out,) float32: takes in act_keep and 1 - act_keep parts of
+    -1, and no channel twice; without a map, k = c. act (c_out,) float32: takes in ema_decay and 1 - ema_decay parts of
     old and mean |a|, a the map before ReLU, but only if measure, one bool on the device, is None or true. pool ends it
     with a 2x2 max_pool2d. Returns (n, c, h, w) in x's layout, or (n, c, h // 2, w // 2). NaN and infinity come through
     as in plain PyTorch, ReLU and pool included.
@@ -158,7 +158,7 @@ def bn_act(x, gamma, beta, running_mean, running_var, live=None, residual=None, 
     """
     inside = pools_itself(pool, residual, *x.shape[2:])
     out = BnAct.apply(x, residual, gamma, beta, running_mean, running_var, live, residual_map, act, measure, training,
-                      relu, inside, momentum, eps, act_keep)
+                      relu, inside, momentum, eps, ema_decay)
     return F.max_pool2d(out, 2) if pool and not inside else out
 
 
@@ -252,7 +252,7 @@ def folded_conv(x, weight, bias, stride, padding, residual, relu, pool):
 
 def masked_conv_bn_act(x, weight, bias, gamma, beta, running_mean, running_var, live_out=None, live_in=None, stride=1,
                        padding=1, residual=None, residual_map=None, act=None, measure=None, training=True, relu=True,
-                       momentum=0.1, eps=1e-5, act_keep=0.9, pool=False, score=None):
+                       momentum=0.1, eps=1e-5, ema_decay=0.9, pool=False, score=None):
     """A network's block in one call: `masked_conv2d`, then `bn_act`; their arguments, errors and gradients.
 
     In training batch norm takes the bias out again, so it is not added in the first place but to the mean that
@@ -267,7 +267,7 @@ def masked_conv_bn_act(x, weight, bias, gamma, beta, running_mean, running_var, 
         narrow = torch.get_autocast_dtype(x.device.type)
         x, weight, residual = (t if t is None else t.to(narrow) for t in (x, weight, residual))
         bias = bias if bias is None or training else bias.to(narrow)
-    there = computes_on(x.device)
+    there = supports_device(x.device)
     if there and training:
         FOLDED.pop(weight, None)  # which is memory
     parts = None
@@ -280,12 +280,12 @@ def masked_conv_bn_act(x, weight, bias, gamma, beta, running_mean, running_var, 
         inside = pools_itself(pool, residual, *size)
         out = ConvBnAct.apply(x, weight, bias, residual, gamma, beta, running_mean, running_var, live_out, live_in,
                               stride, padding, residual_map, act, measure, training, relu, inside, momentum, eps,
-                              act_keep)
+                              ema_decay)
         out = F.max_pool2d(out, 2) if pool and not inside else out
     else:
         out = masked_conv_bn_act_ref(x, weight, bias, gamma, beta, running_mean, running_var, live_out, live_in, stride,
                                      padding, residual, residual_map, act=act, measure=measure, training=training,
-                                     relu=relu, momentum=momentum, eps=eps, act_keep=act_keep, pool=pool)
+                                     relu=relu, momentum=momentum, eps=eps, ema_decay=ema_decay, pool=pool)
     return out if score is None else (out, ebn_score(gamma, beta, signed=score == "ebn-signed"))
 
 

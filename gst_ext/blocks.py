@@ -1,0 +1,173 @@
+"""Blocks of prunable networks, which know their live filters, and what networks made of them need.
+
+A network made of blocks has `prunable`, the list of blocks that may be pruned; `linear`, its last
+layer; `round_to`; and update_live_channels(), which calls that of each block in network order and
+leaves the channels that reach the last layer in `live`.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from . import ops
+
+BN_MOMENTUM, BN_EPS = 0.1, 1e-5
+ACT_EMA_DECAY = 0.9  # the EMA of mean |a| is 0.9 * old + 0.1 * new (A.4, footnote 4)
+
+
+class Block(nn.Module):
+    """conv → batch norm → (+ shortcut) → ReLU (→ 2x2 max-pool), with a mask of its filters.
+
+    The backend "eager" multiplies by the masks. The backend "ext" computes compact maps, of the
+    live channels only (with pruned ones, which stay zero, up to a multiple of model.round_to).
+    Call set_backend again after changing a mask: it updates the channel indices.
+
+    Buffers:
+        mask: (c_out,) bool, True for a live filter.
+        bn_mask: (c_out,) bool, the same for the batch norm and the shortcut of each filter; it
+            differs from mask under --prune-bn keep only.
+        act: (c_out,) the EMA of mean |a|, a the map before ReLU.
+    """
+
+    def __init__(self, c_in, c_out, kernel=3, stride=1, bias=False):
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=bias)
+        self.bn = nn.BatchNorm2d(c_out, BN_EPS, BN_MOMENTUM)
+        self.register_buffer("mask", torch.ones(c_out, dtype=torch.bool))
+        self.register_buffer("bn_mask", torch.ones(c_out, dtype=torch.bool))
+        self.register_buffer("act", torch.zeros(c_out))
+        self.pool = False
+        self.update_act = False  # whether the next forward passes update act
+        self.backend, self.bn_kept = "eager", False
+        # Channel indices, int64, None for all: those of the compact input and output, and where
+        # each output channel is in the compact shortcut (-1: nowhere).
+        self.live_in, self.live_out, self.shortcut_map = None, None, None
+
+    def forward(self, x, shortcut=None):
+        """Maps x (n, c_in, h, w) and a shortcut (n, c_out, h', w') or None to (n, c_out, h', w').
+
+        A pruned map is exactly 0. The parameters are masked, and not the map only, so that the
+        gradient of a pruned filter is exactly 0.
+        """
+        conv, bn = self.conv, self.bn
+        if self.backend == "ext":
+            weight = conv.weight * self.mask.view(-1, 1, 1, 1) if self.bn_kept else conv.weight
+            return ops.masked_conv_bn_act(
+                x, weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var,
+                self.live_out, self.live_in, conv.stride[0], conv.padding[0], shortcut,
+                self.shortcut_map, self.act if self.update_act else None, training=self.training,
+                momentum=bn.momentum, eps=bn.eps, ema_decay=ACT_EMA_DECAY, pool=self.pool)
+        weight = conv.weight * self.mask.view(-1, 1, 1, 1)
+        a = F.conv2d(x, weight, conv.bias, conv.stride, conv.padding)
+        a = F.batch_norm(a, bn.running_mean, bn.running_var, bn.weight * self.bn_mask,
+                         bn.bias * self.bn_mask, self.training, bn.momentum, bn.eps)
+        if shortcut is not None:
+            a = a + shortcut * self.bn_mask.view(-1, 1, 1)
+        if self.update_act:
+            mean = a.detach().abs().mean((0, 2, 3), dtype=torch.float32)
+            self.act.mul_(ACT_EMA_DECAY).add_(mean, alpha=1 - ACT_EMA_DECAY)
+        a = F.relu(a, inplace=True)
+        return F.max_pool2d(a, 2) if self.pool else a
+
+    def update_live_channels(self, live_in, round_to):
+        """Sets the input's channel indices and returns the output's (None for all)."""
+        self.bn_kept = not torch.equal(self.mask, self.bn_mask)
+        n = min(len(self.mask), math.ceil(int(self.bn_mask.sum()) / round_to) * round_to)
+        live_out = None
+        if n < len(self.mask):
+            live_out = torch.argsort(~self.bn_mask, stable=True)[:n].sort().values
+        self.live_in, self.live_out = live_in, copy_into(self.live_out, live_out)
+        return self.live_out
+
+    def num_computed_filters(self):
+        all_computed = self.backend == "eager" or self.live_out is None
+        return len(self.mask) if all_computed else len(self.live_out)
+
+
+def copy_into(old, new):
+    """Copies `new` into `old` if the shapes match, else returns `new`.
+
+    A captured CUDA graph keeps reading its channel indices from the old address.
+    """
+    fits = old is not None and new is not None and old.shape == new.shape
+    return old.copy_(new) if fits else new
+
+
+def set_backend(model, backend):
+    """Makes every block compute by "ext" or "eager", by its masks as they are; returns the model."""
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.backend = backend
+    model.backend = backend
+    if backend == "ext":
+        model.update_live_channels()
+    return model
+
+
+def graph_key(model):
+    """Returns what a captured CUDA graph contains of the network as constants."""
+    return [(block.bn_kept, block.num_computed_filters(), block.shortcut_map is None)
+            for block in model.prunable]
+
+
+def average_and_classify(model, x):
+    """Returns the last layer's logits for the mean of each map of x (n, c, h, w)."""
+    live = model.live if model.backend == "ext" else None
+    weight = model.linear.weight if live is None else model.linear.weight[:, live]
+    return F.linear(x.mean((2, 3)), weight, model.linear.bias)
+
+
+class PaddedShortcut(nn.Module):
+    """ResNet's shortcut without parameters (option A): zero maps around the given ones."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.c_in, self.before = c_in, (c_out - c_in) // 2
+        self.after = c_out - c_in - self.before
+
+    def forward(self, x):
+        return F.pad(x, (0, 0, 0, 0, self.before, self.after))
+
+
+def map_shortcut(shortcut, live_in, block):
+    """Finds where each filter that `block` computes is in compact_shortcut's output.
+
+    Args:
+        shortcut: The module of the shortcut.
+        live_in: The channel indices of the shortcut's input (None for all).
+        block: The block that adds the shortcut; a pruned filter's shortcut is pruned, too.
+
+    Returns:
+        An int64 index, -1 for nowhere; None if the order is the same.
+    """
+    before, n = 0, len(block.mask)
+    if isinstance(shortcut, PaddedShortcut):
+        before, n = shortcut.before, shortcut.c_in
+    if isinstance(shortcut, nn.Sequential):
+        live_in = None  # a projection computes all its maps
+    live = block.bn_mask.tolist()
+    if n == len(live) and live_in is block.live_out is None and all(live):
+        return None
+    channels = range(n) if live_in is None else live_in.tolist()
+    position = {channel + before: i for i, channel in enumerate(channels)}
+    filters = range(len(live)) if block.live_out is None else block.live_out.tolist()
+    return torch.tensor([position.get(f, -1) if live[f] else -1 for f in filters],
+                        dtype=torch.int64, device=block.mask.device)
+
+
+def compact_shortcut(shortcut, x, first):
+    """Computes a shortcut of compact maps x: all maps of a projection, else x itself.
+
+    Args:
+        first: The first block of the pair, which has the same input as the shortcut.
+    """
+    if not isinstance(shortcut, nn.Sequential):
+        return x
+    conv, bn = shortcut
+    if first.training:
+        bn.num_batches_tracked.add_(1)  # as the module itself does
+    return ops.masked_conv_bn_act(x, conv.weight, None, bn.weight, bn.bias, bn.running_mean,
+                                  bn.running_var, None, first.live_in, 1, 0,
+                                  training=first.training, relu=False, momentum=bn.momentum,
+                                  eps=bn.eps)
