@@ -18,7 +18,6 @@ stopped run and leaves a finished one alone. The training loop is `train`, at th
 """
 import argparse
 import contextlib
-import ctypes
 import functools
 import inspect
 import math
@@ -35,16 +34,16 @@ from fractions import Fraction
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
-from gst_ext import datasets, ops, rundir
-from gst_ext.blocks import (ACT_EMA_DECAY, BN_EPS, BN_MOMENTUM, Block, PaddedShortcut,
-                            average_and_classify, compact_shortcut, copy_into, graph_key,
-                            map_shortcut, set_backend)
+from gst_ext import ops, rundir
+from gst_ext.datasets import (CIFAR, CROP_PADDING, crop_and_flip, dataset_info, dataset_label,
+                              dataset_path, draw_crops, load_dataset, normalise, prepare_data)
 from gst_ext.errors import (OneLineParser, UserError, check, first_line, format_value, print_line,
                             repeated, report_error, seed_list, warn_once)
 from gst_ext.graphs import Graphs, side_stream, to_list
+from gst_ext.networks import (ACT_EMA_DECAY, BN_EPS, BN_MOMENTUM, PRUNABLE_BLOCKS, build_model,
+                              count_params_and_macs, graph_key, set_backend)
 
 # cuBLAS reads this when CUDA starts; --deterministic needs it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -53,7 +52,6 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # | Options: the paper's settings, the command line, the run's name                              |
 # +----------------------------------------------------------------------------------------------+
 
-PRUNABLE_BLOCKS = {"vgg11": 8, "vgg19": 16, "resnet18": 16, "resnet20": 18, "resnet56": 54}
 SCORES = {  # name: the function block → the score of each of its filters, (c_out,) (A.4, B.2)
     "l1": lambda block: block.conv.weight.detach().flatten(1).abs().sum(1),
     "l2": lambda block: block.conv.weight.detach().flatten(1).square().sum(1).sqrt(),
@@ -63,7 +61,7 @@ SCORES = {  # name: the function block → the score of each of its filters, (c_
                                               signed=True),
 }
 PAPER_SCORES = tuple(SCORES)
-MOMENTUM, CROP_PADDING = 0.9, 4
+MOMENTUM = 0.9  # of SGD (A.3)
 ACT_EVERY = 10  # training batches between updates of the act score (A.4, footnote 4)
 THREADS = torch.get_num_threads()
 ROUND_TO = {"cpu": 1, "cuda": 32}  # GPUs are faster on numbers of filters that are multiples of 32
@@ -71,7 +69,7 @@ CHECKPOINT_SECONDS = {"cpu": 0, "cuda": 30}  # on a GPU, writing one may take lo
 
 OPTIMIZERS = {
     "adam": dict(lr=0.001, weight_decay=0.0, epochs=325, lrs=[150, 300], augment=False),  # A.3, B.1
-    "sgd": dict(lr=0.1, weight_decay=1e-4, epochs=165, lrs=[83, 125], augment=True),  # Figures 4, C.3
+    "sgd": dict(lr=0.1, weight_decay=1e-4, epochs=165, lrs=[83, 125], augment=True),  # 4 and C.3
 }
 ADAM_PRUNING = {  # B.1
     "vgg": dict(s=[3, 4, 5, 6], e=[150, 150, 150, 275], p=[0.3, 0.3, 0.3, 0.9], r=40, score="l2",
@@ -98,12 +96,7 @@ DATA_OPTIONS = ("val_split", "train_images", "test_images", "label_noise", "augm
 
 
 def paper_options(model, optimizer=None):
-    """Returns the paper's options for a model as a dict.
-
-    Args:
-        model: A key of PRUNABLE_BLOCKS.
-        optimizer: "adam", "sgd" or None for the paper's optimizer for the model.
-    """
+    """Returns the paper's options for a model, a dict; optimizer None is the paper's own."""
     optimizer = optimizer or ("sgd" if model in ("resnet20", "resnet56") else "adam")
     n = PRUNABLE_BLOCKS[model]
     pruning = dict(s=[40] * n, e=[100] * n, p=[0.1] * n, r=30, score="l1", save_epoch=0)
@@ -123,25 +116,21 @@ def make_parser():
     for model, optimizer in [("vgg11", "adam"), ("resnet18", "adam"), ("resnet20", "sgd")]:
         values = paper_options(model, optimizer).items()
         lines.append(f"  {model}: " + " ".join(f"{k}={format_value(v)}" for k, v in values))
-    lines.append("  vgg19 is like vgg11, resnet56 like resnet20; --optimizer changes the others of "
-                 "its line.")
+    lines.append("  vgg19 is like vgg11, resnet56 like resnet20.")
     parser = OneLineParser(prog="train.py", description=__doc__, epilog="\n".join(lines),
                            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag = argparse.BooleanOptionalAction
+    flag, number = argparse.BooleanOptionalAction, dict(type=int, metavar="N")
     add = parser.add_argument_group("network and data").add_argument
     add("--model", choices=PRUNABLE_BLOCKS, default="vgg11", help="(default: vgg11)")
-    add("--preset", choices=PRESETS, help="a named set of options: quick is a few epochs of digits, "
-        "small is CIFAR-10 with few images; options beside it override it (default: none)")
+    add("--preset", choices=PRESETS, help="a named set of options, which options beside it "
+        "override: quick is a few epochs of digits, small is CIFAR-10 with few images")
     add("--width", type=float, help="multiplies every channel count (default: 1)")
-    add("--dataset", help="cifar10, cifar100, digits, a .npz file, or a folder with train/ and "
-        "test/ class folders of images (default: cifar10)")
+    add("--dataset", help="cifar10, cifar100, digits, a .npz file or a folder (docs/data.md; "
+        "default: cifar10)")
     add("--data-dir", default="data", help="where <dataset>.npz is or will be (default: data)")
-    add("--val-split", type=int, metavar="N", help="validation images taken from the training set "
-        "(default: 0)")
-    add("--train-images", type=int, metavar="N", help="use N of the training images, 0 for all "
-        "(default: 0)")
-    add("--test-images", type=int, metavar="N", help="use N of the test images, 0 for all "
-        "(default: 0)")
+    add("--val-split", **number, help="validation images taken from the training set (default: 0)")
+    add("--train-images", **number, help="use N of the training images, 0 for all (default: 0)")
+    add("--test-images", **number, help="use N of the test images, 0 for all (default: 0)")
     add("--label-noise", type=float, metavar="F", help="give a fraction F of the training images a "
         "random class, the same for every seed and method (default: 0)")
     add("--augment", action=flag, help="random crop and flip (default: the paper's)")
@@ -155,8 +144,7 @@ def make_parser():
         add(f"--{name}", type=repeated(kind), nargs="+", metavar=name, help=f"{what} of pruning, "
             "one value (VxN: N times V) for each of the last n prunable layers")
     add("--score", choices=SCORES, help="what makes a filter small or large")
-    add("--scratch", action=flag, default=False, help="prune everything once, at initialization "
-        "(default: no)")
+    add("--scratch", action=flag, default=False, help="prune everything at initialization")
     add("--prune-bn", choices=("drop", "keep"), default="drop", help="prune a filter's batch norm "
         "and shortcut, too, or keep them (default: drop)")
 
@@ -175,11 +163,10 @@ def make_parser():
     add("--lr", type=float, help="initial learning rate")
     add("--weight-decay", type=float)
     add("--batch-size", type=int, help="(default: 128)")
-    add("--test-batch-size", type=int, help="each test batch adds its noise in a noise run "
-        "(default: 128)")
+    add("--test-batch-size", type=int, help="each test batch has its own noise (default: 128)")
     add("--epochs", type=int)
-    add("--lrs", type=repeated(int), nargs="*", metavar="epoch", help="epochs at which the learning "
-        "rate is divided by ten")
+    add("--lrs", type=repeated(int), nargs="*", metavar="epoch", help="epochs at which the rate is "
+        "divided by ten")
     add("--scale-epochs", type=float, metavar="F", help="multiply epochs, lrs, s, e, r and noise "
         "batches by F, rounded, r at least 1 (default: 1)")
     add("--seed", type=int, default=1, help="(default: 1)")
@@ -189,36 +176,28 @@ def make_parser():
     add("--backend", choices=("auto", "ext", "eager"), default="auto", help="ext: the extension, "
         "which computes live filters only; eager: plain PyTorch, masked (default: ext if built)")
     add("--precision", choices=("fp32", "tf32", "bf16"), help="(default: fp32)")
-    add("--deterministic", action=flag, help="on CUDA, use deterministic kernels only; a CPU run "
-        "repeats exactly with the same number of threads, torch and processor (default: no)")
-    add("--cuda-graphs", action=flag, default=True, help="capture steps as CUDA graphs "
-        "(default: yes)")
+    add("--deterministic", action=flag, help="on CUDA, use deterministic kernels only (default: no; "
+        "docs/files.md says when CPU runs repeat exactly)")
+    add("--cuda-graphs", action=flag, default=True, help="capture steps as CUDA graphs")
     add("--log-dir", default="logs", help="(default: logs)")
-    add("--save-epoch", type=int, metavar="N", help="keep the weights after the N-th epoch, too, "
-        "as epoch<N>.pt; 0: no")
-    add("--tensorboard", action=flag, default=False, help="write <run>/tensorboard, too, if it is "
-        "installed (default: no)")
+    add("--save-epoch", **number, help="keep the weights after epoch N as epoch<N>.pt; 0: no")
+    add("--tensorboard", action=flag, default=False, help="write <run>/tensorboard, too")
 
     add = parser.add_argument_group("several runs, one after the other").add_argument
     add("--seeds", type=seed_list, metavar="1-10", help="a run for each seed, 1-10 or 1,4,7")
     add("--runs", metavar="FILE", help="train the runs listed in FILE, a line of options each")
     add("--plan", metavar="FILE", help="train nothing: report how many of the runs in FILE are "
         "left, download their data, and print their lines")
-    add("--retry-failed", action=flag, default=False, help="count failed runs as left in --plan "
-        "(default: no)")
-    add("--status", metavar="FILE", nargs="+", help="train nothing: report the status of the runs "
-        "listed in each FILE")
+    add("--retry-failed", action=flag, default=False, help="count failed runs as left in --plan")
+    add("--status", metavar="FILE", nargs="+", help="train nothing: report on the runs in FILE")
     return parser
 
 
 def parse_options(argv):
-    """Parses and checks options and fills in the defaults; what a run does not use becomes None.
-
-    Args:
-        argv: A list of str, without the program's name.
+    """Parses and checks options (a list of str) and fills in the defaults.
 
     Returns:
-        An argparse.Namespace.
+        An argparse.Namespace, in which options that the run does not use are None.
 
     Raises:
         UserError: An option is wrong, or would have no effect.
@@ -310,18 +289,14 @@ def check_schedule(options, given):
         check(0 <= s <= e, f"pruning starts at epoch {s} and ends at {e}: each s must be 0 or more "
               "and at most its e")
     if options.target != "none" and not options.scratch:
-        check(max(options.e) < options.epochs, f"pruning ends at epoch {max(options.e)}, but epochs "
-              f"count from 0 to {options.epochs - 1}: lower --e or raise --epochs")
+        check(max(options.e) < options.epochs, f"pruning ends at epoch {max(options.e)}, but "
+              f"epochs count from 0 to {options.epochs - 1}: lower --e or raise --epochs")
     check("save_epoch" not in given or options.save_epoch <= options.epochs,
           f"--save-epoch {options.save_epoch} is past the last of {options.epochs} epochs")
 
 
 def scaled_schedule(options):
-    """Applies --scale-epochs.
-
-    Returns:
-        A dict of epochs, lrs, s, e, r, save_epoch and noise_batches; None for what is not used.
-    """
+    """Returns epochs, lrs, s, e, r, save_epoch, noise_batches after --scale-epochs, a dict."""
     def scaled(x):
         return math.floor(Fraction(str(options.scale_epochs)) * x + Fraction(1, 2))
 
@@ -339,37 +314,29 @@ def scaled_schedule(options):
 
 
 def lr_schedule_warnings(options, times):
-    """Returns warnings, a list of str, about milestones of the learning rate without effect.
+    """Returns warnings, a list of str, about milestones in --lrs that have no effect.
 
-    Args:
-        options: From parse_options. A milestone equal to the number of epochs is a way to say
-            "never" and is accepted where it was given.
-        times: From scaled_schedule.
+    A milestone equal to the number of epochs means "never", if it was given.
     """
-    def spaced(epochs):
-        return " ".join(map(str, epochs))
-
-    warnings_, n = [], options.epochs
-    is_default = options.lrs == paper_options(options.model, options.optimizer)["lrs"]
-    late = [x for x in options.lrs if x > n - is_default]
-    if late:
-        warnings_.append(f"the learning rate never falls at --lrs {spaced(late)}, since epochs count "
-                         f"from 0 to {n - 1}: give --lrs that fit --epochs, or --lrs alone for none")
-    used = [x for x in options.lrs if x < n]
-    scaled = [x for x in times["lrs"] if x < times["epochs"]]
-    if len(set(scaled)) < len(set(used)) or 0 in scaled and 0 not in used:
-        warnings_.append(
-            f"--scale-epochs {format_value(options.scale_epochs)} rounds --lrs {spaced(used)} of {n} "
-            f"epochs to {spaced(times['lrs'])} of {times['epochs']}, which loses a fall of the "
-            "learning rate: give --epochs and --lrs")
-    return warnings_
+    lrs, n, lines = options.lrs, options.epochs, []
+    default = lrs == paper_options(options.model, options.optimizer)["lrs"]
+    if max(lrs, default=0) > n - default:
+        lines.append(f"of --lrs {format_value(lrs)} some are past the last epoch, {n - 1}: give "
+                     "--lrs that fit --epochs, or --lrs alone for none")
+    used = {x for x in lrs if x < n}
+    scaled = {x for x in times["lrs"] if x < times["epochs"]}
+    if len(scaled) < len(used) or 0 in scaled and 0 not in used:
+        lines.append(f"--scale-epochs {format_value(options.scale_epochs)} makes --lrs "
+                     f"{format_value(lrs)} of {n} epochs {format_value(times['lrs'])} of "
+                     f"{times['epochs']}, which loses a fall of the learning rate: give --epochs "
+                     "and --lrs")
+    return lines
 
 
 def run_name(options):
-    """Names a run by what differs from the paper's settings or, with a preset, from the preset's.
+    """Returns (method, setting), str: what is done to the filters, and everything else.
 
-    Returns:
-        (method, setting), str: what is done to the filters, and everything else ("" if nothing).
+    Both name what differs from the paper's settings or, with a preset, from the preset's.
     """
     default = default_options(options.model, options.optimizer, options.preset)
     default["optimizer"] = paper_options(options.model)["optimizer"]
@@ -398,14 +365,6 @@ def run_name(options):
     return "-".join(method), "-".join(setting + ["deterministic"] * options.deterministic)
 
 
-def dataset_label(dataset):
-    """Names a data set in paths: by the last part of its path, distinct from the built-in names."""
-    if dataset in datasets.BUILT_IN:
-        return dataset
-    name = os.path.basename(os.path.abspath(dataset))
-    return f"own-{name}" if name.lower() in ("", *datasets.BUILT_IN) else name
-
-
 def run_path(options):
     """Returns the run's directory: <log_dir>/<dataset>/<model>/<method>[-<setting>]/seed<k>."""
     name = "-".join(filter(None, run_name(options)))
@@ -424,262 +383,17 @@ def experiment_options(options):
 # | Data: the whole data set is on the device as uint8                                           |
 # +----------------------------------------------------------------------------------------------+
 
-def disjoint_subsets(n, *counts):
-    """Draws disjoint subsets of n images, the same for every seed and method.
-
-    Returns:
-        An ascending index array for each of the counts.
-    """
-    order, bounds = np.random.RandomState(0).permutation(n), np.cumsum([0, *counts])
-    return [np.sort(order[start:end]) for start, end in zip(bounds, bounds[1:])]
-
-
-def prepare_data(arrays, device, *, val_split=0, train_images=0, test_images=0, label_noise=0.0,
-                 augment=False):
-    """Splits a data set and moves it to the device.
-
-    The subsets and the label noise do not depend on the seed: all runs share their images.
-
-    Args:
-        arrays: From datasets.load_dataset.
-        device: A torch.device.
-        val_split, train_images, test_images, label_noise, augment: The options of these names.
-
-    Returns:
-        A dict: "train", "test" and, with a validation set, "val": (images (n, h, w, 3) uint8,
-        labels (n,) int64); "mean" and "std" (3,): the training images' channel statistics in
-        units of a uint8 pixel; with augment "padded", the training images with a border.
-
-    Raises:
-        UserError: There are too few images.
-    """
-    train_x, train_y, test_x, test_y = (arrays[k] for k in
-                                        ("train_x", "train_y", "test_x", "test_y"))
-    available = len(train_x) - val_split
-    check(available > 0, f"--val-split {val_split} leaves none of {len(train_x)} images: give fewer")
-    for name, wanted, there in (("train", train_images, available),
-                                ("test", test_images, len(test_x))):
-        check(wanted <= there, f"--{name}-images {wanted}, but there are {there}: give fewer")
-    splits = {"test": (test_x, test_y)}
-    if "val_x" in arrays and not val_split:
-        splits["val"] = arrays["val_x"], arrays["val_y"]
-    if test_images:
-        index, = disjoint_subsets(len(test_x), test_images)
-        splits["test"] = (test_x[index], test_y[index])
-    if val_split or train_images:
-        val_index, index = disjoint_subsets(len(train_x), val_split, train_images or available)
-        if val_split:
-            splits["val"] = (train_x[val_index], train_y[val_index])
-        train_x, train_y = train_x[index], train_y[index]
-    if label_noise:
-        random, train_y = np.random.RandomState(1), train_y.copy()
-        noisy = random.permutation(len(train_y))[:math.floor(label_noise * len(train_y) + 0.5)]
-        train_y[noisy] = random.randint(len(arrays["classes"]), size=len(noisy))
-    splits["train"] = (train_x, train_y)
-    # Histograms give the mean and the variance exactly, whatever the number of images.
-    histograms = np.stack([np.bincount(train_x[..., c].ravel(), minlength=256) for c in range(3)])
-    frequencies = histograms / train_x[..., 0].size
-    mean = frequencies @ np.arange(256)
-    variance = frequencies @ np.arange(256) ** 2 - mean**2
-    check(variance.min() > 1e-9,
-          "the training images are constant in one channel: nothing can be learnt from it")
-    data = {name: tuple(torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in split)
-            for name, split in splits.items()}
-    if augment:
-        data["padded"] = F.pad(data["train"][0], (0, 0, *[CROP_PADDING] * 4))
-    return data | {name: torch.tensor(value, dtype=torch.float32, device=device)
-                   for name, value in (("mean", mean), ("std", np.sqrt(variance)))}
-
-
-def normalise(images, data):
-    """Normalises uint8 images (n, h, w, 3) by the training set's mean and standard deviation.
-
-    Returns:
-        float32 (n, 3, h, w) in channels-last memory.
-    """
-    return ((images.float() - data["mean"]) / data["std"]).permute(0, 3, 1, 2)
-
-
-def draw_crops(n, generator):
-    """Draws crop offsets (2, n) in 0 … 8 and flips (n,) for one epoch, on the CPU."""
-    offsets = torch.randint(0, 2 * CROP_PADDING + 1, (2, n), generator=generator)
-    return offsets, torch.randint(0, 2, (n,), generator=generator).bool()
-
-
-def crop_and_flip(padded, index, offsets, flips):
-    """Crops images `index` of `padded` (n, h+8, w+8, 3) to (h, w) and mirrors them where `flips`.
-
-    Args:
-        padded: The images with a border of CROP_PADDING pixels.
-        index: (b,) int64.
-        offsets: (2, b), the upper left corner of each crop.
-        flips: (b,) bool.
-    """
-    height, width = (size - 2 * CROP_PADDING for size in padded.shape[1:3])
-    rows = offsets[0][:, None] + torch.arange(height, device=padded.device)
-    columns = torch.arange(width, device=padded.device).expand(len(index), width)
-    columns = torch.where(flips[:, None], width - 1 - columns, columns) + offsets[1][:, None]
-    return padded[index[:, None, None], rows[:, :, None], columns[:, None, :]]
-
-
 @functools.lru_cache(maxsize=1)  # consecutive runs share a data set
 def load_arrays(dataset, data_dir):
     """Returns a data set's arrays and what config.json says of them."""
-    arrays = datasets.load_dataset(dataset, data_dir)
-    return arrays, datasets.dataset_info(arrays)
+    arrays = load_dataset(dataset, data_dir)
+    return arrays, dataset_info(arrays)
 
 
 @functools.lru_cache(maxsize=1)
 def load_prepared(dataset, data_dir, device, **split_options):
     """Returns prepare_data of a data set."""
     return prepare_data(load_arrays(dataset, data_dir)[0], device, **split_options)
-
-
-# +----------------------------------------------------------------------------------------------+
-# | Networks: made of blocks, each with a mask of its live filters                               |
-# +----------------------------------------------------------------------------------------------+
-
-class VGG(nn.Module):
-    """VGG with batch norm; `widths` lists the filters of each block, and "pool" for a max-pool."""
-
-    def __init__(self, widths, num_classes):
-        super().__init__()
-        layers, c_in = [], 3
-        for c_out in widths:
-            if c_out == "pool":
-                layers[-1].pool = True
-                layers.append(nn.Identity())  # keeps the layers' numbers those of the paper's VGG
-            else:
-                layers.append(Block(c_in, c_out, bias=True))
-                c_in = c_out
-        self.features = nn.Sequential(*layers)
-        self.linear = nn.Linear(c_in, num_classes)
-        self.prunable = [layer for layer in layers if isinstance(layer, Block)]
-        nn.init.normal_(self.linear.weight, 0, 0.01)
-        nn.init.zeros_(self.linear.bias)
-
-    def update_live_channels(self):
-        self.live = None
-        for block in self.prunable:
-            self.live = block.update_live_channels(self.live, self.round_to)
-
-    def forward(self, x):
-        return average_and_classify(self, self.features(x))  # of 32x32 images a map has one pixel
-
-
-class ResNet(nn.Module):
-    """ResNet of basic blocks; its shortcuts are projections (option B) or padded with zeros (A)."""
-
-    def __init__(self, stem, stages, depth, projection, num_classes):
-        super().__init__()
-        self.stem = Block(3, stem)
-        self.pairs, self.shortcuts, c_in = nn.ModuleList(), nn.ModuleList(), stem
-        for stage, c_out in enumerate(stages):
-            for i in range(depth):
-                stride = 2 if stage and not i else 1
-                pair = [Block(c_in, c_out, stride=stride), Block(c_out, c_out)]
-                self.pairs.append(nn.ModuleList(pair))
-                if stride == 1 and c_in == c_out:
-                    shortcut = nn.Identity()
-                elif projection:
-                    shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=False),
-                                             nn.BatchNorm2d(c_out, BN_EPS, BN_MOMENTUM))
-                else:
-                    shortcut = PaddedShortcut(c_in, c_out)
-                self.shortcuts.append(shortcut)
-                c_in = c_out
-        self.linear = nn.Linear(c_in, num_classes)
-        self.prunable = [block for pair in self.pairs for block in pair]
-
-    def update_live_channels(self):
-        self.live = self.stem.update_live_channels(None, 1)
-        for (first, second), shortcut in zip(self.pairs, self.shortcuts):
-            live_in = self.live
-            middle = first.update_live_channels(live_in, self.round_to)
-            self.live = second.update_live_channels(middle, self.round_to)
-            second.shortcut_map = copy_into(second.shortcut_map,
-                                            map_shortcut(shortcut, live_in, second))
-
-    def forward(self, x):
-        x = self.stem(x)
-        for (first, second), shortcut in zip(self.pairs, self.shortcuts):
-            stride = first.conv.stride[0]
-            # The shortcut reads every second pixel by itself: of fewer than eight channels,
-            # oneDNN's AVX2 code for a strided 1x1 convolution's gradient writes past its buffer.
-            strided = x[:, :, ::stride, ::stride]
-            compact = self.backend == "ext"
-            past = compact_shortcut(shortcut, strided, first) if compact else shortcut(strided)
-            x = second(first(x), past)
-        return average_and_classify(self, x)
-
-
-def count_params_and_macs(model, image):
-    """Counts the parameters left and the multiply-adds of one image's forward pass.
-
-    Counted are live filters and the slices that read live maps; only convolutions and the last
-    layer multiply. A projection shortcut counts in full.
-
-    Args:
-        image: An image's (height, width, ...).
-    """
-    num_params, macs, c_in, size = 0, 0, 3, image[:2]
-
-    def count(conv, size, c_in, filters, maps):
-        nonlocal num_params, macs
-        k, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
-        size = [(s + 2 * padding - k) // stride + 1 for s in size]
-        num_params += c_in * filters * k * k + filters * (conv.bias is not None) + 2 * maps
-        macs += c_in * filters * k * k * math.prod(size)
-        return size
-
-    shortcut_of = dict(zip((first for first, _ in getattr(model, "pairs", ())),
-                           getattr(model, "shortcuts", ())))
-    for block in (module for module in model.modules() if isinstance(module, Block)):
-        maps = int(block.bn_mask.sum())
-        size = count(block.conv, size, c_in, int(block.mask.sum()), maps)
-        if isinstance(shortcut_of.get(block), nn.Sequential):
-            count(shortcut_of[block][0], size, c_in, len(block.mask), len(block.mask))
-        size = [s // 2 if block.pool else s for s in size]
-        c_in = maps
-    num_classes = len(model.linear.bias)
-    return num_params + num_classes * (c_in + 1), macs + num_classes * c_in
-
-
-def build_model(name, num_classes=10, width=1.0):
-    """Builds a CIFAR network, initialised from torch's global generator, in channels-last memory.
-
-    Args:
-        name: A key of PRUNABLE_BLOCKS.
-        width: Multiplies every channel count, rounded, at least 1.
-
-    Returns:
-        A module (n, 3, h, w) → (n, num_classes) logits, h and w at least 32; `.prunable` lists the
-        blocks that may be pruned, in network order.
-    """
-    def widths(*counts):
-        return [c if c == "pool" else max(1, math.floor(c * width + 0.5)) for c in counts]
-
-    if name == "vgg11":
-        model = VGG(widths(64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512,
-                           "pool"), num_classes)
-    elif name == "vgg19":
-        model = VGG(widths(64, 64, "pool", 128, 128, "pool", *[256] * 4, "pool", *[512] * 4, "pool",
-                           *[512] * 4, "pool"), num_classes)
-    elif name == "resnet18":
-        stages = widths(64, 128, 256, 512)
-        model = ResNet(stages[0], stages, 2, True, num_classes)
-    elif name in ("resnet20", "resnet56"):
-        stages = widths(16, 32, 64)
-        model = ResNet(stages[0], stages, 3 if name == "resnet20" else 9, False, num_classes)
-    else:
-        raise UserError(f"no model {name}: choose from {', '.join(PRUNABLE_BLOCKS)}")
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    model.round_to = 1
-    return set_backend(model.to(memory_format=torch.channels_last), "eager")
 
 
 # +----------------------------------------------------------------------------------------------+
@@ -698,9 +412,8 @@ def pruning_epochs(s, e, r):
 def num_filters_to_keep(n, p, n_iter):
     """Returns how many of n filters remain after each of n_iter iterations, a list (A.4).
 
-    Args:
-        p: The fraction of filters pruned in the end, read as the decimal number that it prints
-            as: (1 - 0.3) * 10 is 7, not the ceiling of 7.000000000000001.
+    The pruned fraction p is read as a decimal number: (1 - 0.3) * 10 is 7, not the ceiling of
+    7.000000000000001.
     """
     m = math.ceil((1 - Fraction(str(p))) * n)
     return [math.ceil(m + Fraction((n - m) * (n_iter - j), n_iter)) for j in range(1, n_iter + 1)]
@@ -709,7 +422,7 @@ def num_filters_to_keep(n, p, n_iter):
 def pruning_schedule(model, options, times):
     """Returns {layer: {epoch: number of filters to keep}}, layer an index into model.prunable.
 
-    With --scratch the epoch is -1, before the first; without a target the schedule is empty.
+    With --scratch the only epoch is -1, before the first.
     """
     schedule, ratios = {}, options.p or ()
     for i, p in enumerate(ratios):
@@ -723,11 +436,7 @@ def pruning_schedule(model, options, times):
 
 
 def filter_scores(block, score):
-    """Returns the score of each filter of `block`, (c_out,), by its name in SCORES.
-
-    Raises:
-        UserError: The score is unknown, or its function does not give one number a filter.
-    """
+    """Returns the score of each filter of `block`, (c_out,), by its name in SCORES."""
     check(score in SCORES, f"no score {score}: choose from {', '.join(SCORES)}")
     values, n = SCORES[score](block), len(block.mask)
     shape = tuple(values.shape) if torch.is_tensor(values) else type(values).__name__
@@ -737,19 +446,13 @@ def filter_scores(block, score):
 
 
 def select_filters(scores, mask, k, target, generator=None):
-    """Selects the k filters to prune among the live ones.
+    """Selects k of the live filters: ascending indices (k,) on the CPU.
 
     Args:
         scores: (c,); not used for target R.
         mask: (c,) bool, True for a live filter.
         target: "S" smallest scores, "L" largest, "R" uniformly random (by `generator`). Of equal
             scores the lower index is selected.
-
-    Returns:
-        Ascending indices (k,) on the CPU.
-
-    Raises:
-        UserError: Fewer than k filters are live, or a score is NaN.
     """
     check(target in ("S", "L", "R"), f"no target {target}: choose S, L or R")
     live = mask.cpu().nonzero().flatten()
@@ -763,15 +466,9 @@ def select_filters(scores, mask, k, target, generator=None):
 
 
 def count_ties(scores, mask, indices):
-    """Counts the live filters that share a score across the pruning threshold.
+    """Counts the live filters (mask) that share a score with both a selected and a remaining one.
 
-    Args:
-        scores: (c,).
-        mask: (c,) bool, True for a live filter.
-        indices: Those selected.
-
-    Returns:
-        0 if the scores alone decided; else the order of the filters decided between so many.
+    If it is not 0, the order of the filters decided between them, and not their scores.
     """
     selected = torch.zeros_like(mask, device="cpu")
     selected[indices] = True
@@ -784,11 +481,8 @@ def count_ties(scores, mask, indices):
 def prune_filters(block, indices, keep_bn=False, optimizer=None):
     """Removes filters for good: their weights, bias, batch norm and shortcut become 0.
 
-    The optimizer's state of them is cleared: a momentum would move the zeros again.
-
-    Args:
-        indices: (k,) int64.
-        keep_bn: Remove the convolution's weights only (D.1's Prune_L).
+    With keep_bn only the weights do (D.1's Prune_L). The optimizer's state of the filters is
+    cleared, since a momentum would move the zeros again.
     """
     indices = indices.to(block.mask.device)
     block.mask[indices] = False
@@ -804,11 +498,9 @@ def prune_filters(block, indices, keep_bn=False, optimizer=None):
 
 
 def num_filters_to_prune(model, schedule, epoch, noise=None):
-    """Returns {layer: number of filters to prune after this epoch}, without layers at their goal.
+    """Returns {layer: number of filters to prune after this epoch}, without zeros.
 
-    Args:
-        schedule: From pruning_schedule.
-        noise: The run's FilterNoise; a noised filter counts as pruned.
+    Under noise (FilterNoise) a filter that was noised counts as pruned.
     """
     numbers = {}
     for layer, keep in schedule.items():
@@ -822,21 +514,15 @@ def num_filters_to_prune(model, schedule, epoch, noise=None):
 
 def pruning_event(model, optimizer, score, target, generator, noise, keep_bn, numbers,
                   allow_ties=False):
-    """Removes filters, or starts their noise.
+    """Removes filters or, with a FilterNoise, starts their noise.
 
     Args:
-        score, target: The options of these names.
         generator: The random generator of target R.
-        noise: The run's FilterNoise, None to prune.
-        keep_bn: See prune_filters.
         numbers: {layer: number of filters}, from num_filters_to_prune.
         allow_ties: Whether all filters of a layer may have the same score.
 
     Returns:
-        ({layer: list of the filters' indices}, {layer: number of ties, from count_ties}).
-
-    Raises:
-        UserError: All filters of a layer have the same score, which selects none of them.
+        ({layer: list of the filters' indices}, {layer: count_ties, where it is not 0}).
     """
     pruned, ties = {}, {}
     for layer, k in numbers.items():
@@ -848,8 +534,8 @@ def pruning_event(model, optimizer, score, target, generator, noise, keep_bn, nu
         indices = select_filters(scores, live, k, target, generator)
         if target != "R" and (num_tied := count_ties(scores, live, indices)):
             check(num_tied < int(live.sum()) or allow_ties, f"all {num_tied} filters of layer "
-                  f"{layer} have the same {score} score, which selects none: prune later (--s; act "
-                  f"is updated on every {ACT_EVERY}th training batch), or choose another --score", 1)
+                  f"{layer} have the same {score} score, which selects none: prune later (--s; "
+                  f"act is updated on every {ACT_EVERY}th batch), or choose another --score", 1)
             ties[layer] = num_tied
         if noise:
             noise.start(layer, indices)
@@ -865,20 +551,12 @@ def pruning_event(model, optimizer, score, target, generator, noise, keep_bn, nu
 # +----------------------------------------------------------------------------------------------+
 
 class FilterNoise:
-    """The noise of all layers of one run.
-
-    Args:
-        blocks: {layer: Block}, the layers of the pruning schedule.
-        kind: "zero" or "gauss".
-        batches: How many training batches an event's noise lasts; 1 is a single forward pass.
-        filters: "newest" or "all": the event's filters only, or all that were ever noised.
-        restore: Whether to zero batch norm, too, and to restore all values afterwards (D.2).
-        generator: The random generator of Gaussian noise.
+    """The noise of one run on blocks {layer: Block}; the options --noise-* say what it does.
 
     Attributes:
-        state: For the checkpoint, one dict a layer: "noised", a mask of filters ever noised;
-            "active", the indices noised now, or None; "reference", a filter that never was; the
-            forward passes with noise since the event, "test" and "train"; "saved" values.
+        state: One dict a layer: "noised", a mask of the filters ever noised; "active", the indices
+            noised now, or None; "reference", a filter that never was; the noisy forward passes
+            since the event, "test" and "train"; "saved", the values to restore.
     """
 
     def __init__(self, blocks, kind, batches, filters, restore, generator):
@@ -968,14 +646,7 @@ def score_fingerprint(score):
 
 
 def run_config(options, times, schedule, model, device, info):
-    """Returns config.json: the options, the schedule, the constants, the data and the machine.
-
-    Args:
-        times: From scaled_schedule.
-        schedule: From pruning_schedule.
-        model: The network before any pruning.
-        info: From datasets.dataset_info.
-    """
+    """Returns config.json: the options, the schedule, the constants, the data and the machine."""
     method, setting = run_name(options)
     num_params, macs = count_params_and_macs(model, info["image"])
     return {
@@ -998,18 +669,14 @@ def run_config(options, times, schedule, model, device, info):
 
 
 def epoch_metrics(where, data, trained, before, after=None, val=None, event=False):
-    """Computes an epoch's metrics from its totals, which are read from the device once.
+    """Computes an epoch's metrics: losses in nats, percentages, counts of correct answers.
 
     Args:
         where: What an error message begins with.
-        data: From prepare_data.
         trained: The totals of train_epoch.
         before, after, val: From evaluate: before and after the pruning event, and of the
-            validation images or None.
+            validation images.
         event: Whether filters were pruned, or noise was started.
-
-    Returns:
-        A dict: losses in nats; accuracies, stability and churn in %; counts of correct answers.
 
     Raises:
         UserError: The training loss or a logit is NaN or infinite.
@@ -1040,16 +707,10 @@ def epoch_metrics(where, data, trained, before, after=None, val=None, event=Fals
 
 
 def summarize_run(records, config):
-    """Summarizes a run: best and last accuracy, stability, cost (docs/files.md lists the fields).
+    """Summarizes the records of epochs.jsonl, a dict (docs/files.md lists its fields).
 
-    Args:
-        records: The epochs of epochs.jsonl, as dicts.
-        config: The run's config.json.
-
-    Returns:
-        A dict of percentages, nats and counts. The best accuracy is over the epochs from the last
-        pruning event on. Means over events are 100 (stability) or 0 without events. A field is
-        None where an older log does not have it.
+    The best accuracy is over the epochs from the last pruning event on. A mean stability without
+    events is 100. A field is None where an older log does not have it.
     """
     events = [r for r in records if any(r["removed"])]
     stabilities = [r["stability"] for r in events if r["stability"] is not None]
@@ -1059,7 +720,8 @@ def summarize_run(records, config):
     summary = {
         "epochs": len(records), "events": len(events), "best_acc": best["test_acc"],
         "best_epoch": best["epoch"], "gap": best["train_acc"] - best["test_acc"],
-        "last_acc": records[-1]["test_acc"], "val_chosen_acc": chosen["test_acc"] if chosen else None,
+        "last_acc": records[-1]["test_acc"],
+        "val_chosen_acc": chosen["test_acc"] if chosen else None,
         "mean_stability": math.fsum(stabilities) / len(stabilities) if stabilities else 100.0,
         "min_stability": min(stabilities, default=100.0),
         "below": {str(limit): sum(s < limit for s in stabilities) for limit in (99, 98, 95, 90)},
@@ -1103,11 +765,7 @@ def print_ties(label, score, ties):
 # +----------------------------------------------------------------------------------------------+
 
 def setup_device(device="auto", precision="fp32", deterministic=False):
-    """Returns the torch.device of --device, with precision and determinism set globally.
-
-    Raises:
-        UserError: The machine lacks what was asked for.
-    """
+    """Returns the torch.device of --device; sets precision and determinism globally."""
     cuda = torch.cuda.is_available()
     check(cuda or device != "cuda", "--device cuda, but torch sees no CUDA device here: use "
           "--device cpu, or check the driver")
@@ -1121,25 +779,10 @@ def setup_device(device="auto", precision="fp32", deterministic=False):
     return device
 
 
-def choose_backend(backend, device):
-    """Returns "ext" or "eager" for the option --backend; warns if "auto" lacks the extension."""
-    available = ops.supports_device(device)
-    reason = ops.unavailable_reason or "it has no CUDA kernels: there was no CUDA toolkit"
-    check(available or backend != "ext", "--backend ext, but the extension is not built for this "
-          f"device ({reason}): run bash runs.sh setup, or use --backend eager")
-    if not available and backend == "auto":
-        warn_once(f"train.py: the extension is not built for this device ({reason}); plain PyTorch "
-                  "replaces it. bash runs.sh setup builds it")
-    return "ext" if available and backend != "eager" else "eager"
-
-
 def make_generators(seed, noise_device):
-    """Seeds torch's global generator, for the initial weights, and one for each other use.
+    """Seeds torch's global generator, for the initial weights, and returns one for each other use.
 
-    Runs with the same seed share initial weights, data order and augmentation.
-
-    Returns:
-        {"order", "augment", "target" and "noise": torch.Generator}.
+    So runs with the same seed share initial weights, data order and augmentation.
     """
     torch.manual_seed(seed)
     generators = {}
@@ -1170,8 +813,8 @@ def evaluate(model, data, split, batch_size, precision, graphs, noise=None):
     """Evaluates the network on a split, in eval mode.
 
     Returns:
-        Tensors on the device: totals (3,) float64 (correct answers, summed loss in nats, images
-        with finite logits) and the predicted classes (images,) int64.
+        Tensors on the device: totals (3,) float64, of correct answers, losses in nats and images
+        with finite logits, and the predicted classes (images,) int64.
     """
     model.eval()
     x, y = data[split]
@@ -1199,14 +842,10 @@ def evaluate(model, data, split, batch_size, precision, graphs, noise=None):
 
 
 def train_epoch(model, data, optimizer, options, generators, step, graphs, noise=None):
-    """Trains for one pass over the training data.
-
-    Args:
-        options: batch_size, precision, augment and score are used.
-        step: The number of training batches before this epoch.
+    """Trains for one pass over the training data, from batch number `step` of the run on.
 
     Returns:
-        (totals (2,) float64 on the device: summed loss in nats and correct answers; next step).
+        (totals (2,) float64 on the device, of losses in nats and correct answers; next step).
     """
     model.train()
     x, y = data["train"]
@@ -1252,26 +891,17 @@ def train_epoch(model, data, optimizer, options, generators, step, graphs, noise
 
 
 def check_same_run(path, options, info=None):
-    """Refuses a directory whose config.json is of another experiment or of other data.
-
-    Args:
-        info: From datasets.dataset_info; None skips the data.
-
-    Returns:
-        The config.
-
-    Raises:
-        UserError: It is another run, or config.json is missing or damaged.
-    """
+    """Refuses a directory of another run, or (info, from dataset_info) data; returns its config."""
     config = rundir.read_config(path)
     different = [k for k, v in experiment_options(options).items()
                  if k != "dataset" and v is not None and config["options"].get(k, v) != v]
     if config.get("score_crc32") != score_fingerprint(options.score):
         different.append(f"source of the score {options.score}")
-    if info and any(config.get("data", {}).get(k) != info[k] for k in ("classes", "image", "crc32")):
+    data = config.get("data", {})
+    if info and any(data.get(k) != info[k] for k in ("classes", "image", "crc32")):
         different.append("data set")
-    check(not different, f"{path} holds a run with another {', '.join(different)}: move it away, or "
-          "choose another --log-dir")
+    check(not different, f"{path} holds a run with another {', '.join(different)}: move it away, "
+          "or choose another --log-dir")
     return config
 
 
@@ -1285,9 +915,9 @@ def missing_outputs(path, times, tensorboard, epoch):
 
 def check_finished(path, options):
     """Checks that a finished run is the one that was asked for, without a download."""
-    there = datasets.dataset_path(options.dataset, options.data_dir).exists()
+    there = dataset_path(options.dataset, options.data_dir).exists()
     info = None
-    if there or options.dataset not in datasets.CIFAR:
+    if there or options.dataset not in CIFAR:
         _, info = load_arrays(options.dataset, options.data_dir)
     check_same_run(path, options, info)
 
@@ -1352,7 +982,7 @@ def train(options):
         generators = make_generators(options.seed, device)
         model = build_model(options.model, info["classes"], options.width).to(device)
         model.round_to = ROUND_TO[device.type]
-        set_backend(model, choose_backend(options.backend, device))
+        set_backend(model, ops.choose_backend(options.backend, device))
         optimizer = make_optimizer(model, options.optimizer, options.lr, options.weight_decay)
         schedule = pruning_schedule(model, options, times)
         noise = make_noise(model, schedule, options, times, generators["noise"])
@@ -1427,14 +1057,7 @@ def expand_seeds(argv):
 
 
 def unique_runs(commands):
-    """Returns the runs of several command lines by their directories, each directory once.
-
-    Returns:
-        {path: (options, line)}, line the options that train this run alone.
-
-    Raises:
-        UserError: Two runs would share a directory, but are not the same.
-    """
+    """Returns {path: (options, line that trains this run)} of command lines, each path once."""
     runs = {}
     for options, line in (run for argv in commands for run in expand_seeds(argv)):
         path = run_path(options)
@@ -1483,14 +1106,6 @@ def print_plan(runs, retry_failed):
         print_line(runs[path][1])
 
 
-def keep_freed_memory():
-    """Tells glibc to keep freed memory: returning activations each step costs a fifth of it."""
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no memory map of its own for a large tensor
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
-
-
 def terminate(*_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second signal must not disturb the end
     raise KeyboardInterrupt("terminated")
@@ -1502,7 +1117,7 @@ def main(argv=None):
     load_prepared.cache_clear()
     try:
         options = parse_options(argv)
-        keep_freed_memory()
+        ops.keep_freed_memory()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, terminate)
         if options.plan:

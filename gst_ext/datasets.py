@@ -1,10 +1,17 @@
 """Data sets."""
+import math
 import collections
 import io
 import pathlib
 import zlib
 
+import os
+
 import numpy as np
+import torch
+import torch.nn.functional as F
+
+CROP_PADDING = 4
 
 from .errors import UserError, check, first_line, warn_once
 from .rundir import lock_directory, write_atomically
@@ -161,3 +168,89 @@ def load_dataset(name, data_dir="data"):
                 "train/ and test/ class folders of images")
     read = read_image_folder if path.is_dir() else read_npz
     return checked_arrays(path, load_digits() if name == "digits" else read(path))
+def disjoint_subsets(n, *counts):
+    """Returns disjoint ascending indices into n images, of these counts, always the same."""
+    order, bounds = np.random.RandomState(0).permutation(n), np.cumsum([0, *counts])
+    return [np.sort(order[start:end]) for start, end in zip(bounds, bounds[1:])]
+
+
+def prepare_data(arrays, device, *, val_split=0, train_images=0, test_images=0, label_noise=0.0,
+                 augment=False):
+    """Splits the arrays of datasets.load_dataset and moves them to the device.
+
+    Subsets and label noise do not depend on the seed: all runs share their images.
+
+    Returns:
+        A dict: "train", "test" and, with a validation set, "val": (images (n, h, w, 3) uint8,
+        labels (n,) int64); "mean" and "std" (3,): the training images' channel statistics, of
+        uint8 pixels; with augment "padded", the training images with a border.
+    """
+    train_x, train_y, test_x, test_y = (arrays[k] for k in
+                                        ("train_x", "train_y", "test_x", "test_y"))
+    available = len(train_x) - val_split
+    check(available > 0, f"--val-split {val_split} leaves none of {len(train_x)} images: give fewer")
+    for name, wanted, there in (("train", train_images, available),
+                                ("test", test_images, len(test_x))):
+        check(wanted <= there, f"--{name}-images {wanted}, but there are {there}: give fewer")
+    splits = {"test": (test_x, test_y)}
+    if "val_x" in arrays and not val_split:
+        splits["val"] = arrays["val_x"], arrays["val_y"]
+    if test_images:
+        index, = disjoint_subsets(len(test_x), test_images)
+        splits["test"] = (test_x[index], test_y[index])
+    if val_split or train_images:
+        val_index, index = disjoint_subsets(len(train_x), val_split, train_images or available)
+        if val_split:
+            splits["val"] = (train_x[val_index], train_y[val_index])
+        train_x, train_y = train_x[index], train_y[index]
+    if label_noise:
+        random, train_y = np.random.RandomState(1), train_y.copy()
+        noisy = random.permutation(len(train_y))[:math.floor(label_noise * len(train_y) + 0.5)]
+        train_y[noisy] = random.randint(len(arrays["classes"]), size=len(noisy))
+    splits["train"] = (train_x, train_y)
+    # Histograms give the mean and the variance exactly, whatever the number of images.
+    histograms = np.stack([np.bincount(train_x[..., c].ravel(), minlength=256) for c in range(3)])
+    frequencies = histograms / train_x[..., 0].size
+    mean = frequencies @ np.arange(256)
+    variance = frequencies @ np.arange(256) ** 2 - mean**2
+    check(variance.min() > 1e-9,
+          "the training images are constant in one channel: nothing can be learnt from it")
+    data = {name: tuple(torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in split)
+            for name, split in splits.items()}
+    if augment:
+        data["padded"] = F.pad(data["train"][0], (0, 0, *[CROP_PADDING] * 4))
+    return data | {name: torch.tensor(value, dtype=torch.float32, device=device)
+                   for name, value in (("mean", mean), ("std", np.sqrt(variance)))}
+
+
+def normalise(images, data):
+    """Normalises uint8 images (n, h, w, 3) to float32 (n, 3, h, w) in channels-last memory."""
+    return ((images.float() - data["mean"]) / data["std"]).permute(0, 3, 1, 2)
+
+
+def draw_crops(n, generator):
+    """Draws crop offsets (2, n) in 0 … 8 and flips (n,) for one epoch, on the CPU."""
+    offsets = torch.randint(0, 2 * CROP_PADDING + 1, (2, n), generator=generator)
+    return offsets, torch.randint(0, 2, (n,), generator=generator).bool()
+
+
+def crop_and_flip(padded, index, offsets, flips):
+    """Crops images `index` (b,) of `padded` (n, h+8, w+8, 3) to (h, w), and mirrors some.
+
+    Args:
+        offsets: (2, b), the upper left corner of each crop.
+        flips: (b,) bool, the images to mirror.
+    """
+    height, width = (size - 2 * CROP_PADDING for size in padded.shape[1:3])
+    rows = offsets[0][:, None] + torch.arange(height, device=padded.device)
+    columns = torch.arange(width, device=padded.device).expand(len(index), width)
+    columns = torch.where(flips[:, None], width - 1 - columns, columns) + offsets[1][:, None]
+    return padded[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def dataset_label(dataset):
+    """Names a data set in paths: by the last part of its path, distinct from the built-in names."""
+    if dataset in BUILT_IN:
+        return dataset
+    name = os.path.basename(os.path.abspath(dataset))
+    return f"own-{name}" if name.lower() in ("", *BUILT_IN) else name

@@ -8,9 +8,13 @@ Maps are compact: they hold the live channels only, live_out and live_in saying 
 `python setup.py build_ext --inplace` (or `pip install .`). The references (`*_ref`) need no build. There is no second
 derivative: for that, use the references.
 """
+import contextlib
+import ctypes
 import math
 
 import torch
+
+from .errors import check, warn_once
 import torch.nn.functional as F
 from torch._prims_common import suggest_memory_format
 from torch.autograd.function import once_differentiable
@@ -350,3 +354,23 @@ if available:
         return dx, torch.empty_like(gamma), torch.empty_like(gamma), dresidual
 
     torch.library.register_autograd("gst::masked_conv2d", masked_conv2d_gradient, setup_context=setup_masked_conv2d)
+
+
+def choose_backend(backend, device):
+    """Returns "ext" or "eager" for the option --backend; warns if "auto" lacks the extension."""
+    available = supports_device(device)
+    reason = unavailable_reason or "it has no CUDA kernels: there was no CUDA toolkit"
+    check(available or backend != "ext", "--backend ext, but the extension is not built for this "
+          f"device ({reason}): run bash runs.sh setup, or use --backend eager")
+    if not available and backend == "auto":
+        warn_once(f"train.py: the extension is not built for this device ({reason}); plain PyTorch "
+                  "replaces it. bash runs.sh setup builds it")
+    return "ext" if available and backend != "eager" else "eager"
+
+
+def keep_freed_memory():
+    """Tells glibc to keep freed memory: returning activations each step costs a fifth of it."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no memory map of its own for a large tensor
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink

@@ -1,7 +1,7 @@
-"""Blocks of prunable networks, which know their live filters, and what networks made of them need.
+"""The CIFAR networks, made of blocks that know their live filters.
 
-A network made of blocks has `prunable`, the list of blocks that may be pruned; `linear`, its last
-layer; `round_to`; and update_live_channels(), which calls that of each block in network order and
+A network has `prunable`, the list of blocks that may be pruned, in network order; `linear`, its
+last layer; `round_to` (see Block); and update_live_channels(), which calls that of every block and
 leaves the channels that reach the last layer in `live`.
 """
 import math
@@ -11,9 +11,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from . import ops
+from .errors import UserError
 
 BN_MOMENTUM, BN_EPS = 0.1, 1e-5
 ACT_EMA_DECAY = 0.9  # the EMA of mean |a| is 0.9 * old + 0.1 * new (A.4, footnote 4)
+PRUNABLE_BLOCKS = {"vgg11": 8, "vgg19": 16, "resnet18": 16, "resnet20": 18, "resnet56": 54}
 
 
 class Block(nn.Module):
@@ -95,7 +97,7 @@ def copy_into(old, new):
 
 
 def set_backend(model, backend):
-    """Makes every block compute by "ext" or "eager", by its masks as they are; returns the model."""
+    """Makes every block compute by "ext" or "eager", with its present masks; returns the model."""
     for block in model.modules():
         if isinstance(block, Block):
             block.backend = backend
@@ -128,6 +130,80 @@ class PaddedShortcut(nn.Module):
 
     def forward(self, x):
         return F.pad(x, (0, 0, 0, 0, self.before, self.after))
+
+
+class VGG(nn.Module):
+    """VGG with batch norm; `widths` lists the filters of each block, and "pool" for a max-pool."""
+
+    def __init__(self, widths, num_classes):
+        super().__init__()
+        layers, c_in = [], 3
+        for c_out in widths:
+            if c_out == "pool":
+                layers[-1].pool = True
+                layers.append(nn.Identity())  # keeps the layers' numbers those of the paper's VGG
+            else:
+                layers.append(Block(c_in, c_out, bias=True))
+                c_in = c_out
+        self.features = nn.Sequential(*layers)
+        self.linear = nn.Linear(c_in, num_classes)
+        self.prunable = [layer for layer in layers if isinstance(layer, Block)]
+        nn.init.normal_(self.linear.weight, 0, 0.01)
+        nn.init.zeros_(self.linear.bias)
+
+    def update_live_channels(self):
+        self.live = None
+        for block in self.prunable:
+            self.live = block.update_live_channels(self.live, self.round_to)
+
+    def forward(self, x):
+        return average_and_classify(self, self.features(x))  # of 32x32 images a map has one pixel
+
+
+class ResNet(nn.Module):
+    """ResNet of basic blocks; its shortcuts are projections (option B) or padded with zeros (A)."""
+
+    def __init__(self, stem, stages, depth, projection, num_classes):
+        super().__init__()
+        self.stem = Block(3, stem)
+        self.pairs, self.shortcuts, c_in = nn.ModuleList(), nn.ModuleList(), stem
+        for stage, c_out in enumerate(stages):
+            for i in range(depth):
+                stride = 2 if stage and not i else 1
+                pair = [Block(c_in, c_out, stride=stride), Block(c_out, c_out)]
+                self.pairs.append(nn.ModuleList(pair))
+                if stride == 1 and c_in == c_out:
+                    shortcut = nn.Identity()
+                elif projection:
+                    shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=False),
+                                             nn.BatchNorm2d(c_out, BN_EPS, BN_MOMENTUM))
+                else:
+                    shortcut = PaddedShortcut(c_in, c_out)
+                self.shortcuts.append(shortcut)
+                c_in = c_out
+        self.linear = nn.Linear(c_in, num_classes)
+        self.prunable = [block for pair in self.pairs for block in pair]
+
+    def update_live_channels(self):
+        self.live = self.stem.update_live_channels(None, 1)
+        for (first, second), shortcut in zip(self.pairs, self.shortcuts):
+            live_in = self.live
+            middle = first.update_live_channels(live_in, self.round_to)
+            self.live = second.update_live_channels(middle, self.round_to)
+            second.shortcut_map = copy_into(second.shortcut_map,
+                                            map_shortcut(shortcut, live_in, second))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for (first, second), shortcut in zip(self.pairs, self.shortcuts):
+            stride = first.conv.stride[0]
+            # The shortcut reads every second pixel by itself: of fewer than eight channels,
+            # oneDNN's AVX2 code for a strided 1x1 convolution's gradient writes past its buffer.
+            strided = x[:, :, ::stride, ::stride]
+            compact = self.backend == "ext"
+            past = compact_shortcut(shortcut, strided, first) if compact else shortcut(strided)
+            x = second(first(x), past)
+        return average_and_classify(self, x)
 
 
 def map_shortcut(shortcut, live_in, block):
@@ -171,3 +247,64 @@ def compact_shortcut(shortcut, x, first):
                                   bn.running_var, None, first.live_in, 1, 0,
                                   training=first.training, relu=False, momentum=bn.momentum,
                                   eps=bn.eps)
+
+
+def count_params_and_macs(model, image):
+    """Counts the parameters left and the multiply-adds of one image (height, width, ...).
+
+    Live filters and their live inputs count, and projection shortcuts in full; convolutions and
+    the last layer multiply.
+    """
+    num_params, macs, c_in, size = 0, 0, 3, image[:2]
+
+    def count(conv, size, c_in, filters, maps):
+        nonlocal num_params, macs
+        k, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
+        size = [(s + 2 * padding - k) // stride + 1 for s in size]
+        num_params += c_in * filters * k * k + filters * (conv.bias is not None) + 2 * maps
+        macs += c_in * filters * k * k * math.prod(size)
+        return size
+
+    shortcut_of = dict(zip((first for first, _ in getattr(model, "pairs", ())),
+                           getattr(model, "shortcuts", ())))
+    for block in (module for module in model.modules() if isinstance(module, Block)):
+        maps = int(block.bn_mask.sum())
+        size = count(block.conv, size, c_in, int(block.mask.sum()), maps)
+        if isinstance(shortcut_of.get(block), nn.Sequential):
+            count(shortcut_of[block][0], size, c_in, len(block.mask), len(block.mask))
+        size = [s // 2 if block.pool else s for s in size]
+        c_in = maps
+    num_classes = len(model.linear.bias)
+    return num_params + num_classes * (c_in + 1), macs + num_classes * c_in
+
+
+def build_model(name, num_classes=10, width=1.0):
+    """Builds a CIFAR network, initialised from torch's global generator, in channels-last memory.
+
+    It maps (n, 3, h, w), h and w at least 32, to logits (n, num_classes); `.prunable` lists the
+    blocks that may be pruned, in network order.
+    """
+    def widths(*counts):
+        return [c if c == "pool" else max(1, math.floor(c * width + 0.5)) for c in counts]
+
+    if name == "vgg11":
+        model = VGG(widths(64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512,
+                           "pool"), num_classes)
+    elif name == "vgg19":
+        model = VGG(widths(64, 64, "pool", 128, 128, "pool", *[256] * 4, "pool", *[512] * 4, "pool",
+                           *[512] * 4, "pool"), num_classes)
+    elif name == "resnet18":
+        stages = widths(64, 128, 256, 512)
+        model = ResNet(stages[0], stages, 2, True, num_classes)
+    elif name in ("resnet20", "resnet56"):
+        stages = widths(16, 32, 64)
+        model = ResNet(stages[0], stages, 3 if name == "resnet20" else 9, False, num_classes)
+    else:
+        raise UserError(f"no model {name}: choose from {', '.join(PRUNABLE_BLOCKS)}")
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    model.round_to = 1
+    return set_backend(model.to(memory_format=torch.channels_last), "eager")
