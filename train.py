@@ -176,8 +176,8 @@ def make_parser():
     add("--backend", choices=("auto", "ext", "eager"), default="auto", help="ext: the extension, "
         "which computes live filters only; eager: plain PyTorch, masked (default: ext if built)")
     add("--precision", choices=("fp32", "tf32", "bf16"), help="(default: fp32)")
-    add("--deterministic", action=flag, help="on CUDA, use deterministic kernels only (default: no; "
-        "docs/files.md says when CPU runs repeat exactly)")
+    add("--deterministic", action=flag, help="use deterministic CUDA kernels only; docs/files.md "
+        "says when CPU runs repeat exactly (default: no)")
     add("--cuda-graphs", action=flag, default=True, help="capture steps as CUDA graphs")
     add("--log-dir", default="logs", help="(default: logs)")
     add("--save-epoch", **number, help="keep the weights after epoch N as epoch<N>.pt; 0: no")
@@ -537,6 +537,8 @@ def pruning_event(model, optimizer, score, target, generator, noise, keep_bn, nu
                   f"{layer} have the same {score} score, which selects none: prune later (--s; "
                   f"act is updated on every {ACT_EVERY}th batch), or choose another --score", 1)
             ties[layer] = num_tied
+            print_line(f"layer {layer}: {num_tied} filters have the {score} score at which the "
+                       "pruning stops, so their order decided")
         if noise:
             noise.start(layer, indices)
         else:
@@ -554,7 +556,7 @@ class FilterNoise:
     """The noise of one run on blocks {layer: Block}; the options --noise-* say what it does.
 
     Attributes:
-        state: One dict a layer: "noised", a mask of the filters ever noised; "active", the indices
+        state: {layer: dict}: "noised", a mask of the filters ever noised; "active", the indices
             noised now, or None; "reference", a filter that never was; the noisy forward passes
             since the event, "test" and "train"; "saved", the values to restore.
     """
@@ -562,15 +564,12 @@ class FilterNoise:
     def __init__(self, blocks, kind, batches, filters, restore, generator):
         self.blocks, self.kind, self.batches = blocks, kind, batches
         self.filters, self.restore, self.generator = filters, restore, generator
-        self.state = [{"noised": torch.zeros_like(block.mask, device="cpu"), "active": None,
-                       "reference": 0, "test": 0, "train": 0, "saved": None}
-                      for block in blocks.values()]
-
-    def layer_state(self, layer):
-        return self.state[list(self.blocks).index(layer)]
+        self.state = {layer: {"noised": torch.zeros_like(block.mask, device="cpu"), "active": None,
+                              "reference": 0, "test": 0, "train": 0, "saved": None}
+                      for layer, block in blocks.items()}
 
     def never_noised(self, layer):
-        return ~self.layer_state(layer)["noised"]
+        return ~self.state[layer]["noised"]
 
     def tensors(self, block):
         """Returns the tensors that noise changes, indexed by filter."""
@@ -582,7 +581,7 @@ class FilterNoise:
     def start(self, layer, indices):
         """Starts an event's noise on filters `indices` of a layer."""
         self.stop(layer)  # restores the values of an earlier event before they are saved again
-        block, state = self.blocks[layer], self.layer_state(layer)
+        block, state = self.blocks[layer], self.state[layer]
         state["noised"][indices] = True
         active = indices if self.filters == "newest" else state["noised"].nonzero().flatten()
         state.update(active=active.to(block.mask.device), test=0, train=0,
@@ -593,11 +592,12 @@ class FilterNoise:
     @torch.no_grad()
     def apply(self, training):
         """Changes the active filters' weights in place; called before every forward pass."""
-        for block, state in zip(self.blocks.values(), self.state):
-            if state["active"] is None:
+        for layer, state in self.state.items():
+            block, active = self.blocks[layer], state["active"]
+            if active is None:
                 continue
             state["train" if training else "test"] += 1
-            active, weight = state["active"], block.conv.weight
+            weight = block.conv.weight
             if self.kind == "gauss":
                 noise = torch.randn((len(active), *weight.shape[1:]), generator=self.generator,
                                     device=weight.device)
@@ -608,14 +608,14 @@ class FilterNoise:
 
     def after_batch(self):
         """Ends the noise that has lasted long enough; called after every batch, of both kinds."""
-        for layer, state in zip(self.blocks, self.state):
+        for layer, state in self.state.items():
             if self.batches == 1 or state["train"] == self.batches:
                 self.stop(layer)
 
     @torch.no_grad()
     def stop(self, layer):
         """Ends a layer's noise and restores what was saved."""
-        state = self.layer_state(layer)
+        state = self.state[layer]
         if state["active"] is not None and self.restore:
             for tensor, saved in zip(self.tensors(self.blocks[layer]), state["saved"]):
                 tensor[state["active"]] = saved
@@ -623,11 +623,11 @@ class FilterNoise:
 
     def load(self, state, device):
         """Restores the state of a checkpoint."""
-        for own, saved in zip(self.state, state, strict=True):
-            own.update(saved)
+        for layer, saved in state.items():
+            self.state[layer].update(saved)
             if saved["active"] is not None:
-                own["active"] = saved["active"].to(device)
-                own["saved"] = saved["saved"] and [t.to(device) for t in saved["saved"]]
+                values = saved["saved"] and [tensor.to(device) for tensor in saved["saved"]]
+                self.state[layer].update(active=saved["active"].to(device), saved=values)
 
 
 # +----------------------------------------------------------------------------------------------+
@@ -745,19 +745,13 @@ def summarize_run(records, config):
 def network_record(model, schedule, pruned, ties, noise, image):
     """Returns what an epoch's record says of the network, a dict (docs/files.md)."""
     num_params, macs = count_params_and_macs(model, image)
-    passes = [{k: state[k] for k in ("test", "train")} for state in noise.state] if noise else []
+    states = noise.state.values() if noise else ()
     return {"removed": [len(pruned.get(layer, ())) for layer in schedule],
             "live": [int(block.mask.sum()) for block in model.prunable],
             "filters": pruned, "tied": ties,
             "computed": [block.num_computed_filters() for block in model.prunable],
-            "parameters": num_params, "macs": macs, "noised": passes}
-
-
-def print_ties(label, score, ties):
-    """Prints one line if equal scores left the selection to the order of the filters."""
-    if ties:
-        print_line(f"{label}: equal {score} scores, so the order of the filters decided: " +
-                   ", ".join(f"{n} filters of layer {layer}" for layer, n in ties.items()))
+            "parameters": num_params, "macs": macs,
+            "noised": [{k: state[k] for k in ("test", "train")} for state in states]}
 
 
 # +----------------------------------------------------------------------------------------------+
@@ -779,14 +773,15 @@ def setup_device(device="auto", precision="fp32", deterministic=False):
     return device
 
 
-def make_generators(seed, noise_device):
+def make_generators(seed, noise_device=None):
     """Seeds torch's global generator, for the initial weights, and returns one for each other use.
 
-    So runs with the same seed share initial weights, data order and augmentation.
+    So runs with the same seed share initial weights, data order and augmentation. Gaussian noise
+    has its generator on its device.
     """
     torch.manual_seed(seed)
     generators = {}
-    for i, name in enumerate(("order", "augment", "target", "noise")):
+    for i, name in enumerate(("order", "augment", "target") + ("noise",) * bool(noise_device)):
         own_seed = int(np.random.SeedSequence((seed, i)).generate_state(1)[0])
         device = noise_device if name == "noise" else "cpu"
         generators[name] = torch.Generator(device).manual_seed(own_seed)
@@ -905,12 +900,14 @@ def check_same_run(path, options, info=None):
     return config
 
 
-def missing_outputs(path, times, tensorboard, epoch):
-    """Returns the end of a status line: outputs that are asked for now and were not written."""
-    names = [f"epoch{times['save_epoch']}.pt"] * (0 < times["save_epoch"] <= epoch)
-    names += ["tensorboard"] * (tensorboard and epoch == times["epochs"])
-    names = [name for name in names if not (path / name).exists()]
-    return f", without {' and '.join(names)}: move it away to train it with that" * bool(names)
+def warn_missing_outputs(path, times, tensorboard):
+    """Prints what is asked for now and was not written when the run was at that epoch."""
+    done = len(rundir.read_log_lines(path))
+    names = [f"epoch{times['save_epoch']}.pt"] * (0 < times["save_epoch"] <= done)
+    names += ["tensorboard"] * (tensorboard and done == times["epochs"])
+    missing = " and ".join(name for name in names if not (path / name).exists())
+    if missing:
+        print_line(f"{path}: trained without {missing}: move it away to train it with that")
 
 
 def check_finished(path, options):
@@ -922,19 +919,37 @@ def check_finished(path, options):
     check_same_run(path, options, info)
 
 
-def make_noise(model, schedule, options, times, generator):
-    """Returns the FilterNoise of --noise on the scheduled layers, or None."""
-    if options.noise == "none":
-        return None
-    return FilterNoise({layer: model.prunable[layer] for layer in schedule}, options.noise,
-                       times["noise_batches"], options.noise_filters, options.noise_restore,
-                       generator)
+def prepare(options, times):
+    """Sets up a run's device and data: (device, dataset_info, prepare_data's tensors)."""
+    for line in lr_schedule_warnings(options, times):
+        warn_once(f"train.py: {line}")
+    torch.set_num_threads(THREADS)  # a run that continued may have changed it
+    device = setup_device(options.device, options.precision, options.deterministic)
+    _, info = load_arrays(options.dataset, options.data_dir)
+    data = load_prepared(options.dataset, options.data_dir, device,
+                         **{name: getattr(options, name) for name in DATA_OPTIONS})
+    return device, info, data
+
+
+def build(options, times, num_classes, device):
+    """Builds what a run trains with: (model, optimizer, generators, schedule, noise or None)."""
+    generators = make_generators(options.seed, device if options.noise == "gauss" else None)
+    model = build_model(options.model, num_classes, options.width).to(device)
+    model.round_to = ROUND_TO[device.type]
+    set_backend(model, ops.choose_backend(options.backend, device))
+    optimizer = make_optimizer(model, options.optimizer, options.lr, options.weight_decay)
+    schedule, noise = pruning_schedule(model, options, times), None
+    if options.noise != "none":
+        noise = FilterNoise({layer: model.prunable[layer] for layer in schedule}, options.noise,
+                            times["noise_batches"], options.noise_filters, options.noise_restore,
+                            generators.get("noise"))
+    return model, optimizer, generators, schedule, noise
 
 
 def run_state(epoch, step, model, optimizer, noise, generators):
     """Returns all that a run needs to continue after `epoch` epochs and `step` batches, a dict."""
     return {"epoch": epoch, "step": step, "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(), "noise": noise.state if noise else [],
+            "optimizer": optimizer.state_dict(), "noise": noise and noise.state,
             "generators": {name: g.get_state() for name, g in generators.items()}}
 
 
@@ -963,46 +978,28 @@ def train(options):
         The run's summary (summarize_run); None for a run that was finished before.
     """
     path, times = run_path(options), scaled_schedule(options)
+    warn_missing_outputs(path, times, options.tensorboard)
     if rundir.run_status(path) == "done":
         check_finished(path, options)
-        rundir.repair_log(path, times["epochs"])
-        print_line(f"{path}: finished already"
-                   + missing_outputs(path, times, options.tensorboard, times["epochs"]))
-        return None
-    for line in lr_schedule_warnings(options, times):
-        warn_once(f"train.py: {line}")
-    torch.set_num_threads(THREADS)  # a run that continued may have changed it
-    device = setup_device(options.device, options.precision, options.deterministic)
-    _, info = load_arrays(options.dataset, options.data_dir)
-    data = load_prepared(options.dataset, options.data_dir, device,
-                         **{name: getattr(options, name) for name in DATA_OPTIONS})
-    directory = rundir.RunDirectory(path, times["epochs"], CHECKPOINT_SECONDS[device.type],
-                                    options.tensorboard)
-    with side_stream(device), directory:
-        generators = make_generators(options.seed, device)
-        model = build_model(options.model, info["classes"], options.width).to(device)
-        model.round_to = ROUND_TO[device.type]
-        set_backend(model, ops.choose_backend(options.backend, device))
-        optimizer = make_optimizer(model, options.optimizer, options.lr, options.weight_decay)
-        schedule = pruning_schedule(model, options, times)
-        noise = make_noise(model, schedule, options, times, generators["noise"])
+        return rundir.report_finished(path, times["epochs"])
+    device, info, data = prepare(options, times)
+    with side_stream(device), rundir.RunDirectory(path, times["epochs"], options.tensorboard,
+                                                  CHECKPOINT_SECONDS[device.type]) as directory:
+        model, optimizer, generators, schedule, noise = build(options, times, info["classes"],
+                                                              device)
+        config, step = run_config(options, times, schedule, model, device, info), 0
         graphs = Graphs(options.cuda_graphs and device.type == "cuda")
-        config = run_config(options, times, schedule, model, device, info)
-        prune = functools.partial(pruning_event, model, optimizer, options.score, options.target,
-                                  generators["target"], noise, options.prune_bn == "keep")
         test = functools.partial(evaluate, model, data, batch_size=options.test_batch_size,
                                  precision=options.precision, graphs=graphs)
+        prune = functools.partial(pruning_event, model, optimizer, options.score, options.target,
+                                  generators.get("target"), noise, options.prune_bn == "keep")
         if directory.has_checkpoint():
             config = rundir.continued_config(check_same_run(path, options, info), config)
             step = directory.resume(functools.partial(restore_state, model, optimizer, noise,
                                                       generators, device))
-            print_line(f"{directory.label}: continues after epoch {len(directory.records)} of "
-                       f"{times['epochs']}"
-                       + missing_outputs(path, times, options.tensorboard, len(directory.records)))
         else:  # --scratch prunes before the first epoch, which the schedule calls -1
-            step, to_prune = 0, num_filters_to_prune(model, schedule, -1, noise)
-            config["tied"] = prune(to_prune, allow_ties=True)[1]
-            print_ties(directory.label, options.score, config["tied"])
+            to_prune = num_filters_to_prune(model, schedule, -1, noise)
+            _, config["tied"] = prune(to_prune, allow_ties=True)
         directory.begin(config)
 
         for epoch in range(len(directory.records), times["epochs"]):
@@ -1023,7 +1020,6 @@ def train(options):
             if to_prune:
                 epoch_metrics(where, data, trained, before)  # a diverged network must not select
                 pruned, ties = prune(to_prune)
-                print_ties(directory.label, options.score, ties)
                 graphs.clear_unless(lr, graph_key(model))
 
             # 3. Test again: stability is the accuracy after the event over that before it.
@@ -1034,11 +1030,9 @@ def train(options):
             record = {"epoch": epoch, "lr": lr, **metrics,
                       **network_record(model, schedule, pruned, ties, noise, info["image"]),
                       "seconds": round(max(0, time.monotonic() - start_time), 3)}
-            directory.save_epoch(record,
-                                 run_state(epoch + 1, step, model, optimizer, noise, generators),
-                                 keep_weights=epoch + 1 == times["save_epoch"])
+            state = run_state(epoch + 1, step, model, optimizer, noise, generators)
+            directory.save_epoch(record, state, keep_weights=epoch + 1 == times["save_epoch"])
             directory.print_epoch(summarize_run(directory.records, config)["mean_stability"])
-
         return directory.finish(summarize_run(directory.records, config))
 
 

@@ -228,16 +228,16 @@ class RunDirectory:
     Args:
         path: The directory (pathlib.Path); created if missing.
         num_epochs: The epochs of the whole run.
+        tensorboard: Whether to write the metrics for TensorBoard, too.
         checkpoint_seconds: The least time between two checkpoints. The latest state is kept in
             memory and written when the run ends, except by SIGKILL.
-        tensorboard: Whether to write the metrics for TensorBoard, too.
 
     Attributes:
         label: The directory's last three parts, for printing.
         records: The epochs logged so far, as dicts.
     """
 
-    def __init__(self, path, num_epochs, checkpoint_seconds=0, tensorboard=False):
+    def __init__(self, path, num_epochs, tensorboard=False, checkpoint_seconds=0):
         self.path, self.num_epochs, self.tensorboard = path, num_epochs, tensorboard
         self.checkpoint_seconds, self.last_checkpoint = checkpoint_seconds, -math.inf
         self.pending = None  # the state of a later epoch than the checkpoint's
@@ -271,8 +271,8 @@ class RunDirectory:
                        "missing: the run starts again")
         return exists
 
-    def resume(self, restore):
-        """Reads the checkpoint, calls restore(state) and returns its result.
+    def resume(self, restore=None):
+        """Reads the checkpoint and its log; returns restore(state).
 
         Raises:
             UserError: The checkpoint is damaged.
@@ -283,10 +283,13 @@ class RunDirectory:
             self.lines, self.records = state["log"], [json.loads(x) for x in state["log"]]
             check([record["epoch"] for record in self.records] == list(range(state["epoch"])),
                   "its log is of other epochs")
-            return restore(state)
+            result = restore and restore(state)
         except Exception as error:  # zipfile, pickle and torch raise many kinds
             raise UserError(f"{path} is damaged or of another version ({first_line(error)}): move "
                             "it away to train this run from the start", 1) from None
+        if restore:
+            print_line(f"{self.label}: continues after epoch {state['epoch']} of {self.num_epochs}")
+        return result
 
     def begin(self, config):
         """Writes config.json, and epochs.jsonl as the checkpoint has it, and opens the outputs."""
@@ -364,13 +367,15 @@ class RunDirectory:
         return summary
 
 
-def repair_log(path, num_epochs):
-    """Writes a finished run's log again from its checkpoint if lines are missing."""
+def report_finished(path, num_epochs):
+    """Prints that a run is finished; writes its log again from its checkpoint if lines are missing.
+    """
     if len(read_log_lines(path)) < num_epochs:
         with RunDirectory(path, num_epochs) as directory:
-            directory.resume(lambda state: None)
+            directory.resume()
             directory.write_log()
         print_line(f"{path}: epochs.jsonl was cut; it is written again from checkpoint.pt")
+    print_line(f"{path}: finished already")
 
 
 def print_plan(num_epochs, retry_failed):
