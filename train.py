@@ -85,9 +85,9 @@ SMALL = dict(train_images=2560, test_images=3000, width=0.25, batch_size=64, sca
 DIGITS = dict(dataset="digits", width=0.25, val_split=300, batch_size=12)
 PRESETS = {  # --preset: what replaces the settings above, by optimizer
     "quick": {"adam": dict(DIGITS, lr=0.002, epochs=350, lrs=[350], scale_epochs=0.0375),
-              "sgd": dict(DIGITS, scale_epochs=0.08)},
-    "small": {"adam": SMALL, "sgd": SMALL},
-}
+              "sgd": dict(DIGITS, scale_epochs=0.08, p=0.5)},
+    "small": {"adam": SMALL, "sgd": dict(SMALL, p=0.5)},
+}  # p is of every layer: of a narrow layer's filters, the paper's tenth is none or one
 RUNTIME_OPTIONS = (  # they do not decide what a run computes
     "log_dir", "data_dir", "device", "backend", "cuda_graphs", "save_epoch", "tensorboard", "seeds",
     "runs", "plan", "retry_failed", "status", "preset")
@@ -108,7 +108,11 @@ def paper_options(model, optimizer=None):
 def default_options(model, optimizer=None, preset=None):
     """Returns the options a run uses where none is given: the paper's, or a preset's."""
     options = paper_options(model, optimizer) | DEFAULTS
-    return options | (PRESETS[preset][options["optimizer"]] if preset else {})
+    if preset:
+        options |= PRESETS[preset][options["optimizer"]]
+    if isinstance(options["p"], float):
+        options["p"] = [options["p"]] * PRUNABLE_BLOCKS[model]
+    return options
 
 
 def make_parser():
@@ -939,6 +943,11 @@ def build(options, times, num_classes, device):
     set_backend(model, ops.choose_backend(options.backend, device))
     optimizer = make_optimizer(model, options.optimizer, options.lr, options.weight_decay)
     schedule, noise = pruning_schedule(model, options, times), None
+    idle = sum(p > 0 and list(keep.values())[-1] == len(model.prunable[layer].mask)
+               for p, (layer, keep) in zip(options.p or (), schedule.items()))
+    if idle:
+        warn_once(f"train.py: --p {format_value(options.p)} is less than one filter in {idle} of "
+                  f"{len(schedule)} layers, which are not pruned: raise --p or --width")
     if options.noise != "none":
         noise = FilterNoise({layer: model.prunable[layer] for layer in schedule}, options.noise,
                             times["noise_batches"], options.noise_filters, options.noise_restore,
