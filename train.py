@@ -23,6 +23,7 @@ import inspect
 import math
 import os
 import pathlib
+import runpy
 import shlex
 import signal
 import sys
@@ -115,6 +116,24 @@ def default_options(model, optimizer=None, preset=None):
     return options
 
 
+def score_name(text):
+    """An argparse type: a name in SCORES, or FILE.py:FUNCTION, which is added to SCORES."""
+    file, _, name = text.rpartition(":")
+    if file:
+        try:
+            function = runpy.run_path(file)[name]
+        except Exception as error:
+            raise argparse.ArgumentTypeError(f"{file} does not give a function {name} "
+                                             f"({first_line(error)})") from None
+        if name in PAPER_SCORES:
+            raise argparse.ArgumentTypeError(f"{name} is one of the paper's scores: rename it")
+        SCORES[name] = function
+    elif name not in SCORES:
+        raise argparse.ArgumentTypeError(f"no score {name}: choose from {', '.join(SCORES)}, or "
+                                         "give FILE.py:FUNCTION")
+    return name
+
+
 def make_parser():
     lines = ["the paper's settings, used for every option that is not given:"]
     for model, optimizer in [("vgg11", "adam"), ("resnet18", "adam"), ("resnet20", "sgd")]:
@@ -147,7 +166,8 @@ def make_parser():
                              ("p", float, "fractions of filters")):
         add(f"--{name}", type=repeated(kind), nargs="+", metavar=name, help=f"{what} of pruning, "
             "one value (VxN: N times V) for each of the last n prunable layers")
-    add("--score", choices=SCORES, help="what makes a filter small or large")
+    add("--score", type=score_name, metavar="NAME", help="what makes a filter small or large: "
+        f"{', '.join(SCORES)}, or FILE.py:FUNCTION, a function as in SCORES")
     add("--scratch", action=flag, default=False, help="prune everything at initialization")
     add("--prune-bn", choices=("drop", "keep"), default="drop", help="prune a filter's batch norm "
         "and shortcut, too, or keep them (default: drop)")
