@@ -1,435 +1,402 @@
-"""Every source of data gives the same arrays, damaged ones are refused by name, and batches hold the right images."""
+"""Sources of data give the same arrays, faults are named, and batches hold what they should."""
+import concurrent.futures
+import io
+import pathlib
+import re
+import sys
+import time
 import types
+import zlib
 
 import numpy as np
 import pytest
+import scipy.io
+import sklearn.datasets
 import torch
-import torch.nn.functional as F
 import torchvision
 from conftest import make_arrays
 from PIL import Image
 
-from gst_ext import files
-import train
+from gst_ext import datasets, errors
 
-CPU = torch.device("cpu")
-
-
-def put(arrays, val_split=0, train_images=0, test_images=0, label_noise=0.0):
-    options = dict(val_split=val_split, train_images=train_images, test_images=test_images, label_noise=label_noise)
-    return train.put_on_device(arrays, CPU, types.SimpleNamespace(**options, augment=False))
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "data.md"
 
 
-def check_form(data, k):
-    for split in ("train", "test"):
+def pixels(*shape):
+    return np.random.default_rng(1).integers(0, 256, shape).astype(np.uint8)
+
+
+RGB = pixels(32, 32, 3)
+RAMP = np.linspace(0, 65535, 1024).round().astype(np.uint16).reshape(32, 32)
+
+
+def load(name, *more):
+    return datasets.load_dataset(str(name), *more)
+
+
+def refusal(name, *more):
+    """Returns the one line with which a data set is refused."""
+    with pytest.raises(errors.UserError, match=r"\A.*\Z") as error:
+        load(name, *more)
+    return str(error.value)
+
+
+@pytest.fixture(autouse=True)
+def warned(monkeypatch, capsys):
+    """Returns a function that gives the lines warned of since its last call."""
+    monkeypatch.setattr(errors, "WARNED", set())
+    return lambda: capsys.readouterr().err.splitlines()
+
+
+def small_arrays(val=True):
+    arrays = make_arrays(20, 12)
+    return arrays | {"val_x": pixels(8, 32, 32, 3), "val_y": np.arange(8) % 4} if val else arrays
+
+
+def check_form(data, k, **sizes):
+    for split, n in sizes.items():
         x, y = data[f"{split}_x"], data[f"{split}_y"]
-        assert x.dtype == np.uint8 and x.shape == (len(y), 32, 32, 3)
-        assert y.dtype == np.int64 and set(y.tolist()) == set(range(k))
-    assert len(data["classes"]) == k
+        assert x.dtype == np.uint8 and x.shape == (n, 32, 32, 3)
+        assert y.dtype == np.int64 and len(y) == n and set(y) == set(range(k))
+    assert len(data["classes"]) == k and len(data) == 1 + 2 * len(sizes)
 
 
-# Digits
-
-def test_digits_are_1000_and_797_images_of_all_ten_classes_without_network(monkeypatch):
-    import socket
-    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("digits went to the network"))
-    data, again = train.load_data("digits"), train.load_data("digits")
-    check_form(data, 10)
-    assert (len(data["train_x"]), len(data["test_x"])) == (1000, 797)
-    assert all(np.array_equal(data[name], again[name]) for name in data)
-    assert (data["train_x"] == data["train_x"][..., :1]).all(), "three equal channels"
+def assert_equal(data, expected):
+    assert all(np.array_equal(data[name], expected[name]) for name in data | expected)
 
 
-def test_digits_hold_every_image_of_scikit_learn_once():
-    import sklearn.datasets
-    source, data = sklearn.datasets.load_digits(), train.load_data("digits")
-    labels = np.concatenate([data["train_y"], data["test_y"]])
-    assert np.array_equal(np.bincount(labels), np.bincount(source.target))
-    images = np.concatenate([data["train_x"], data["test_x"]])[..., 0] / 255 * 16
-    coarse = images.reshape(-1, 8, 4, 8, 4).mean((2, 4))  # back to 8x8, smoothed
-    nearest = np.argsort(((coarse[:50, None] - source.images[None]) ** 2).sum((2, 3)), 1)[:, 0]
-    assert (source.target[nearest] == labels[:50]).all()
+def test_digits_are_those_of_scikit_learn(warned):
+    data, source = load("digits"), sklearn.datasets.load_digits()
+    check_form(data, 10, train=1000, test=797)
+    assert_equal(data, load("digits"))
+    assert warned() == []
+    x, y = (np.concatenate([data[f"train_{part}"], data[f"test_{part}"]]) for part in "xy")
+    assert (x == x[..., :1]).all() and np.array_equal(np.bincount(y), np.bincount(source.target))
+    coarse = x[:50, ..., 0].reshape(-1, 8, 4, 8, 4).mean((2, 4)) * 16 / 255  # 8x8 again, smoothed
+    nearest = ((coarse[:, None] - source.images) ** 2).sum((2, 3)).argmin(1)
+    assert np.array_equal(source.target[nearest], y[:50])
 
 
 # .npz files
 
-def test_npz_round_trip(tmp_path):
-    arrays = make_arrays(20, 12)
+@pytest.mark.parametrize("more", ({}, {"val": 8}))
+def test_npz_round_trip(tmp_path, more, warned):
+    arrays = small_arrays(bool(more))
     np.savez(tmp_path / "a.npz", **arrays)
-    data = train.load_data(str(tmp_path / "a.npz"))
-    check_form(data, 4)
-    assert set(data) == set(arrays) and all(np.array_equal(data[name], arrays[name]) for name in arrays)
+    data = load(tmp_path / "a.npz")
+    check_form(data, 4, train=20, test=12, **more)
+    assert_equal(data, arrays)
+    assert warned() == []
+    sums = {name: zlib.crc32(data[name].tobytes()) for name in data if name != "classes"}
+    assert datasets.dataset_info(data) == {
+        "train": 20, "test": 12, **more, "classes": 4, "image": [32, 32, 3], "crc32": sums}
 
 
-def bad(**changes):
-    """Arrays with some replaced by what a function makes of them; None takes one away."""
-    arrays = make_arrays(20, 12)
-    for name, change in changes.items():
-        value = arrays.pop(name)
-        if change is not None:
-            arrays[name] = change(value)
-    return arrays
+def cast(offset, scale):
+    """Returns a function that casts rescaled images to bytes, by which their shades are lost."""
+    return lambda x: ((x - float(offset)) / scale).astype(np.int64).astype(np.uint8)
 
 
-@pytest.mark.parametrize("changes, named", [
-    (dict(train_y=None), "train_y"),
-    (dict(classes=None), "classes"),
-    (dict(train_x=lambda x: x / np.float32(255)), "train_x"),
-    (dict(test_x=lambda x: x.astype(np.int64)), "test_x"),
-    (dict(test_x=lambda x: x[..., 0]), "test_x"),
-    (dict(train_x=lambda x: x.transpose(0, 3, 1, 2)), "train_x"),
-    (dict(train_x=lambda x: x[:, :28, :28]), "train_x"),
-    (dict(test_x=lambda x: x[..., :1]), "test_x"),
-    (dict(train_x=lambda x: x[0, 0, 0, 0]), "train_x"),
-    (dict(train_x=lambda x: x[:0], train_y=lambda y: y[:0]), "train"),
-    (dict(train_y=lambda y: y + 1), "train_y"),
-    (dict(test_y=lambda y: y - 1), "test_y"),
-    (dict(test_y=lambda y: y[:-1]), "test_y"),
-    (dict(train_y=lambda y: y[:, None]), "train_y"),
-    (dict(train_y=lambda y: y + 0.5), "train_y"),
-    (dict(train_y=lambda y: y.astype(object)), "pickle"),
-    (dict(classes=lambda c: c.astype(object)), "pickle"),
-    (dict(train_y=lambda y: y * 0, test_y=lambda y: y * 0, classes=lambda c: c[:1]), "classes"),
-    (dict(classes=lambda c: np.array("one")), "classes"),
-    (dict(test_x=lambda x: np.pad(x, ((0, 0), (4, 4), (4, 4), (0, 0)))), "size"),
-])
-def test_bad_arrays_are_refused_by_name(tmp_path, changes, named):
-    path = tmp_path / "broken.npz"
-    np.savez(path, **bad(**changes))
-    with pytest.raises(files.UserError) as error:
-        train.load_data(str(path))
-    assert str(path) in str(error.value) and named in str(error.value) and "\n" not in str(error.value)
+@pytest.mark.parametrize("name, change, message", [
+    ("train_y", None, "lacks train_y and holds classes"), ("val_y", None, "lacks val_y"),
+    ("train_x", lambda x: x / np.float32(255), "float32"),
+    ("test_x", lambda x: x[..., 0], "(12, 32, 32)"), ("val_x", lambda x: x[..., :1], "32, 1)"),
+    ("train_x", lambda x: x[:, :28, :28], "at least 32x32"), ("classes", np.size, "two names"),
+    ("train_x", lambda x: x[:0], "0 images"), ("val_x", lambda x: x.repeat(2, 1), "in the size"),
+    ("train_y", lambda y: y + 1, "from 1 to 4"), ("test_y", lambda y: y - 1, "from -1 to 2"),
+    ("val_y", lambda y: y[:-1], "each of 8"), ("train_y", lambda y: y[:, None], "(20, 1)"),
+    ("test_y", lambda y: y + 0.5, "float64"), ("train_y", lambda y: y.astype(object), "pickle"),
+    ("train_x", cast(0, 255), "only the pixels 0, 1;"), ("test_x", cast(0, 256), "pixels 0;"),
+    ("val_x", cast(127.5, 127.5), "0, 1, 255;"), ("test_x", cast(120, 50), "0, 2, 254, 255;")])
+def test_bad_arrays_are_refused_by_name(tmp_path, name, change, message):
+    arrays = small_arrays()
+    arrays["train_x"][0, 0, 0], arrays["test_x"][0, 0, 0] = 255, 255
+    value = arrays.pop(name)
+    if change:
+        arrays[name] = change(value)
+    np.savez(tmp_path / "a.npz", **arrays)
+    line = refusal(tmp_path / "a.npz")
+    assert message in line and str(tmp_path / "a.npz") in line
 
 
-@pytest.mark.parametrize("damage", ("truncated", "flipped", "text", "empty", "npy", "missing", "folder"))
-def test_damaged_files_are_refused_by_name(tmp_path, damage):
-    path = tmp_path / "broken.npz"
-    np.savez(path, **make_arrays(20, 12))
-    content = bytearray(path.read_bytes())
-    path.unlink()
-    if damage == "folder":
-        path.mkdir()
-    elif damage == "npy":
-        with open(path, "wb") as file:
-            np.save(file, np.arange(5))
-    elif damage != "missing":
-        content[len(content) // 2] ^= 255
-        path.write_bytes({"truncated": content[:len(content) // 2], "flipped": content, "text": b"hello\n",
-                          "empty": b""}[damage])
-    with pytest.raises(files.UserError) as error:
-        train.load_data(str(path))
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
+def test_other_files_are_refused_by_their_kind(tmp_path):
+    for ending in (".npy", ".mat", ".parquet", ".NPZ", ""):
+        (tmp_path / f"a{ending}").touch()
+        message = f"a{ending}: the file's name ends in {ending or 'nothing'} and not in .npz"
+        assert message in refusal(tmp_path / f"a{ending}")
+    for content in (b"", b"hello\n"):
+        (tmp_path / "a.npz").write_bytes(content)
+        assert "a.npz cannot be read" in refusal(tmp_path / "a.npz")
+    assert "cifra10: no such file" in refusal("cifra10")
 
 
-def test_an_unknown_data_set_is_refused_by_name():
-    with pytest.raises(files.UserError, match="cifra10"):
-        train.load_data("cifra10")
+def test_doubts_about_arrays_are_one_line_each(warned):
+    arrays = small_arrays() | {"valid_x": np.zeros(3)}
+    train_x, test_x, val_x = (arrays[f"{split}_x"] for split in ("train", "test", "val"))
+    test_x //= 4
+    test_x[:, 0, 0], test_x[1] = 63, test_x[3]
+    train_x[7], train_x[9], train_x[0], val_x[1] = test_x[3], test_x[4], val_x[0], test_x[6]
+    val_x[2] = train_x[5]
+    val_x[2, 0, 0, 0] ^= 1  # nearly equal
+    arrays["train_y"] %= 2
+    datasets.check_arrays("x", arrays | {"train_x": np.asfortranarray(train_x)})
+    datasets.check_training_classes(np.array([0, 5]), 8, "y")
+    datasets.check_pixel_range(RGB[None] // 128 * 255, "black and white")
+    copies = "images of {} are exact copies of images of {}".format
+    assert [line.split(";")[0].split("):")[0] for line in warned()] == [
+        "x: not used: valid_x", "x: test_x: the brightest pixel is 63",
+        "x: 2 of 4 classes have no training images (labels 2, 3",
+        "x: 3 of 12 " + copies("test_x", "train_x"), "x: 1 of 8 " + copies("val_x", "train_x"),
+        "x: 1 of 8 " + copies("val_x", "test_x"),
+        "y: 6 of 8 classes have no training images (labels 1, 2, 3, 4, 6 and 1 more"]
 
 
-# Image folders
+# Folders of images
 
-def write_image(path, pixels):
+def write_image(path, image):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+    Image.fromarray(image).save(path)
 
 
-def make_folder(root, arrays, names=("cat", "dog", "emu", "fox")):
-    for split in ("train", "test"):
+def make_folder(root, arrays, inside="", **folders):
+    for split in datasets.splits_of(arrays):
+        place = root / folders.get(split, split)
         for i, (x, y) in enumerate(zip(arrays[f"{split}_x"], arrays[f"{split}_y"])):
-            write_image(root / split / names[y] / f"{i:03}.png", x)
+            write_image(place / ("cat", "dog", "emu", "fox")[y] / inside / f"{i:03}.png", x)
+        write_image(place / ".ipynb_checkpoints" / "a.png", RGB)  # hidden, hence ignored
+        write_image(place / "cat" / inside / ".ipynb_checkpoints" / "a.png", RGB)
     return root
 
 
-def test_image_folder_gives_the_pixels_and_the_classes_in_alphabetical_order(tmp_path):
-    arrays = make_arrays(20, 12)
-    data = train.load_data(str(make_folder(tmp_path / "animals", arrays)))
-    check_form(data, 4)
-    assert data["classes"].tolist() == ["cat", "dog", "emu", "fox"]
-    for split in ("train", "test"):
-        order = np.argsort(arrays[f"{split}_y"], kind="stable")
-        assert np.array_equal(data[f"{split}_x"], arrays[f"{split}_x"][order])
-        assert np.array_equal(data[f"{split}_y"], arrays[f"{split}_y"][order])
+@pytest.fixture
+def folder(tmp_path):
+    return make_folder(tmp_path / "animals", small_arrays(False))
 
 
-def test_image_folder_converts_grey_and_large_images(tmp_path):
-    folder = make_folder(tmp_path / "animals", make_arrays(20, 12))
-    write_image(folder / "train" / "cat" / "zz.png", np.full((50, 70), 77, np.uint8))
-    data = train.load_data(str(folder))
-    assert (data["train_x"][data["train_y"] == 0][-1] == 77).all()
+@pytest.mark.parametrize("inside", ("", "images"))
+@pytest.mark.parametrize("test, val", [("test", ""), ("test", "val"), ("test", "valid"),
+                                       ("val", ""), ("valid", "")])
+def test_a_folder_gives_pixels_and_sorted_classes(tmp_path, inside, test, val, warned):
+    arrays = small_arrays(bool(val))
+    data = load(make_folder(tmp_path, arrays, inside, test=test, val=val))
+    check_form(data, 4, train=20, test=12, **({"val": 8} if val else {}))
+    assert data.pop("classes").tolist() == ["cat", "dog", "emu", "fox"]
+    for name in data:
+        order = arrays[name[:-1] + "y"].argsort(kind="stable")
+        assert np.array_equal(data[name], arrays[name][order])
+    said = f"{tmp_path} has no test/: {test}/ is the test split"
+    assert warned() == [said] * (test != "test")
 
 
-def folder_with(root, name, image, **more):
-    """A folder of images whose last one in class fox is `image`, saved under that name; the path of that."""
-    path = make_folder(root / "animals", make_arrays(20, 12)) / "train" / "fox" / name
-    image.save(path, **more)
-    return path
-
-
-def read_last(path):
-    return train.load_data(str(path.parent.parent.parent))["train_x"][-1]
-
-
-RAMP = np.linspace(0, 65535, 1024).round().astype(np.uint16).reshape(32, 32)
-
-
-@pytest.mark.parametrize("ending", ("png", "tif", "pgm"))
-def test_16_bits_are_scaled_to_8(tmp_path, ending):
-    path = folder_with(tmp_path, f"zz.{ending}", Image.fromarray(RAMP))
-    assert np.array_equal(read_last(path), np.repeat(np.rint(RAMP / 257).astype(np.uint8)[..., None], 3, 2))
-
-
-@pytest.mark.parametrize("name, pixels, more", [
-    ("zz.tif", RAMP.astype(np.int32), {}), ("zz.tif", RAMP.astype(np.float32), {}),
-    ("zz.tif", RAMP, {"tiffinfo": {262: 0}}),  # white is 0
-    ("zz.png", RAMP, {"transparency": 0})])
-def test_pixels_without_a_defined_range_are_refused_by_name(tmp_path, name, pixels, more):
-    path = folder_with(tmp_path, name, Image.fromarray(pixels), **more)
-    with pytest.raises(train.UserError) as error:
-        read_last(path)
-    assert str(path) in str(error.value) and "8-bit PNG" in str(error.value) and "\n" not in str(error.value)
-
-
-def square(mode):
-    """A black square on transparency, in a mode of Pillow's."""
-    pixels = np.zeros((32, 32, 4), np.uint8)
-    pixels[8:24, 8:24, 3] = 255
-    image = Image.fromarray(pixels)
+def transparent(mode):
+    """Returns a black square on transparency, in a mode of Pillow's."""
+    image = np.zeros((32, 32, 4), np.uint8)
+    image[8:24, 8:24, 3] = 255
+    image = Image.fromarray(image)
     return image.quantize(4) if mode == "P" else image.convert(mode)
 
 
-@pytest.mark.parametrize("mode", ("P", "LA", "RGBA"))
-def test_what_is_transparent_lies_on_white(tmp_path, mode):
-    expected = np.full((32, 32, 3), 255, np.uint8)
-    expected[8:24, 8:24] = 0
-    assert np.array_equal(read_last(folder_with(tmp_path, "zz.png", square(mode))), expected)
+def turned(orientation):
+    exif = Image.Exif()
+    exif[datasets.EXIF_ORIENTATION] = orientation
+    return {"exif": exif}
 
 
-def test_a_half_transparent_pixel_is_half_white_and_an_opaque_one_is_itself(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 4)).astype(np.uint8)
-    pixels[..., 3] = 255
-    pixels[0, 0] = 40, 80, 120, 51  # a fifth
-    expected = pixels[..., :3].copy()
-    expected[0, 0] = 212, 220, 228
-    assert np.array_equal(read_last(folder_with(tmp_path, "zz.png", Image.fromarray(pixels))), expected)
+GREY = np.rint(RAMP / 257).astype(np.uint8)[..., None].repeat(3, 2)
+SQUARE = np.pad(RGB[:16, :16] * 0, ((8, 8), (8, 8), (0, 0)), constant_values=255)
+A_FIFTH, ON_WHITE = np.dstack([RGB, RGB[..., 0] | 255]), RGB.copy()
+A_FIFTH[0, 0], ON_WHITE[0, 0] = (40, 80, 120, 51), (212, 220, 228)
 
 
-@pytest.mark.parametrize("ending", ("png", "tif"))
-def test_images_are_turned_as_their_exif_data_say(tmp_path, ending):
-    pixels = np.zeros((32, 32, 3), np.uint8)
-    pixels[0, :5], pixels[1:, 0] = 200, 90
-    seen = {1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1], 5: pixels.transpose(1, 0, 2),
-            6: np.rot90(pixels, -1), 7: np.rot90(pixels, 2).transpose(1, 0, 2), 8: np.rot90(pixels)}
-    for orientation, expected in seen.items():
-        exif = Image.Exif()
-        exif[files.EXIF_ORIENTATION] = orientation
-        path = folder_with(tmp_path / str(orientation), f"zz.{ending}", Image.fromarray(pixels), exif=exif)
-        assert np.array_equal(read_last(path), expected), orientation
-
-
-def test_what_was_converted_is_said_in_one_line_once(tmp_path, capsys, monkeypatch):
-    path = folder_with(tmp_path, "zz.png", Image.fromarray(RAMP))
-    folder = path.parent.parent.parent
-    square("RGBA").save(folder / "test" / "cat" / "a.png")
-    square("P").save(folder / "test" / "cat" / "b.png")
-    (folder / "train" / "labels.csv").write_text("")
-    monkeypatch.setattr(files, "SAID", set())
-    for _ in range(2):
-        read_last(path)
-    line, = capsys.readouterr().err.splitlines()
-    assert str(folder) in line and "1 scaled from 16 bits" in line and "2 with transparency" in line
-    assert "1 beside the class folders" in line and "EXIF" not in line
-
-
-def test_plain_images_need_no_word(tmp_path, capsys):
-    train.load_data(str(make_folder(tmp_path / "animals", make_arrays(20, 12))))
-    assert capsys.readouterr().err == ""
-
-
-def test_hidden_folders_and_files_are_no_classes_and_no_images(tmp_path):
-    folder = make_folder(tmp_path / "animals", make_arrays(20, 12))
-    plain = train.load_data(str(folder))
-    for split in ("train", "test"):
-        write_image(folder / split / ".ipynb_checkpoints" / "a.png", np.zeros((32, 32, 3), np.uint8))
-        (folder / split / ".cache").mkdir()
-        (folder / split / "cat" / ".ipynb_checkpoints").mkdir()
-        (folder / split / "cat" / ".DS_Store").write_text("")
-    data = train.load_data(str(folder))
-    assert all(np.array_equal(data[name], plain[name]) for name in plain)
-
-
-@pytest.mark.parametrize("split", ("train", "test"))
-@pytest.mark.parametrize("how", ("empty", "hidden only", "missing"))
-def test_a_class_without_images_is_refused_by_name(tmp_path, split, how):
-    folder = make_folder(tmp_path / "animals", make_arrays(20, 12))
-    (folder / split / "dog").rename(tmp_path / "elsewhere")
-    (folder / "train" / "dog").mkdir(exist_ok=True)
-    if how != "missing":
-        (folder / split / "dog").mkdir(exist_ok=True)
-    if how == "hidden only":
-        write_image(folder / split / "dog" / ".thumbnail.png", np.zeros((32, 32, 3), np.uint8))
-    with pytest.raises(train.UserError) as error:
-        train.load_data(str(folder))
-    assert str(folder / split / "dog") in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("damage, named", [("not an image", "001.png"), ("unknown class", "gnu"), ("no test", "test"),
-                                           ("no classes", "class")])
-def test_bad_image_folders_are_refused_by_name(tmp_path, damage, named):
-    folder = tmp_path / "animals"
-    if damage == "no classes":
-        folder.mkdir()
+@pytest.mark.parametrize("name, image, more, expected, said", [
+    *((f"z.{end}", RAMP, {}, GREY, "1 scaled from 16 bits") for end in ("png", "tif", "pgm")),
+    *(("z.png", transparent(mode), {}, SQUARE, "1 with transp") for mode in ("P", "LA", "RGBA")),
+    ("z.png", A_FIFTH, {}, ON_WHITE, "1 with transp"), ("z.png", A_FIFTH | 255, {}, RGB | 255, ""),
+    ("z.tif", Image.fromarray(RGB * 0).convert("CMYK"), {}, RGB * 0, "1 converted from CMYK"),
+    ("z.png", np.full((50, 70), 77, np.uint8), {}, RGB * 0 + 77,
+     "1 resized to 32x32 (1 of 50x70), 1 of them squashed to a square"),
+    *((f"z.{end}", RGB, turned(orientation), expected, "1 turned" * (orientation > 1))
+      for end in ("png", "tif") for orientation, expected in enumerate((
+          RGB, RGB[:, ::-1], RGB[::-1, ::-1], RGB[::-1], RGB.swapaxes(0, 1), np.rot90(RGB, -1),
+          np.rot90(RGB, 2).swapaxes(0, 1), np.rot90(RGB)), 1)),
+    *(("z.tif", RAMP.astype(kind), {}, None, "") for kind in (np.int32, np.float32)),
+    ("z.tif", RAMP, {"tiffinfo": {262: 0}}, None, ""),
+    ("z.png", RAMP, {"transparency": 0}, None, "")])
+def test_images_are_converted_or_refused(folder, warned, name, image, more, expected, said):
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    image.save(folder / "train" / "fox" / name, **more)
+    if expected is None:
+        assert re.search(f"{name} has pixels .*: save it as an 8-bit PNG", refusal(folder))
     else:
-        make_folder(folder, make_arrays(20, 12))
-    if damage == "not an image":
-        (folder / "train" / "dog" / "001.png").write_text("hello")
-    elif damage == "unknown class":
-        write_image(folder / "test" / "gnu" / "a.png", np.zeros((32, 32, 3), np.uint8))
-    elif damage == "no test":
-        (folder / "test").rename(tmp_path / "elsewhere")
-    with pytest.raises(files.UserError) as error:
-        train.load_data(str(folder))
-    assert named in str(error.value) and str(folder) in str(error.value) and "\n" not in str(error.value)
+        assert np.array_equal([load(folder)["train_x"][-1] for _ in range(2)], [expected] * 2)
+        lines = warned()
+        assert len(lines) == bool(said) and said in "".join(lines)
 
 
-# CIFAR by torchvision
+def test_what_a_folder_lacks_or_has_too_much_is_named(folder, tmp_path, warned):
+    (folder / "extra").mkdir()
+    (folder / "train" / "labels.csv").write_text("")
+    write_image(folder / "train" / "fox" / "images" / "a.png", RGB)
+    load(folder)
+    assert warned() == [f"images of {folder}: 1 beside the class folders left out, 5 beside "
+                        "images/ left out, folders not read: extra"]
+    for i, (files, message) in enumerate((
+            ("", "0 holds nothing; needed: train/<class>/<image>"),
+            ("data_1.png", "1 holds data_1.png; needed: train/<class>/<image>"),
+            ("train/a.png", "2/train holds a.png; needed:"),
+            ("train/a/1.png Test/a/1.png", "3 holds Test, train; needed:"),
+            ("train/a/.1.png test/a/1.png", "train/a has no images"),
+            ("train/a/images/.1.png test/a/1.png", "train/a/images has no images"),
+            ("train/a/b/1.png test/a/1.png", "train/a/b is a folder: move its images to"),
+            ("train/a/1.png test/1.png", "test/a has no images"),
+            ("train/a/1.png test/images/1.png", "test/images is not one of the classes"),
+            ("train/a/1.png val/a/1.png valid/a/1.png", "9 has val/ and valid/"))):
+        (tmp_path / str(i)).mkdir()
+        for name in files.split():
+            write_image(tmp_path / str(i) / name, RGB)
+        assert message in refusal(tmp_path / str(i))
+    (folder / "train" / "dog" / "001.png").write_text("hello")
+    assert "dog/001.png is not a readable image" in refusal(folder)
+
 
 @pytest.mark.parametrize("name", ("cifar10", "cifar100"))
-def test_cifar_is_downloaded_once_and_then_read_from_its_cache(tmp_path, monkeypatch, name):
-    arrays, calls = make_arrays(20, 12), []
+def test_cifar_is_downloaded_by_one_process_and_then_read(tmp_path, monkeypatch, name):
+    arrays, calls, source = small_arrays(False), [], (name, str(tmp_path / "data"))
 
-    def fake(root, train, download):
-        calls.append((root, train, download))
-        split = "train" if train else "test"
-        return types.SimpleNamespace(data=arrays[f"{split}_x"], targets=arrays[f"{split}_y"].tolist(),
-                                     classes=arrays["classes"].tolist())
+    def download(root, train, download):
+        calls.append(train)
+        assert download and len(calls) <= 2, "no route to host\nand more"
+        time.sleep(0.1)
+        x, y = (arrays[("train_" if train else "test_") + part] for part in "xy")
+        return types.SimpleNamespace(data=x, targets=y.tolist(), classes=arrays["classes"].tolist())
 
-    monkeypatch.setattr(torchvision.datasets, name.upper(), fake)
-    first = train.load_data(name, str(tmp_path / "data"))
-    assert sorted(split for _, split, download in calls if download) == [False, True]
-    assert (tmp_path / "data" / f"{name}.npz").exists()
-    monkeypatch.setattr(torchvision.datasets, name.upper(), lambda *_, **__: pytest.fail("downloaded again"))
-    second = train.load_data(name, str(tmp_path / "data"))
-    for data in (first, second):
-        check_form(data, 4)
-        assert all(np.array_equal(data[key], arrays[key]) for key in arrays)
+    monkeypatch.setattr(torchvision.datasets, name.upper(), download)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        loads = [pool.submit(load, *source) for _ in range(2)]
+    for data in (*(one.result() for one in loads), load(*source)):
+        assert_equal(data, arrays)
+    assert calls == [True, False]
+    (tmp_path / "data" / f"{name}.npz").unlink()
+    assert re.search(f"no route to host.*{name}.npz.*cifar-{name[5:]}-python.tar.gz.*digits",
+                     refusal(*source))
+    assert not list(tmp_path.glob("data/*.npz*"))
 
 
-def test_a_failed_download_names_the_three_ways_in_one_line(tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise RuntimeError("no route to host\nand more")
+# The examples of docs/data.md
 
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fail)
-    with pytest.raises(files.UserError) as error:
-        train.load_data("cifar10", str(tmp_path))
-    message = str(error.value)
-    assert all(way in message for way in ("cifar10.npz", "cifar-10-python.tar.gz", "--dataset digits"))
-    assert "no route to host" in message and "\n" not in message
-    assert not list(tmp_path.glob("*.npz*"))
+def test_the_page_makes_npz_files_of_public_forms(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rgb, grey, svhn = pixels(20, 28, 28, 3), pixels(20, 28, 28), pixels(32, 32, 3, 20)
+    labels = np.arange(20, dtype=np.uint8)
+    np.savez("pathmnist.npz", **{
+        f"{split}_{part}": value for split in ("train", "val", "test")
+        for part, value in (("images", rgb), ("labels", labels[:, None] % 9))})
+    for split in ("train", "test"):
+        scipy.io.savemat(f"{split}_32x32.mat", {"X": svhn, "y": labels[:, None] % 10 + 1})
+    cells, svhn = [], svhn.transpose(3, 0, 1, 2)
+    for image in svhn:
+        Image.fromarray(image).save(file := io.BytesIO(), "PNG")
+        cells.append({"bytes": file.getvalue(), "path": None})
+    table = {"img": cells, "label": labels % 10}
+    keras = types.SimpleNamespace(load_data=lambda: [(grey, labels % 10)] * 2)
+    for name, module in {"keras": {}, "keras.datasets": {"fashion_mnist": keras},
+                         "pandas": {"read_parquet": lambda path: table}}.items():
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**module))
+    for name in ("data", "CIFAR-10-C"):
+        pathlib.Path(name).mkdir()
+    np.savez("data/cifar10.npz", **make_arrays(20, 12, classes=10))
+    fog = np.lib.format.open_memmap("CIFAR-10-C/fog.npy", "w+", np.uint8, (50_000, 32, 32, 3))
+    fog[40_000:] = np.arange(10_000)[:, None, None, None] % 251
+    np.save("CIFAR-10-C/labels.npy", (np.arange(50_000) % 10).astype(np.uint8))
+
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len(blocks) == 6 and len(blocks[0].replace("\n\n", "\n").splitlines()) == 10
+    exec("\n".join(blocks), {})
+    border = ((0, 0), (2, 2), (2, 2), (0, 0))
+    for name, k, sizes, x, y in (
+            ("pathmnist32", 9, {"val": 20}, np.pad(rgb, border), labels % 9),
+            ("fashion", 10, {}, np.pad(grey[..., None].repeat(3, 3), border), labels % 10),
+            ("svhn", 10, {}, svhn, (labels + 1) % 10), ("hub", 10, {}, svhn, labels % 10),
+            ("cifar10-fog5", 10, {}, fog[40_000:], np.arange(10_000) % 10)):
+        data = load(f"{name}.npz")
+        check_form(data, k, train=20, test=len(x), **sizes)
+        assert np.array_equal(data["test_x"], x) and np.array_equal(data["test_y"], y)
+    pathlib.Path("CIFAR-10-C/fog.npy").unlink()
 
 
 # On the device
 
+def prepare(arrays, **options):
+    return datasets.prepare_data(arrays, torch.device("cpu"), **options)
+
+
 def test_normalised_training_images_have_mean_0_and_deviation_1_in_every_channel():
-    data = train.put_on_device(make_arrays(60, 12), CPU)
-    x = train.normalise(data["train"][0], data)
-    assert x.shape == (60, 3, 32, 32) and x.dtype == torch.float32
-    x = x.double()
-    torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3, dtype=torch.float64), atol=1e-6, rtol=0)
-    torch.testing.assert_close(x.std((0, 2, 3), correction=0), torch.ones(3, dtype=torch.float64), atol=1e-6, rtol=0)
-    pixels = data["test"][0].double()
-    expected = (pixels[3, 5, 7, 1] - data["train"][0][..., 1].double().mean()) / data["train"][0][..., 1].double().std()
-    assert train.normalise(data["test"][0], data)[3, 1, 5, 7].item() == pytest.approx(expected.item(), rel=1e-4)
-
-
-def test_a_constant_channel_is_refused():
-    arrays = make_arrays(20, 12)
-    for value in (0, 77, 255):
-        arrays["train_x"][..., 1] = value
-        with pytest.raises(files.UserError, match="constant"):
-            train.put_on_device(arrays, CPU)
-
-
-def test_validation_split_is_disjoint_and_drawn_from_the_training_set():
     arrays = make_arrays(60, 12)
-    arrays["train_x"][:, 0, 0, 0] = np.arange(60)  # each image's own name
-    arrays["train_y"] = np.arange(60) % 4
-    data = put(arrays, 13)
-    names = {split: data[split][0][:, 0, 0, 0].tolist() for split in ("train", "val")}
-    assert len(names["val"]) == 13 and sorted(names["train"] + names["val"]) == list(range(60))
-    for split, members in names.items():
-        assert data[split][1].tolist() == [i % 4 for i in members]
-    assert len(data["test"][0]) == 12
-    kept = arrays["train_x"][sorted(names["train"])].astype(np.float64)
-    assert np.allclose(data["mean"], kept.mean((0, 1, 2))) and np.allclose(data["std"], kept.std((0, 1, 2)))
+    data = prepare(arrays)
+    x, test_x = (datasets.normalise(data[split][0], data) for split in ("train", "test"))
+    assert x.shape == (60, 3, 32, 32) and x.dtype == torch.float32
+    deviations, means = torch.std_mean(x.double(), (0, 2, 3), correction=0)
+    assert means.abs().max() < 1e-6 and (deviations - 1).abs().max() < 1e-6
+    green = arrays["train_x"][..., 1].astype(float)
+    expected = (arrays["test_x"][3, 5, 7, 1] - green.mean()) / green.std()
+    assert test_x[3, 1, 5, 7].item() == pytest.approx(expected, rel=1e-4)
+    arrays["train_x"][..., 1] = 77
+    with pytest.raises(errors.UserError, match="constant"):
+        prepare(arrays)
 
 
-def test_validation_split_is_the_same_whatever_the_seed():
-    arrays, splits = make_arrays(60, 12), []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        np.random.seed(seed)
-        splits.append(put(arrays, 13)["val"])
-    assert torch.equal(splits[0][0], splits[1][0])
-    assert "val" not in put(arrays, 0)
+def indices(split):
+    return split[0][:, 0, 0, 0].tolist()
 
 
-@pytest.mark.parametrize("n", (60, 61))
-def test_a_validation_split_that_leaves_nothing_is_refused(n):
-    with pytest.raises(files.UserError, match="val-split"):
-        put(make_arrays(60, 12), n)
+def test_splits_and_noised_labels_are_the_same_for_every_run(warned):
+    arrays, subsets = make_arrays(60, 40), dict(val_split=13, train_images=20, test_images=15)
+    arrays["train_x"][:, 0, 0, 0] = np.arange(60)  # each image has its index as first pixel
+    data, clean = prepare(arrays, val_split=13), prepare(arrays, **subsets)
+    train_index, val_index = (indices(data[split]) for split in ("train", "val"))
+    assert len(val_index) == 13 and sorted(train_index + val_index) == list(range(60))
+    assert np.array_equal(data["val"][1], arrays["train_y"][val_index])
+    left = arrays["train_x"][train_index].astype(float)
+    assert np.allclose([*data["mean"], *data["std"]], [*left.mean((0, 1, 2)), *left.std((0, 1, 2))])
+    own = {"val_x": arrays["test_x"][:8], "val_y": arrays["test_y"][:8]}
+    assert indices(prepare(arrays | own, val_split=13)["val"]) == val_index
+    assert np.array_equal(prepare(arrays | own)["val"][0], own["val_x"])
+    assert "val" not in prepare(arrays)
+    for n in (60, 61):
+        with pytest.raises(errors.UserError, match="val-split"):
+            prepare(arrays, val_split=n)
 
+    assert warned() == []
+    prepare(arrays, train_images=2)
+    line, = warned()
+    assert line.startswith("--train-images and --val-split leave 2 images: 2 of 4 classes have no")
 
-# Augmentation
-
-def test_crops_and_flips_cover_every_offset_and_repeat_with_their_generator():
-    offsets, flips = train.draw_crops(2000, torch.Generator().manual_seed(1))
-    assert offsets.shape == (2, 2000) and set(offsets.flatten().tolist()) == set(range(9))
-    assert 900 < int(flips.sum()) < 1100
-    assert abs(np.corrcoef(offsets.numpy())[0, 1]) < 0.1, "rows and columns move independently"
-    again = train.draw_crops(2000, torch.Generator().manual_seed(1))
-    assert torch.equal(offsets, again[0]) and torch.equal(flips, again[1])
-
-
-@pytest.mark.parametrize("height, width", [(32, 32), (36, 40)])
-def test_crop_and_flip_equals_a_crop_by_hand(height, width):
-    x = torch.randint(1, 256, (7, height, width, 3), dtype=torch.uint8)
-    padded = F.pad(x, (0, 0, 4, 4, 4, 4))
-    index = torch.tensor([6, 0, 3, 3, 1, 2, 5, 4])
-    offsets = torch.tensor([[0, 8, 4, 3, 0, 8, 4, 1], [8, 0, 4, 5, 0, 8, 4, 7]])
-    flips = torch.tensor([False, True, False, True, True, False, True, False])
-    out = train.crop_and_flip(padded, index, offsets, flips)
-    for j, i in enumerate(index.tolist()):
-        by_hand = np.pad(x[i].numpy(), ((4, 4), (4, 4), (0, 0)))
-        by_hand = by_hand[offsets[0, j]:offsets[0, j] + height, offsets[1, j]:offsets[1, j] + width]
-        assert np.array_equal(out[j].numpy(), by_hand[:, ::-1] if flips[j] else by_hand)
-    assert torch.equal(out[2], x[3]), "offset 4 without flip is the image itself"
-
-
-def test_fewer_images_and_noised_labels_are_the_same_for_every_run():
-    arrays = make_arrays(60, 40)
-    arrays["train_x"][:, 0, 0, 0] = np.arange(60)  # so that each image can be told
-    whole = train.put_on_device(arrays, CPU)
-    few = put(arrays, 10, 20, 15, 0.5)
-    names = {split: set(few[split][0][:, 0, 0, 0].tolist()) for split in ("train", "val")}
-    assert [len(few[split][1]) for split in ("train", "val", "test")] == [20, 10, 15]
-    assert not names["train"] & names["val"]
-    assert names["val"] == set(put(arrays, 10)["val"][0][:, 0, 0, 0].tolist())
-    true = whole["train"][1][few["train"][0][:, 0, 0, 0].long()]
-    changed = (few["train"][1] != true).sum()
-    assert 0 < changed <= 10, "half of the labels are drawn anew, and some stay as they were by chance"
-    again = put(arrays, 10, 20, 15, 0.5)
-    assert torch.equal(few["train"][1], again["train"][1]) and torch.equal(few["test"][0], again["test"][0])
-    clean = put(arrays, 10, 20, 15)
-    assert torch.equal(clean["train"][1], true) and torch.equal(clean["val"][1], few["val"][1])
-
-
-def test_all_labels_noised_are_uniform():
-    arrays = make_arrays(6000, 4, classes=3)
-    counts = torch.bincount(put(arrays, label_noise=1.0)["train"][1], minlength=3)
+    noisy = prepare(arrays, **subsets, label_noise=0.5)
+    torch.manual_seed(2)
+    np.random.seed(2)
+    again = prepare(arrays, **subsets, label_noise=0.5)
+    assert [len(clean[split][1]) for split in ("train", "val", "test")] == [20, 13, 15]
+    assert indices(clean["val"]) == val_index
+    assert set(indices(clean["train"])) < set(train_index)
+    changed = (noisy["train"][1] != clean["train"][1]).sum()
+    assert 0 < changed <= 10, "half of the labels are drawn anew, and some stay by chance"
+    for split, i, same in (("train", 1, again), ("train", 0, clean), ("val", 1, clean)):
+        assert torch.equal(noisy[split][i], same[split][i])
+    labels = prepare(make_arrays(6000, 4, classes=3), label_noise=1.0)["train"][1]
+    counts = torch.bincount(labels, minlength=3)
     assert counts.sum() == 6000 and (counts - 2000).abs().max() < 5 * (6000 * 2 / 9) ** 0.5
 
 
-@pytest.mark.parametrize("options", ({"train_images": 61}, {"val_split": 30, "train_images": 31}, {"test_images": 41}))
-def test_more_images_than_there_are_is_an_error(options):
-    with pytest.raises(files.UserError, match="give fewer"):
-        put(make_arrays(60, 40), **options)
+def test_crops_and_flips_are_those_drawn():
+    (offsets, flips), again = (datasets.draw_crops(2000, torch.Generator().manual_seed(1))
+                               for _ in range(2))
+    assert torch.equal(offsets, again[0]) and torch.equal(flips, again[1])
+    assert offsets.shape == (2, 2000) and set(offsets.flatten().tolist()) == set(range(9))
+    assert 900 < int(flips.sum()) < 1100
+    assert abs(np.corrcoef(offsets.numpy())[0, 1]) < 0.1, "rows and columns move independently"
+    padded = np.pad(pixels(7, 36, 40, 3), ((0, 0), (4, 4), (4, 4), (0, 0)))
+    index = torch.arange(2000) % 7
+    images = datasets.crop_and_flip(torch.from_numpy(padded), index, offsets, flips)
+    for image, i, (top, left), flip in zip(images, index, offsets.T, flips):
+        expected = padded[i, top:top + 36, left:left + 40]
+        assert np.array_equal(image, expected[:, ::-1] if flip else expected)
