@@ -1,8 +1,10 @@
-"""analyze.py: every number against one computed by hand from logs written here, and what it says of bad logs."""
+"""analyze.py reads logs: numbers against ones computed by hand, what is left out, and selection."""
+import argparse
 import json
 import math
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 
@@ -13,283 +15,504 @@ import scipy.stats
 import analyze
 import train
 
+EVENT = {0: (80, 3)}  # epoch: (accuracy before, filters)
 
-def write_run(log_dir, method, seed, accuracies, events=(), setting="", model="vgg11", epochs=None, dataset="cifar10",
-              rate=1.3, options=(), **config):
-    """A run's files: test accuracies per epoch, and events as {epoch: (before, filters)}. An event raises the loss by
-    0.01 for each point of accuracy that it costs, changes twice as many predictions, and takes a tenth of the cost."""
-    directory = log_dir / dataset / model / "-".join(filter(None, (method, setting))) / f"seed{seed}"
+
+def write_run(log_dir, line, seed, accuracies, events=(), images=10_000, epochs=None, **config):
+    """Writes a run's files.
+
+    An event raises the loss by 0.01 for each point of accuracy that it costs, changes twice as
+    many predictions, and takes a tenth of the cost.
+
+    Args:
+        line: Options of train.py.
+        accuracies: Test accuracies in %, one an epoch.
+        events: {epoch: (accuracy before, number of filters)}.
+        epochs: How many there should be.
+        config: More of config.json; "options" replaces single options.
+    """
+    options = train.parse_options([*shlex.split(line), "--seed", str(seed), "--log-dir",
+                                   str(log_dir)])
+    directory, (method, setting) = train.run_path(options), train.run_name(options)
     directory.mkdir(parents=True)
-    config |= {"method": method, "setting": setting, "options": {"model": model, "seed": seed, **dict(options)},
-               "schedule": {"epochs": epochs or len(accuracies)}, "iterative_rate": rate, "macs": 1000}
-    config["data"] = {"train": 50_000, "val": 0, "test": 10_000, "classes": 10, **config.get("data", {})}
-    (directory / "config.json").write_text(json.dumps(config))
+    data = {"train": 50_000, "val": 0, "test": images, "classes": 10} | config.pop("data", {})
+    options = train.experiment_options(options) | config.pop("options", {})
+    (directory / "config.json").write_text(json.dumps({
+        "method": method, "setting": setting, "options": options, "data": data, "macs": 1000,
+        "schedule": {"epochs": epochs or len(accuracies), "save_epoch": 0}, "iterative_rate": 1.3,
+        "parameters": 2000, **config}))
     lines, macs = [], 1000
     for epoch, accuracy in enumerate(accuracies):
         before, filters = dict(events).get(epoch, (accuracy, 0))
         macs -= 100 * bool(filters)
         lines.append(json.dumps({
-            "epoch": epoch, "train_acc": 90.0 + epoch, "test_acc_before": before, "test_acc": accuracy, "val_acc": None,
-            "stability": 100 * accuracy / before if filters else None, "removed": [filters, 0], "seconds": 1.0,
-            "test_loss_before": 1.0, "test_loss": 1.0 + (before - accuracy) / 100, "parameters": macs, "macs": macs,
-            "churn": 2 * abs(before - accuracy) if filters else None}))
-    (directory / "epochs.jsonl").write_text("".join(line + "\n" for line in lines))
+            "epoch": epoch, "train_acc": 90.0 + epoch, "test_acc_before": before,
+            "test_acc": accuracy, "val_acc": None, "removed": [filters, 0], "seconds": 1.0,
+            "stability": 100 * accuracy / before if filters else None, "test_loss_before": 1.0,
+            "test_loss": 1.0 + (before - accuracy) / 100, "parameters": macs, "macs": macs,
+            "churn": 2 * abs(before - accuracy) if filters else None}) + "\n")
+    (directory / "epochs.jsonl").write_text("".join(lines))
     return directory
 
 
-def figure_of(tmp_path, log_dir, name="fig2"):
-    assert analyze.main(["--figure", "2", "--log-dir", str(log_dir), "--fig-dir", str(tmp_path / "figures")]) == 0
-    return json.loads((tmp_path / "figures" / f"{name}.json").read_text())
+def line_of(name):
+    """The options of a method by its name in JSON: none, S-r4, scratch-S, zero-50."""
+    kind, _, rest = name.partition("-")
+    if kind in ("zero", "gauss"):
+        return f"--target L --noise {kind} --noise-batches {rest}"
+    if kind == "scratch":
+        return f"--target {rest} --scratch"
+    return f"--target {kind}" + f" --r {rest[1:]}" * bool(rest)
 
 
-def test_summary_of_a_pruned_run_counts_from_its_last_event(tmp_path):
-    # 88 comes before the last event, so it is not the run's accuracy; the event's own epoch is included.
-    run = analyze.summarize(write_run(tmp_path, "S-r4", 1, [70, 88, 60, 66, 65], {0: (80, 3), 2: (75, 2)}))
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def draw(tmp_path, *options, log_dir="logs"):
+    """Runs analyze.py; returns {file: numbers} of the figures drawn."""
+    before = set(tmp_path.glob("*.json"))
+    argv = [*options, "--log-dir", str(tmp_path / log_dir), "--fig-dir", str(tmp_path)]
+    assert analyze.main(argv) == 0
+    return {path.stem: json.loads(path.read_text(), parse_constant=pytest.fail)
+            for path in set(tmp_path.glob("*.json")) - before}
+
+
+@pytest.fixture(autouse=True)
+def no_images(monkeypatch, request):
+    """Figures are laid out and their numbers written, but no PDF and PNG; by file name."""
+    if "real_files" in request.fixturenames:
+        return None
+    figures = {}
+
+    def save(figure, path, numbers):
+        figure.draw_without_rendering()
+        figures[path.name] = figure
+        path.with_name(f"{path.name}.json").write_text(json.dumps(numbers))
+    monkeypatch.setattr(analyze.plots, "save", save)
+    return figures
+
+
+@pytest.fixture
+def real_files():
+    """Lets a test write PDF and PNG."""
+
+
+# +-- Summaries --------------------------------------------------------------------------------+
+
+def test_the_accuracy_of_a_pruned_run_counts_from_its_last_event(tmp_path):
+    # 88 is before the last event, whose own epoch is included.
+    run = analyze.summarize(write_run(
+        tmp_path, "--target S --r 4", 1, [70, 88, 60, 66, 65], {0: (80, 3), 2: (75, 2)}))
     assert run["problem"] is None
     assert (run["best_acc"], run["best_epoch"], run["last_acc"], run["events"]) == (66, 3, 65, 2)
-    assert run["gap"] == 93.0 - 66
+    assert run["gap"] == 93 - 66
     assert run["mean_stability"] == pytest.approx((100 * 70 / 80 + 100 * 60 / 75) / 2)
-
-
-def test_an_accuracy_on_the_last_event_itself_counts(tmp_path):
-    run = analyze.summarize(write_run(tmp_path, "S-r4", 1, [50, 70, 60], {1: (71, 1)}))
+    run = analyze.summarize(write_run(tmp_path, "--target S", 1, [50, 70, 60], {1: (71, 1)}))
     assert (run["best_acc"], run["best_epoch"]) == (70, 1)
 
 
-def test_an_event_that_removed_nothing_is_none(tmp_path):
-    run = analyze.summarize(write_run(tmp_path, "S-r4", 1, [50, 40, 60], {0: (100, 1), 1: (80, 0)}))
+def test_a_baseline_counts_every_epoch_and_an_event_without_filters_is_none(tmp_path):
+    run = analyze.summarize(write_run(tmp_path, "", 1, [70, 88, 60]))
+    assert (run["best_acc"], run["mean_stability"], run["events"]) == (88, 100, 0)
+    run = analyze.summarize(write_run(tmp_path, "--target S", 1, [50, 40, 60],
+                                      {0: (100, 1), 1: (80, 0)}))
     assert run["events"] == 1 and run["mean_stability"] == 50
 
 
-def test_summary_of_a_baseline_is_over_every_epoch_and_fully_stable(tmp_path):
-    run = analyze.summarize(write_run(tmp_path, "none", 1, [70, 88, 60]))
-    assert (run["best_acc"], run["best_epoch"], run["mean_stability"], run["events"]) == (88, 1, 100, 0)
-
-
-def test_validation_chosen_accuracy_is_the_test_accuracy_at_the_best_validation_epoch():
-    records = [dict(epoch=i, train_acc=0, test_acc=t, val_acc=v, removed=[], stability=None, seconds=0)
-               for i, (t, v) in enumerate([(70, 60), (65, 64), (72, 63)])]
-    summary = train.summarize_epochs(records, {})
+def test_the_accuracy_chosen_by_validation():
+    records = [dict(epoch=i, train_acc=0, test_acc=t, val_acc=v, removed=[], stability=None,
+                    seconds=0) for i, (t, v) in enumerate([(70, 60), (65, 64), (72, 63)])]
+    summary = train.summarize_run(records, {})
     assert (summary["best_acc"], summary["val_chosen_acc"]) == (72, 65)
 
 
-def damage_cut_line(directory):
-    path = directory / "epochs.jsonl"
+def run_of_counts(log_dir, line, seed, counts, events=(), images=797):
+    """write_run from counts of right answers, as percentages, which is what old logs have."""
+    events = {epoch: (100 * before / images, n) for epoch, (before, n) in dict(events).items()}
+    return write_run(log_dir, line, seed, [100 * c / images for c in counts], events, images)
+
+
+def test_equal_differences_of_counts_are_equal(tmp_path):
+    gaps = [100 * 780 / 797 - 100 * 779 / 797, 100 * 776 / 797 - 100 * 775 / 797]
+    assert gaps[0] != gaps[1]  # as floats
+    for seed, low in enumerate([779, 775], 1):
+        event = {0: (800 - 10 * seed, 1)}
+        run_of_counts(tmp_path / "logs", "--target S --r 4", seed, [low], event)
+        run_of_counts(tmp_path / "logs", "--target L", seed, [low + 1], event)
+    panel = draw(tmp_path, "--figure", "2")["fig2"]["models"]["vgg11"]
+    for key in ("paired_best_acc", "paired_last_acc"):
+        test = panel[key]["L-r40 minus S-r4"]
+        assert test["p"] is None and test["sd"] == 0
+        assert test["values"] == test["ci95"] == [100 / 797] * 2
+
+
+def test_equal_stabilities_and_gaps_of_counts_are_equal(tmp_path):
+    odd = [n for n in range(1, 798) if 100 * (100 * n / 797) / (100 * n / 797) != 100]
+    assert len(odd) > 20  # as floats, an event that changes nothing is not 100% stable
+    for seed, counts in enumerate([odd, odd[::-1]], 1):
+        run = analyze.summarize(run_of_counts(
+            tmp_path, "--target S --r 4", seed, counts, {i: (n, 1) for i, n in enumerate(counts)}))
+        assert run["mean_stability"] == run["min_stability"] == 100 and run["below_99"] == 0
+    events = [(790, 700), (600, 513), (501, 499), (797, 311)]
+    runs = [analyze.summarize(run_of_counts(
+        tmp_path, "--target R", seed, [after for _, after in order],
+        {i: (before, 1) for i, (before, _) in enumerate(order)}))
+        for seed, order in enumerate([events, events[::-1], events[2:] + events[:2]], 1)]
+    assert len({run["mean_stability"] for run in runs}) == 1
+    path = write_run(tmp_path, "", 1, [100 * 600 / 797], images=797)
+    edit(path / "epochs.jsonl", '"train_acc": 90.0', '"train_acc": 0, "train_correct": 45000')
+    assert analyze.summarize(path)["gap"] == 100 * (45000 * 797 - 600 * 50000) / (797 * 50000)
+
+
+def test_logged_counts_are_used_and_an_accuracy_of_no_count_stays(tmp_path):
+    path = write_run(tmp_path, "--target S", 1, [60, 70], EVENT)
+    edit(path / "epochs.jsonl", '"test_acc": 70', '"test_acc": 70, "test_correct": 7001')
+    run = analyze.summarize(path)
+    assert run["last_acc"] == 70.01 and run["last_correct"] == 7001
+    run = analyze.summarize(write_run(tmp_path, "--target S", 2, [60, 71.7], EVENT, images=10))
+    assert run["last_acc"] == 71.7 and run["last_correct"] is None
+
+
+def test_logs_without_the_finer_records_are_read(tmp_path):
+    path = write_run(tmp_path / "logs", "--target S", 1, [60, 70], EVENT)
+    for name, fields in (("config.json", ("macs", "data")), ("epochs.jsonl", (
+            "test_loss", "test_loss_before", "churn", "parameters", "macs"))):
+        lines = [json.loads(line) for line in (path / name).read_text().splitlines()]
+        (path / name).write_text("".join(json.dumps(
+            {k: v for k, v in line.items() if k not in fields}) + "\n" for line in lines))
+    edit(path / "config.json", '"noise_restore": null, ', "")  # an option of later
+    run = analyze.summarize(path)
+    assert run["problem"] is None and run["mean_stability"] == 75 and run["best_acc"] == 70
+    assert run["loss_rise"] is run["churn"] is run["compute"] is None and run["below_99"] == 1
+    assert draw(tmp_path, "--figure", "2")["fig2"]["models"]["vgg11"]["methods"]["S-r40"]
+
+
+# +-- What is left out, by name ----------------------------------------------------------------+
+
+def cut(path):
     path.write_text(path.read_text()[:-20])
 
 
-def damage_order(directory):
-    path = directory / "epochs.jsonl"
-    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
-
-
-def damage_field(directory):
-    path = directory / "epochs.jsonl"
-    path.write_text(path.read_text().replace("test_acc", "accuracy"))
-
-
-@pytest.mark.parametrize("damage, word", [
-    (damage_cut_line, "line 3 of epochs.jsonl is damaged"), (damage_order, "line 1 of epochs.jsonl is of epoch 2"),
-    (damage_field, "damaged"), (lambda d: (d / "epochs.jsonl").write_text(""), "damaged"),
-    (lambda d: (d / "epochs.jsonl").unlink(), "has no epochs.jsonl"),
+@pytest.mark.parametrize("damage, problem", [
+    (lambda d: cut(d / "epochs.jsonl"), "line 3 of epochs.jsonl is missing or damaged"),
+    (lambda d: (d / "epochs.jsonl").write_text("".join(reversed(
+        (d / "epochs.jsonl").read_text().splitlines(keepends=True)))),
+     "line 1 of epochs.jsonl is of epoch 2"),
+    (lambda d: edit(d / "epochs.jsonl", "test_acc", "accuracy"), "damaged (KeyError)"),
+    (lambda d: edit(d / "epochs.jsonl", '"test_acc": 70', '"test_acc": NaN'),
+     "test_acc of epoch 1 is nan"),
+    (lambda d: (d / "epochs.jsonl").write_text(""), "epochs.jsonl is missing or damaged"),
+    (lambda d: (d / "epochs.jsonl").unlink(), "epochs.jsonl is missing"),
+    (lambda d: edit(d / "config.json", '"epochs": 3', '"epochs": 4'), "unfinished, 3 of 4 epochs"),
     (lambda d: (d / "config.json").write_text("{"), "config.json is missing or damaged")])
-def test_a_damaged_run_is_named_and_not_averaged_in(tmp_path, capsys, damage, word):
-    log_dir = tmp_path / "logs"
+def test_a_bad_run_is_named_and_not_averaged_in(tmp_path, capsys, damage, problem):
     for seed in (1, 2, 3):
-        directory = write_run(log_dir, "S-r4", seed, [60, 70, 80], {0: (80, 3)})
-    damage(directory)
-    assert word in analyze.summarize(directory)["problem"]
-    numbers = figure_of(tmp_path, log_dir)
+        path = write_run(tmp_path / "logs", "--target S --r 4", seed, [60, 70, 80], EVENT)
+    damage(path)
+    numbers = draw(tmp_path, "--figure", "2")["fig2"]
     assert numbers["models"]["vgg11"]["methods"]["S-r4"]["seeds"] == [1, 2]
-    assert numbers["left_out"] == {str(directory): analyze.summarize(directory)["problem"]}
-    assert f"left out: {directory}: " in capsys.readouterr().out
+    assert problem in numbers["left_out"][str(path)]
+    assert f"left out: {path}: " in capsys.readouterr().out
 
 
-def test_an_unfinished_run_is_named_and_not_averaged_in(tmp_path):
-    log_dir = tmp_path / "logs"
-    write_run(log_dir, "S-r4", 1, [60, 70, 80], {0: (80, 3)})
-    unfinished = write_run(log_dir, "S-r4", 2, [60, 70], {0: (80, 3)}, epochs=3)
-    numbers = figure_of(tmp_path, log_dir)
-    assert numbers["left_out"] == {str(unfinished): "unfinished, 2 of 3 epochs"}
-    assert numbers["models"]["vgg11"]["methods"]["S-r4"]["best_acc"]["n"] == 1
+def problems(log_dir):
+    """{method/seed: problem} of what find_runs leaves out."""
+    return {"/".join(pathlib.Path(run["dir"]).parts[-2:]): run["problem"]
+            for run in analyze.find_runs(log_dir) if run["problem"]}
+
+
+def test_a_directory_whose_name_is_not_its_configs_is_left_out(tmp_path):
+    path = write_run(tmp_path, "--target S --r 4", 1, [60, 70], EVENT)
+    for name in ("S-r4.buggy/seed1", ".trash-S-r4/seed1", "S-r4/seed1.old", "AAA/seed1"):
+        copy = path.parent.parent / name
+        copy.mkdir(parents=True)
+        for file in path.iterdir():
+            (copy / file.name).write_bytes(file.read_bytes())
+    found = problems(tmp_path)
+    assert set(found) == {"S-r4.buggy/seed1", ".trash-S-r4/seed1", "S-r4/seed1.old", "AAA/seed1"}
+    assert set(found.values()) == {"its config.json is of cifar10/vgg11/S-r4/seed1"}
+
+
+def test_a_method_under_two_names_is_one_and_its_second_run_is_left_out(tmp_path):
+    for score in ("l1", "l2"):
+        for seed in (1, 2):
+            path = write_run(tmp_path / score, "--target R", seed, [60 + seed, 70], EVENT,
+                             method=f"R-r40-{score}", options={"score": score})
+            place = tmp_path / f"logs/cifar10/vgg11/R-r40-{score}/seed{seed}"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(place)
+    assert problems(tmp_path / "logs") == {
+        f"R-r40-l2/seed{k}": f"is the same run as {place.parents[1]}/R-r40-l1/seed{k}"
+        for k in (1, 2)}
+    numbers = draw(tmp_path, "--figure", "stability")["figstability"]
+    assert numbers["models"]["vgg11"]["methods"]["R-r40"]["seeds"] == [1, 2]
+
+
+def test_runs_that_differ_in_more_than_the_method_are_left_out(tmp_path):
+    for seed in (1, 2, 3):
+        write_run(tmp_path, "--target S", seed, [60, 70], EVENT, data={"crc32": 1})
+    write_run(tmp_path, "--target S", 4, [60, 70], EVENT, data={"crc32": 1},
+              options={"test_batch_size": 64})
+    write_run(tmp_path, "--target S", 5, [60, 70], EVENT, data={"crc32": 2})
+    write_run(tmp_path, "--target S", 6, [60, 70], EVENT, data={"crc32": 1}, score_crc32=7)
+    write_run(tmp_path, "", 1, [60, 70], data={"crc32": 1}, options={"batch_size": 12, "lr": 0.02})
+    write_run(tmp_path, "--target L --noise zero --test-batch-size 256", 1, [60, 70], EVENT,
+              data={"crc32": 1})  # the method's own batches
+    usual = f"differs from {tmp_path}/cifar10/vgg11/S-r40/seed1 in"
+    assert problems(tmp_path) == {
+        "S-r40/seed4": f"{usual} test_batch_size", "S-r40/seed5": f"{usual} crc32",
+        "S-r40/seed6": f"{usual} source of the score", "none/seed1": f"{usual} batch_size, lr"}
+
+
+def test_a_run_that_removed_nothing_is_left_out_and_labels_have_what_goes(tmp_path):
+    write_run(tmp_path, "--target L", 1, [60, 70])
+    write_run(tmp_path, "--target S --scratch", 1, [60, 70], parameters=1000)
+    write_run(tmp_path, "--target S --scratch", 2, [60, 70])
+    assert problems(tmp_path).keys() == {"L-r40/seed1", "scratch-S/seed1"}
+    assert "removed no filter" in problems(tmp_path)["L-r40/seed1"]
+    path = write_run(tmp_path, "--target S", 1, [60, 70], {0: (80, 2)}, iterative_rate=3.3,
+                     pruned_layers=[{"layer": 6, "filters": 16}, {"layer": 7, "filters": 16}])
+    assert analyze.summarize(path)["label"] == "Prune_S, r = 40 (12%)"
+
+
+# +-- Methods and experiments ------------------------------------------------------------------+
+
+@pytest.mark.parametrize("line, label", [
+    ("--target S --r 4", "Prune_S, r = 4 (1%)"), ("", "no pruning"),
+    ("--target S --scratch", "Prune_S at initialization"),
+    ("--target L --noise zero --noise-batches 50", "Zeroing, 50 batches"),
+    ("--target L --noise gauss", "Gaussian noise, 1 batch"),
+    ("--target L --prune-bn keep", "Prune_L, r = 40 (1%), batch norm kept"),
+    ("--target S --score ebn --p .25 .8 .25 .95",
+     "Prune_S, r = 40 (1%), score ebn, p 0.25,0.8,0.25,0.95")])
+def test_labels_name_the_method(line, label):
+    assert analyze.method_label(train.parse_options(line.split()), 1.3) == label
+
+
+def test_options_that_make_no_difference_are_no_part_of_a_method():
+    def key(line, **others):
+        options = train.parse_options(line.split())
+        return analyze.method_key(argparse.Namespace(**vars(options) | others))
+
+    assert key("--target R", score="l1") == key("--target R", score="l2")
+    assert key("", r=4, s=[1], p=[0.5], score="l1") == key("")
+    assert key("--target S --scratch", r=4, e=[7]) == key("--target S --scratch")
+    assert key("--target S --test-batch-size 64") == key("--target S")
+    noise = "--target L --noise zero"
+    for a, b in (("--target S", "--target L"), ("--target S --r 4", "--target S --r 40"),
+                 ("--target S --score l1", "--target S --score l2"),
+                 (noise, f"{noise} --noise-batches 50"), (noise, f"{noise} --noise-restore"),
+                 (noise, f"{noise} --test-batch-size 256"), (noise, "--target L"),
+                 ("--model resnet18", "--model resnet18 --optimizer sgd"),
+                 ("--target S --prune-bn keep", "--target S")):
+        assert key(a) != key(b), (a, b)
+
+
+def test_every_line_of_experiments_txt_is_an_own_method_of_its_block():
+    for name, block in analyze.read_experiments().items():
+        for preset in (None, "quick", "small"):
+            keys = [analyze.method_key(o) for o in analyze.experiment_options(block, preset)]
+            assert len(set(keys)) == len(keys), name
+    used = {experiment for _, experiment in analyze.OUTPUTS.values()} - {None}
+    assert used == set(analyze.read_experiments())
+
+
+def test_a_bad_line_of_experiments_txt_is_named(tmp_path):
+    path = tmp_path / "experiments.txt"
+    for text in ("--target S\n", "[a]\nwhat\n"):
+        path.write_text("# a comment\n" + text)
+        with pytest.raises(analyze.UserError, match=r"experiments.txt, line [23]: give a"):
+            analyze.read_experiments(path)
+
+
+def test_a_users_own_block_is_drawn_by_its_name(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "experiments.txt"
+    path.write_text(analyze.EXPERIMENTS.read_text() + "\n[mystudy]\n--model vgg11 --target none\n"
+                    "--model vgg11 --target S --r 10 --score l1\n")
+    monkeypatch.setattr(analyze.read_experiments, "__defaults__", (path,))
+    for seed in (1, 2, 3):
+        write_run(tmp_path / "logs", "--preset quick", seed, [60, 70])
+        write_run(tmp_path / "logs", "--preset quick --target S --r 10 --score l1", seed,
+                  [60 - seed, 70 + seed], EVENT)
+        write_run(tmp_path / "logs", "--preset quick --target S", seed, [60, 70], EVENT)
+    (tmp_path / "logs/digits/vgg11/none-quick/seed3/epochs.jsonl").unlink()
+    drawn = draw(tmp_path, "--figure", "stability", "compute", "--experiment", "mystudy")
+    assert set(drawn) == {f"fig{name}-mystudy-digits-quick" for name in ("stability", "compute")}
+    for numbers in drawn.values():
+        methods = numbers["models"]["vgg11"]["methods"]
+        assert {name: m["seeds"] for name, m in methods.items()} == {
+            "none": [1, 2], "S-r10-l1": [1, 2, 3]}
+    assert numbers["title"] == "VGG11, digits, preset quick, n = 2 to 3"
+    assert "5 of 6 runs are there; the rest: bash runs.sh mystudy --seeds 1-3 --preset quick" in (
+        capsys.readouterr().out)
+    assert analyze.main(["--figure", "2", "--experiment", "mystudy"]) == 2
+    assert analyze.main(["--figure", "compute", "--experiment", "nothing"]) == 2
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+@pytest.mark.parametrize("experiment, options", [
+    ("fig2", "--width 0.1 --scale-epochs 0.02 --lrs 100 200 --val-split 9"),
+    ("fig4", "--no-augment --batch-size 64"), ("tabF1", "--preset quick"),
+    ("fig2", "--preset small --label-noise 0.3"), ("fig6", "")])
+def test_the_command_for_the_rest_trains_just_the_missing_runs(experiment, options):
+    block = analyze.read_experiments()[experiment]
+    preset = "quick" if "quick" in options else "small" if "small" in options else None
+    lines = [f"{line} {options} {block.get(preset, '')}" for line in block["lines"]]
+    parsed = [train.parse_options(shlex.split(line)) for line in lines]
+    runs = [{"options": o, "seed": seed, "key": analyze.method_key(o)}
+            for o in parsed[::2] for seed in (2, 3)]
+    place = (parsed[0].dataset, analyze.setting_in(parsed, train.run_name(parsed[0])[1]))
+    there, wanted, command = analyze.missing_runs(experiment, block, place, runs, "my logs")
+    words = shlex.split(command)
+    assert words[:3] == ["bash", "runs.sh", experiment] and there == len(runs)
+    seeds = {"fig6": 10}.get(experiment, 2)
+    assert wanted == seeds * len(lines) and words[4] == ("1-10" if seeds == 10 else "2-3")
+    more = words[words.index("--") + 1:]
+    preset = words[5:7] if preset else []
+    for line, expected in zip(block["lines"], parsed):
+        extra = shlex.split(block.get(preset[1], "")) if preset else []
+        ours = train.parse_options([*shlex.split(line), *extra, *preset, *more])
+        assert train.run_path(ours) == pathlib.Path("my logs", *train.run_path(expected).parts[1:])
+
+
+# +-- The command ------------------------------------------------------------------------------+
+
+def test_settings_and_data_sets_are_never_mixed(tmp_path):
+    for line, last in (("", 70), ("--width 0.25", 71), ("--dataset digits", 72)):
+        write_run(tmp_path / "logs", f"--target S --r 4 {line}", 1, [60, last], EVENT)
+    for model in ("vgg11", "resnet18"):
+        write_run(tmp_path / "logs", f"--model {model} --target S --r 20", 1, [60, 70], EVENT)
+    drawn = draw(tmp_path, "--figure", "2")
+    assert {file: [m["last_acc"]["values"] for m in n["models"]["vgg11"]["methods"].values()]
+            for file, n in drawn.items()} == {
+        "fig2": [[70]], "fig2-cifar10-w0.25": [[71]], "fig2-digits": [[72]]}
+    assert [list(n["models"]) for n in drawn.values()] == [["vgg11"]] * 3  # no r = 20
+
+
+def test_two_data_sets_are_never_one_file(tmp_path, capsys):
+    for name in ("my set", "my-set"):
+        write_run(tmp_path / "logs", f"--target S --dataset '{name}'", 1, [60, 70], EVENT)
+    argv = ["--figure", "2", "--log-dir", str(tmp_path / "logs"), "--fig-dir", str(tmp_path)]
+    assert analyze.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "would both be fig2-my-set: rename one" in error
+
+
+def test_nothing_to_draw_or_to_do_is_one_line(tmp_path, capsys):
+    write_run(tmp_path / "logs", "", 1, [60, 70])
+    assert analyze.main(["--figure", "2", "--log-dir", str(tmp_path / "logs")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "bash runs.sh fig2" in error
+    for argv in ([], ["--figure", "99"], ["--live"], ["--list", "--log-dir", "nowhere"]):
+        assert analyze.main(argv) == 2
+    assert capsys.readouterr().err.count("\n") == 4
+
+
+def test_a_figure_that_cannot_be_written_is_one_line(tmp_path, capsys, real_files):
+    write_run(tmp_path / "logs", "--target S --r 4", 1, [60, 70], EVENT)
+    (tmp_path / "file").write_text("")
+    argv = ["--figure", "2", "--log-dir", str(tmp_path / "logs"), "--fig-dir"]
+    for folder in (tmp_path / "file", "/dev/full"):
+        assert analyze.main([*argv, str(folder)]) == 1
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch, real_files):
+    write_run(tmp_path / "logs", "--target S --r 4", 1, [60, 70], EVENT)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    assert analyze.main(["--figure", "2", "--log-dir", str(tmp_path / "logs"), "--fig-dir",
+                         str(tmp_path / "figures")]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "No space left" in error
+    assert not list((tmp_path / "figures").iterdir())
+
+
+def test_list_counts_the_runs(tmp_path, capsys):
+    write_run(tmp_path, "--target S --r 4", 1, [60, 70], EVENT)
+    write_run(tmp_path, "--target S --r 4", 2, [60], EVENT, epochs=2)
+    assert analyze.main(["--list", "--log-dir", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "cifar10: 1 of 80 runs finished" in out and "1 unfinished or damaged runs" in out
+
+
+def test_a_name_that_cannot_be_printed_and_a_notebooks_backend_do_not_matter(tmp_path):
+    path = write_run(tmp_path / "logs", "--target S --r 4 --dataset cost", 1, [60, 70], EVENT)
+    name = os.fsdecode("cost$5_$é".encode("latin-1"))
+    path.parents[2].rename(tmp_path / "logs" / name)
+    edit(next((tmp_path / "logs").rglob("config.json")), '"dataset": "cost"',
+         f'"dataset": {json.dumps(name)}')
+    program = """import matplotlib, sys
+matplotlib.rcParams["font.size"] = 31
+matplotlib.use("svg")
+before, backend = dict(matplotlib.rcParams), matplotlib.get_backend(auto_select=False)
+import analyze
+assert dict(matplotlib.rcParams) == before
+assert matplotlib.get_backend(auto_select=False) == backend
+assert "matplotlib.pyplot" not in sys.modules"""
+    root = pathlib.Path(analyze.__file__).parent
+    subprocess.run([sys.executable, "-c", program], cwd=root, check=True)
+    command = [sys.executable, "analyze.py", "--figure", "2", "--log-dir", tmp_path / "logs",
+               "--fig-dir", tmp_path]
+    environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline",
+                                "PYTHONIOENCODING": "ascii:strict"}
+    result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert (tmp_path / f"fig2-{name}.png").stat().st_size > 10_000
 
 
 def test_the_figure_holds_the_hand_computed_numbers(tmp_path):
-    log_dir = tmp_path / "logs"
-    # (before the event, after it, last epoch): stability is 100 * after / before, accuracy the last
+    # (before the event, after it, last epoch): stability is 100 * after / before
     runs = {"S-r4": [(80, 80, 70), (80, 79.2, 71)], "S-r40": [(80, 76, 73), (80, 75.2, 72)],
             "L-r40": [(80, 60, 74), (80, 64, 75)]}
     for method, values in runs.items():
         for seed, (before, after, last) in enumerate(values, 1):
-            write_run(log_dir, method, seed, [after, last], {0: (before, 1)})
+            write_run(tmp_path / "logs", line_of(method), seed, [after, last], {0: (before, 1)})
     for seed in (1, 2):
-        write_run(log_dir, "none", seed, [50, 10 * seed])  # far off: the baseline must not enter the correlation
-    panel = figure_of(tmp_path, log_dir)["models"]["vgg11"]
-    stability = [100 * after / before for values in runs.values() for before, after, _ in values]
-    accuracy = [max(after, last) for values in runs.values() for _, after, last in values]
-    x, y = np.array(stability) - np.mean(stability), np.array(accuracy) - np.mean(accuracy)
+        write_run(tmp_path / "logs", "", seed, [50, 10 * seed])  # not in the correlation
+    panel = draw(tmp_path, "--figure", "2")["fig2"]["models"]["vgg11"]
+    x = np.array([100 * after / before for v in runs.values() for before, after, _ in v])
+    y = np.array([max(after, last) for v in runs.values() for _, after, last in v])
+    x, y = x - x.mean(), y - y.mean()
     statistics, = panel["scatters"]
     assert statistics["n"] == 6
     assert statistics["pearson"][0] == pytest.approx((x @ y) / math.sqrt((x @ x) * (y @ y)))
     pairs = [(i, j) for i in range(6) for j in range(i)]
     concordance = sum(np.sign(x[i] - x[j]) * np.sign(y[i] - y[j]) for i, j in pairs)
     distinct = sum(y[i] != y[j] for i, j in pairs)
-    assert statistics["kendall"][0] == pytest.approx(concordance / math.sqrt(len(pairs) * distinct))
+    tau = concordance / math.sqrt(len(pairs) * distinct)
+    assert statistics["kendall"][0] == pytest.approx(tau)
     small = panel["methods"]["S-r4"]
+    assert small["label"] == "Prune_S, r = 4 (1%)"
     assert small["best_acc"]["mean"] == pytest.approx(79.6)
     assert small["best_acc"]["sd"] == pytest.approx(math.sqrt(0.32))
     assert small["mean_stability"]["mean"] == pytest.approx(99.5)
     assert panel["dynamics"]["S-r4"]["mean"] == pytest.approx([79.6, 70.5])
     assert panel["dynamics"]["S-r4"]["epoch"] == [1, 2]
-    difference = panel["paired_best_acc"]["L-r40 minus S-r40"]
-    assert difference["values"] == pytest.approx([74 - 76, 75 - 75.2]) and difference["seeds"] == [1, 2]
-    assert difference["p"] == pytest.approx(scipy.stats.ttest_1samp([-2, -0.2], 0).pvalue)
-    for kind in ("pdf", "png"):
-        assert (tmp_path / "figures" / f"fig2.{kind}").stat().st_size > 10_000
+    test = panel["paired_best_acc"]["L-r40 minus S-r40"]
+    assert test["values"] == pytest.approx([74 - 76, 75 - 75.2]) and test["seeds"] == [1, 2]
+    assert test["p"] == pytest.approx(scipy.stats.ttest_1samp([-2, -0.2], 0).pvalue)
 
 
-def test_settings_and_data_sets_are_never_mixed(tmp_path):
-    log_dir = tmp_path / "logs"
-    write_run(log_dir, "S-r4", 1, [60, 70], {0: (80, 1)})
-    write_run(log_dir, "S-r4", 1, [60, 71], {0: (80, 1)}, setting="w0.25")
-    write_run(log_dir, "S-r4", 1, [60, 72], {0: (80, 1)}, dataset="digits")
-    assert figure_of(tmp_path, log_dir)["models"]["vgg11"]["methods"]["S-r4"]["best_acc"]["values"] == [70]
-    for name, value in (("fig2-cifar10-w0.25", 71), ("fig2-digits", 72)):
-        numbers = json.loads((tmp_path / "figures" / f"{name}.json").read_text())
-        assert numbers["models"]["vgg11"]["methods"]["S-r4"]["best_acc"]["values"] == [value]
-
-
-def test_each_model_found_is_a_panel_and_other_methods_are_not_drawn(tmp_path):
-    log_dir = tmp_path / "logs"
-    for model in ("vgg11", "resnet18"):
-        write_run(log_dir, "S-r40", 1, [60, 70], {0: (80, 1)}, model=model)
-    write_run(log_dir, "S-r20", 1, [60, 70], {0: (80, 1)})
-    panels = figure_of(tmp_path, log_dir)["models"].items()
-    assert {model: list(panel["methods"]) for model, panel in panels} == {"vgg11": ["S-r40"], "resnet18": ["S-r40"]}
-
-
-def test_nothing_to_draw_is_one_line_and_exit_code_2(tmp_path, capsys):
-    write_run(tmp_path / "logs", "none", 1, [60, 70])
-    assert analyze.main(["--figure", "2", "--log-dir", str(tmp_path / "logs"), "--fig-dir", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "bash runs.sh fig2" in error
-    assert analyze.main([]) == 2 and analyze.main(["--figure", "99"]) == 2
-
-
-def test_a_figure_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
-    write_run(tmp_path / "logs", "S-r4", 1, [60, 70], {0: (80, 1)})
-    (tmp_path / "file").write_text("")
-    options = ["--figure", "2", "--log-dir", str(tmp_path / "logs"), "--fig-dir", str(tmp_path / "file")]
-    assert analyze.main(options) == 1
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_list_counts_the_runs(tmp_path, capsys):
-    write_run(tmp_path, "S-r4", 1, [60, 70], {0: (80, 1)})
-    write_run(tmp_path, "S-r4", 2, [60], {0: (80, 1)}, epochs=2)
-    assert analyze.main(["--list", "--log-dir", str(tmp_path)]) == 0
-    out = capsys.readouterr().out
-    assert "cifar10: 1 of 80 runs finished" in out and "1 unfinished or damaged runs" in out
-
-
-def run_with_images(log_dir, method, seed, counts, events=(), images=797, **more):
-    """write_run from numbers of right answers, as train.py logs them."""
-    def percent(count):
-        return 100 * count / images
-    events = {epoch: (percent(before), filters) for epoch, (before, filters) in dict(events).items()}
-    return write_run(log_dir, method, seed, list(map(percent, counts)), events,
-                     data={"train": 1000, "val": 0, "test": images, "classes": 10}, **more)
-
-
-def test_equal_differences_of_counts_are_equal(tmp_path):
-    # 780 - 779 and 776 - 775 of 797 images: as floats, the gaps differ in the last bit
-    gaps = [100 * 780 / 797 - 100 * 779 / 797, 100 * 776 / 797 - 100 * 775 / 797]
-    assert gaps[0] != gaps[1]
-    for seed, (low, high) in enumerate([(779, 780), (775, 776)], 1):
-        run_with_images(tmp_path / "logs", "S-r4", seed, [low], {0: (800 - 10 * seed, 1)})
-        run_with_images(tmp_path / "logs", "L-r40", seed, [high], {0: (800 - 10 * seed, 1)})
-    panel = figure_of(tmp_path, tmp_path / "logs")["models"]["vgg11"]
-    for key in ("paired_best_acc", "paired_last_acc"):
-        difference = panel[key]["L-r40 minus S-r4"]
-        assert difference["p"] is None and difference["sd"] == 0 and difference["values"] == [100 / 797] * 2
-        assert difference["ci95"] == [100 / 797] * 2
-
-
-def test_an_event_that_changes_nothing_is_exactly_100_percent_stable_in_any_order(tmp_path):
-    odd = [n for n in range(1, 798) if 100 * (100 * n / 797) / (100 * n / 797) != 100]
-    assert len(odd) > 20  # in floats
-    for seed, counts in enumerate([odd, odd[::-1]], 1):
-        events = {i: (count, 1) for i, count in enumerate(counts)}
-        run = analyze.summarize(run_with_images(tmp_path, "S-r4", seed, counts, events))
-        assert run["problem"] is None and run["mean_stability"] == run["min_stability"] == 100 and run["below_99"] == 0
-    runs = [run_with_images(tmp_path, "L-r40", seed, [n, 700 + seed], {0: (n, 1)}) for seed, n in enumerate(odd[:5])]
-    stabilities = [analyze.summarize(run)["mean_stability"] for run in runs]
-    accuracies = [analyze.summarize(run)["best_acc"] for run in runs]
-    assert analyze.correlations(stabilities, accuracies)["pearson"] is None
-
-
-def test_ties_of_counts_are_ties_whatever_the_order_of_events(tmp_path):
-    events = [(790, 700), (600, 513), (501, 499), (797, 311)]
-    runs = [analyze.summarize(run_with_images(
-        tmp_path, "S-r4", seed, [after for _, after in order], {i: (before, 1) for i, (before, _) in enumerate(order)}))
-        for seed, order in enumerate([events, events[::-1], events[2:] + events[:2]], 1)]
-    assert len({run["mean_stability"] for run in runs}) == 1
-
-
-def test_a_run_with_an_accuracy_that_is_not_a_number_is_named_and_left_out(tmp_path):
-    log_dir = tmp_path / "logs"
-    for seed in (1, 2, 3):
-        directory = write_run(log_dir, "S-r4", seed, [60, 70, 80], {0: (80, 3)})
-    path = directory / "epochs.jsonl"
-    path.write_text(path.read_text().replace('"test_acc": 70', '"test_acc": NaN'))
-    numbers = figure_of(tmp_path, log_dir)
-    assert numbers["left_out"] == {str(directory): "test_acc of epoch 1 is nan"}
-    assert numbers["models"]["vgg11"]["methods"]["S-r4"]["seeds"] == [1, 2]
-
-
-def test_logs_of_before_the_finer_records_are_read(tmp_path):
-    directory = write_run(tmp_path / "logs", "S-r4", 1, [60, 70], {0: (80, 3)})
-    for name, fields in (("config.json", ("macs", "data")),
-                         ("epochs.jsonl", ("test_loss", "test_loss_before", "churn", "parameters", "macs"))):
-        lines = [json.loads(line) for line in (directory / name).read_text().splitlines()]
-        (directory / name).write_text("".join(json.dumps({k: v for k, v in line.items() if k not in fields}) + "\n"
-                                              for line in lines))
-    run = analyze.summarize(directory)
-    assert run["problem"] is None and run["mean_stability"] == 75 and run["best_acc"] == 70
-    assert run["loss_rise"] is run["churn"] is run["compute"] is None and run["below_99"] == 1
-    assert figure_of(tmp_path, tmp_path / "logs")["models"]["vgg11"]["methods"]["S-r4"]["best_acc"]["n"] == 1
-
-
-def test_best_and_last_accuracy_that_disagree_on_a_sign_are_named(tmp_path, capsys):
-    for seed in (1, 2, 3, 4, 5, 6):  # less stable is better by the best accuracy, worse by the last epoch's
-        write_run(tmp_path / "logs", "S-r4", seed, [65, 70 + seed, 60 + seed], {0: (66, 1)})
-        write_run(tmp_path / "logs", "L-r40", seed, [60, 75 + seed, 50 + seed], {0: (80, 1)})
-    numbers = figure_of(tmp_path, tmp_path / "logs")
+def test_best_and_last_accuracy_that_disagree_are_noted_below(tmp_path, capsys, no_images):
+    for seed in range(1, 7):  # less stable is better by the best accuracy, worse by the last
+        write_run(tmp_path / "logs", "--target S --r 4", seed, [65, 70 + seed, 60 + seed],
+                  {0: (66, 1)})
+        write_run(tmp_path / "logs", "--target L", seed, [60, 75 + seed, 50 + seed], EVENT)
+    numbers = draw(tmp_path, "--figure", "2")["fig2"]
     panel = numbers["models"]["vgg11"]
     assert panel["disagree"] == ["L-r40 minus S-r4"]
     best, last = (panel[f"paired_{k}_acc"]["L-r40 minus S-r4"]["mean"] for k in ("best", "last"))
     assert best > 0 > last
     scatter, = panel["scatters"]
     assert scatter["disagrees"] and scatter["kendall"][0] < 0 < scatter["by last_acc"]["kendall"][0]
-    assert "L-r40 minus S-r4" in numbers["notes"][-1] and "they disagree" in capsys.readouterr().out
-
-
-def test_analyze_leaves_the_matplotlib_of_a_notebook_alone():
-    program = """import matplotlib
-matplotlib.rcParams["font.size"] = 31
-matplotlib.use("svg")
-before, backend = dict(matplotlib.rcParams), matplotlib.get_backend(auto_select=False)
-import analyze, sys
-assert dict(matplotlib.rcParams) == before and matplotlib.get_backend(auto_select=False) == backend
-assert "matplotlib.pyplot" not in sys.modules"""
-    root = pathlib.Path(analyze.__file__).parent
-    subprocess.run([sys.executable, "-c", program], cwd=root, check=True)
-
-
-def test_a_notebooks_backend_in_the_environment_does_not_matter(tmp_path):
-    write_run(tmp_path / "logs", "S-r4", 1, [60, 70], {0: (80, 1)}, dataset="cost$5_$")
-    command = [sys.executable, analyze.__file__, "--figure", "2", "--log-dir", tmp_path / "logs", "--fig-dir", tmp_path]
-    environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0 and result.stderr == ""
-    assert (tmp_path / "fig2-cost$5_$.png").stat().st_size > 10_000
+    assert "Prune_L, r = 40 (1%) minus Prune_S, r = 4 (1%)" in numbers["notes"][-1]
+    assert "they disagree" in capsys.readouterr().out
+    axis = no_images["fig2"].axes[1]
+    assert "by last accuracy" in axis.get_xlabel() and "last" not in axis.get_title()
+    assert no_images["fig2"].get_suptitle() == numbers["title"] == "VGG11, CIFAR-10, n = 6"

@@ -1,0 +1,497 @@
+"""What only the paper's appendix needs: flatness of a run's weights (E), Figures B1, D1, E1, E2, E4
+and the Hessian's density, and Tables C1 and F1.
+
+Groups are the runs of a figure by method, {method: [run]}; a run is a dict from analyze.summarize.
+"""
+import contextlib
+import io
+import json
+import math
+import pathlib
+import tempfile
+import time
+import zlib
+
+import numpy as np
+import scipy.stats
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import train
+from gst_ext import flatness, plots
+from gst_ext.errors import UserError, check, first_line, print_line
+from gst_ext.networks import Block, build_model
+from gst_ext.plots import BLUE, ORANGE, RED, SKY, matplotlib
+from gst_ext.rundir import environment, load_checkpoint, read_config, write_json
+from gst_ext.statistics import format_mean, mean_ci, nan_to_none, summary_stats, t_test
+
+MEASURES = {  # of flatness
+    "trace_eigs": "Tr(H), leading eigenvalues", "tr_f": "Tr(H)", "tr_c": "Tr(C)",
+    "tic": "TIC proxy", "c_over_f": "Tr(C)/Tr(H)",
+    "epsilon_min": "|ε| at a loss rise of 0.1", "top": "λ₁, the leading eigenvalue"}
+FORMS = ("", "adaptive_")
+MOVED = 0.05  # the relative change by rescaling from which on a panel mentions it
+HIGH = "-p0.25,0.8,0.25,0.95"  # Table C.1's 59%
+INIT, SMALLEST, LARGEST = (f"{method}-p0,0,0,0.7" for method in (
+    "scratch-S-ebn-signed", "S-r750-ebn-signed-s2500x4-e3250x4",
+    "L-r750-ebn-signed-s2500x4-e3250x4"))
+PAPER = {  # {(output, model): {method as train.run_name names it: what the appendix reports, in %}}
+    ("2", "resnet18"): {
+        "S-r4": {"best_acc": 87.65, "best_acc_sd": 0.26, "stability": 99.957},
+        "S-r40": {"best_acc": 87.72, "best_acc_sd": 0.18, "stability": 99.470},
+        "L-r40": {"best_acc": 88.03, "best_acc_sd": 0.26, "stability": 98.904}},
+    ("B2", "vgg11"): {
+        "S-r4": {"stability": 99.98}, "S-r40": {"stability": 99.81},
+        "L-r40": {"stability": 97.67}, "pearson": [-0.88, 1.2e-10], "kendall": [-0.64, 8.4e-07]},
+    ("B2", "resnet18"): {
+        "S-r4": {"stability": 99.96}, "S-r40": {"stability": 98.14},
+        "L-r40": {"stability": 96.66}, "pearson": [-0.65, 5e-05], "kendall": [-0.43, 0.00061]},
+    ("C3", "resnet18"): {
+        "none": {"best_acc": 94.35}, "S-r1-s24x16": {"best_acc": 94.41, "stability": 99.93},
+        "S-r1-s24x16-p0.06x16": {"best_acc": 94.25, "stability": 99.96}},
+    ("table C1", "resnet18"): {  # (total pruning, accuracy, its sd, stability, its sd)
+        "S-r4": (46, 87.65, 0.26, 99.957, 0.006), "S-r4" + HIGH: (59, 87.52, 0.11, 99.935, 0.012),
+        "S-r40": (46, 87.72, 0.18, 99.470, 0.203),
+        "S-r40" + HIGH: (59, 87.95, 0.18, 98.912, 0.303),
+        "L-r40": (46, 88.03, 0.26, 98.904, 0.229),
+        "L-r40" + HIGH: (59, 87.48, 0.37, 98.143, 0.434)},
+    ("table F1", "resnet18"): {
+        "none": (0, 73.28, 0.12, 100, None), INIT: (15, 73.11, 0.13, 100, None),
+        SMALLEST: (15, 73.22, 0.09, 91.94, 4.10), LARGEST: (15, 73.41, 0.08, 86.98, 6.87)},
+}
+
+
+# +-- Flatness (E) of a run's checkpoint, kept in the run's directory -----------------------------+
+
+def load_network(directory, data_dir="data", device="cpu", checkpoint=None):
+    """Loads a run's network and its data.
+
+    Args:
+        checkpoint: A file in the directory; by default epoch<save_epoch>.pt if there is one, else
+            the last checkpoint of a finished run.
+
+    Returns:
+        The network in eval mode, train.prepare_data's tensors, and {"checkpoint", "crc32",
+        "epoch"}, which says what the weights are.
+
+    Raises:
+        UserError: A file is missing or damaged, or the data are not those of the run.
+    """
+    directory = pathlib.Path(directory)
+    config = read_config(directory)
+    try:
+        options = train.DEFAULTS | config["options"]
+        name, crc32, dataset = options["model"], config["data"]["crc32"], options["dataset"]
+        epoch = config["schedule"]["save_epoch"]
+    except (KeyError, TypeError):
+        raise UserError(f"{directory}/config.json is missing or damaged") from None
+    if not checkpoint:
+        saved, last = f"epoch{epoch}.pt", "checkpoint.pt"
+        checkpoint = saved if epoch and (directory / saved).exists() else last
+        check(checkpoint == saved or (directory / "done.json").exists(),
+              f"{directory} is not finished" + f", and has no {saved}" * bool(epoch)
+              + ": continue the run first")
+    (arrays, info), path = train.load_arrays(dataset, data_dir), directory / checkpoint
+    check(info["crc32"] == crc32, f"{directory} was trained on other data than {dataset} is now: "
+          "put its own back, or see --data-dir")
+    try:
+        state = load_checkpoint(path, mmap=True)
+        model = build_model(name, len(arrays["classes"]), options["width"])
+        model.load_state_dict(state["model"], assign=True)
+        source = {"checkpoint": checkpoint, "crc32": zlib.crc32(np.memmap(path)),
+                  "epoch": int(state["epoch"])}
+    except Exception as error:  # zip, pickle and torch raise their own kinds for a damaged file
+        raise UserError(f"{path} is missing or damaged ({first_line(error)}): train the run "
+                        "again") from None
+    data = train.prepare_data(arrays, device, **{
+        k: options[k] for k in train.DATA_OPTIONS if k != "augment"})
+    return model.to(device).eval(), data, source
+
+
+def flatness_path(directory, split):
+    return pathlib.Path(directory, "flatness.json" if split == "test" else f"flatness-{split}.json")
+
+
+def measure_flatness(directory, split="test", images=512, num_eigs=100, eigensolver="lanczos",
+                     memory_gb=4, control=False, data_dir="data", checkpoint=None):
+    """Measures a run's checkpoint on the first images of a split, in float32.
+
+    Args:
+        control: Measure the network rescaled, too (flatness.rescaling_control).
+        checkpoint: As for load_network.
+
+    Returns:
+        What it writes to flatness_path (docs/flatness.md). A file that holds this measurement
+        already is only read.
+    """
+    path, seconds, device = flatness_path(directory, split), {}, train.setup_device()
+    label = "/".join(path.absolute().parts[-4:-1])
+    model, data, source = load_network(directory, data_dir, device, checkpoint)
+    settings = {"version": 3, **source, "mode": "eval", "split": split,
+                "images": images, "dtype": "float32", "seed": 0, "eig": eigensolver,
+                "eigs": num_eigs}
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # damaged: measure again
+        old = json.loads(path.read_text())
+        if {k: old.get(k) for k in settings} == settings and (not control or old.get("control")):
+            print_line(f"{path}: measured already")
+            return old
+    x, y = (tensor[:images] for tensor in data[split])
+    check(len(x) == images,
+          f"--images {images}, but there are {len(x)} {split} images: give fewer")
+    x = train.normalise(x, data)
+    bar = tqdm(desc=label, unit=" Hessian-vector products", disable=None)
+
+    @contextlib.contextmanager
+    def stage(name):
+        start = time.monotonic()
+        yield
+        seconds[name] = round(time.monotonic() - start, 3)
+        bar.write(f"{label} {name}: {seconds[name]:.1f} s")
+
+    with torch.no_grad():
+        logits = torch.cat([model(part) for part in x.split(128)])
+    loss = float(F.cross_entropy(logits, y))
+    check(math.isfinite(loss), f"{directory}: the loss of {source['checkpoint']} is {loss}")
+    arguments = {"eigensolver": eigensolver, "memory_gb": memory_gb, "on_product": bar.update}
+    try:
+        with bar:
+            result = flatness.measure(model, x, y, num_eigs, stage=stage, **arguments)
+            if control:
+                with stage("control"):
+                    result["control"] = flatness.rescaling_control(model, x, y, **arguments)
+    except ValueError as error:
+        raise UserError(f"{directory}: {error}") from None
+    machine = environment(device, "eager", __file__)
+    result = settings | result | {
+        "loss": loss, "accuracy": 100 * float((logits.argmax(1) == y).double().mean()),
+        "seconds": seconds, "memory_gb": memory_gb,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        **{k: machine[k] for k in ("device", "threads", "git")},
+        "versions": machine["versions"] | {"scipy": scipy.__version__}}
+    write_json(path, result)
+    print_line(f"{label}: λ1 {max(result['eigenvalues'], key=abs, default=math.nan):.4g}, "
+               f"{sum(result['converged'])} of {num_eigs} pairs converged, "
+               f"Tr(H) {result['tr_f']:.4g}, Tr(C) {result['tr_c']:.4g}")
+    return result
+
+
+def read_flatness(directory, split, measure):
+    """Returns what a run's flatness adds to its dict, or {"problem": why it is not drawn}.
+
+    Args:
+        measure: A function of the directory, for a run without a file.
+    """
+    path = flatness_path(directory, split)
+    try:
+        flat = json.loads(path.read_text()) if path.exists() else measure(directory)
+        weights = path.with_name(str(flat.get("checkpoint")))
+        check(not weights.is_file() or zlib.crc32(np.memmap(weights)) == flat.get("crc32"),
+              f"{path.name} is of other weights than {weights.name}: measure it again")
+        check(any(flat["converged"]),
+              f"none of the eigenpairs in {path.name} converged: measure it again")
+        names = [form + name for name in MEASURES for form in FORMS]
+        return {"flat": flat, "converged": sum(flat["converged"]) / len(flat["converged"]),
+                **{name: flatness.measure_of(flat, name) for name in names}}
+    except UserError as error:
+        return {"problem": str(error)}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return {"problem": f"{path.name} is damaged ({type(error).__name__}): delete it"}
+
+
+def flatness_notes(axis, points, x, y):
+    """Marks runs whose eigenpairs have not all converged.
+
+    Returns:
+        How far rescaling the network moves x or y in each run, and lines about both.
+    """
+    measured, notes = [run for run in points if "flat" in run], []
+    doubtful = [run for run in measured if any(
+        flatness.share_converged(run["flat"], name) < 1 for name in (x, y))]
+    if doubtful:
+        axis.plot([run[x] for run in doubtful], [run[y] for run in doubtful], "o", color="white",
+                  ms=1.5, mew=0)
+        notes.append("white dot: some pairs not converged")
+    moved = [flatness.moved_by_rescaling(run["flat"], x, y) for run in measured]
+    largest = max(filter(None, moved), default=0)
+    if largest > MOVED:
+        notes.append(f"† rescaling moves it by {100 * largest:.0f}%")
+    return moved, notes
+
+
+def eigenvalues(models, first_ten):
+    """Draws the first ten eigenvalues of the Hessian (E1), or the sizes of all computed (E2)."""
+    groups, numbers = models["vgg11"], {}
+    figure, (axis,) = plots.subplots(1, height=3.6, width=5.0)
+    for i, (method, runs) in enumerate(groups.items()):
+        count = min(len(run["flat"]["eigenvalues"]) for run in runs)
+        count = min(10, count) if first_ten else count
+        values = np.array([run["flat"]["eigenvalues"][:count] for run in runs])
+        x = np.arange(1, count + 1) + first_ten * 0.12 * (i - (len(groups) - 1) / 2)
+        bounds = mean_ci(values if first_ten else np.abs(values))
+        line = {"ls": ""} if first_ten else {}
+        converged = np.mean([run["flat"]["converged"][:count] for run in runs], 0)
+        numbers[method] = {
+            **plots.plot_means(axis, x, bounds, runs[0]["style"], len(runs), first_ten,
+                               label=runs[0]["label"], **line),
+            "n": len(runs), "negative": (values < 0).sum(0).tolist(),  # in how many runs
+            "converged": converged.tolist()}
+    axis.set(xlabel="Eigenvalue, ordered by magnitude",
+             ylabel="Eigenvalue" if first_ten else "|Eigenvalue|",
+             yscale="linear" if first_ten else "log")
+    plots.legend_below(axis, columns=2)
+    return figure, {"vgg11": {"eigenvalues": numbers}}
+
+
+def loss_along_eigenvectors(models):
+    """Draws Figure E4: a panel for each method, a line for each eigenvector, means over runs."""
+    groups, colours, numbers = models["vgg11"], matplotlib.colormaps["viridis"], {}
+    figure, axes = plots.subplots(len(groups), 3, 2.3, 6.75 / min(3, len(groups)), sharex=True,
+                                  sharey=True)
+    for axis, (method, runs) in zip(axes, groups.items()):
+        lines = [run["flat"]["line"] for run in runs]
+        epsilon, losses = lines[0]["epsilon"], np.array([line["loss"] for line in lines], float)
+        for i, loss in enumerate(losses.mean(0)):
+            axis.plot(epsilon, loss, color=colours(i / 10), lw=0.9)
+        split = runs[0]["flat"].get("split", "test").title()
+        axis.set(title=f"{runs[0]['label']}, n = {len(runs)}", yscale="log", xlabel="ε",
+                 ylabel=f"{split} loss")
+        axis.label_outer()
+        numbers[method] = {"n": len(runs), "epsilon": epsilon,
+                           "loss": [nan_to_none(loss) for loss in losses.mean(0)]}
+    norm = matplotlib.colors.BoundaryNorm(np.arange(0.5, 11), 256)
+    figure.colorbar(matplotlib.cm.ScalarMappable(norm, colours), ax=figure.axes,
+                    label="Eigenvector, by magnitude", ticks=range(1, 11), shrink=0.8)
+    return figure, {"vgg11": {"lines": numbers}}
+
+
+def spectra(models):
+    """Draws the density of the Hessian's eigenvalues, means over runs on one grid."""
+    groups, numbers = models["vgg11"], {}
+    figure, (axis,) = plots.subplots(1, height=3.6, width=5.0)
+    densities = {method: [run["flat"].get("density") for run in runs]
+                 for method, runs in groups.items()}
+    every = sum(densities.values(), [])
+    check(all(every), "a flatness.json without density: delete it to measure again")
+    low, high = min(d["grid"][0] for d in every), max(d["grid"][-1] for d in every)
+    step = min(d["width"] for d in every) / 2
+    grid = np.linspace(low, high, max(400, math.ceil((high - low) / step)))
+    for method, runs in groups.items():
+        values = [np.interp(grid, d["grid"], d["density"], 0, 0) for d in densities[method]]
+        numbers[method] = {
+            "n": len(runs), "lambda": nan_to_none(grid),
+            "width": [d["width"] for d in densities[method]],
+            **plots.plot_means(axis, grid, mean_ci(values), runs[0]["style"], len(runs),
+                               label=runs[0]["label"])}
+    top = 3 * max(max(d["density"]) for d in every)
+    axis.set(xlabel="Eigenvalue of the Hessian", ylabel="Density", yscale="log", ylim=(1e-8, top))
+    plots.legend_below(axis, columns=2)
+    return figure, {"vgg11": {"density": numbers}}
+
+
+# +-- Figure B1: activations of a network before and after training -------------------------------+
+
+@torch.no_grad()
+def normalised_activations(model, layers, images):
+    """Returns each layer's convolution outputs as batch norm normalises them in training.
+
+    Args:
+        layers: Modules of the model, Block or nn.Conv2d.
+
+    Returns:
+        A flat array for each layer, without feature maps that are constant.
+    """
+    result = []
+
+    def append(layer, inputs, output):
+        y = layer.conv(inputs[0]) if isinstance(layer, Block) else output
+        deviation, mean = torch.std_mean(y, (0, 2, 3), correction=0, keepdim=True)
+        y = ((y - mean) / deviation)[:, deviation.flatten() > 1e-12]
+        result.append(y.flatten().numpy())
+
+    hooks = [layer.register_forward_hook(append) for layer in layers]
+    model.train()(images)
+    for hook in hooks:
+        hook.remove()
+    return result
+
+
+def imagenet_networks(log_dir, data_dir):
+    """Returns run_networks for torchvision's ImageNet weights, on 32 enlarged CIFAR-10 images."""
+    import torchvision
+    try:
+        trained = torchvision.models.vgg19_bn(weights="IMAGENET1K_V1")
+    except Exception as error:
+        raise UserError(
+            f"no finished VGG19 run under {log_dir}/, and torchvision's weights cannot be had "
+            f"({first_line(error)}): train one with 'bash runs.sh figB1 --quick'") from None
+    torch.manual_seed(0)
+    x = torch.from_numpy(train.load_arrays("cifar10", data_dir)[0]["test_x"][:32])
+    x = F.interpolate(x.permute(0, 3, 1, 2).float() / 255, 224, mode="bilinear")
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (
+        (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    untrained = torchvision.models.vgg19_bn(weights=None)
+    return (untrained, trained), nn.Conv2d, (x - mean) / std, "torchvision's ImageNet weights"
+
+
+def run_networks(run, data_dir):
+    """Returns a run's (untrained, trained) networks, the type of their layers, images, a title."""
+    trained, data, _ = load_network(run["dir"], data_dir, checkpoint="checkpoint.pt")
+    torch.manual_seed(run["seed"])  # the initial weights, as train.make_generators does
+    untrained = build_model("vgg19", trained.linear.out_features, run["options"].width)
+    images = train.normalise(data["test"][0][:32], data)
+    return (untrained, trained), Block, images, run["dir"]
+
+
+def activation_histograms(models, log_dir, data_dir):
+    """Draws Figure B1 of a finished VGG19 run, or else of ImageNet's weights."""
+    if models:
+        networks, kind, images, source = run_networks(models["vgg19"]["none"][0], data_dir)
+    else:
+        networks, kind, images, source = imagenet_networks(log_dir, data_dir)
+    figure, axes = plots.subplots(16, 2, 1.0, sharex=True)
+    grid, layers = np.linspace(-4, 4, 81), []
+    for column, when in enumerate(("before training", "after training")):
+        last = [m for m in networks[column].modules() if isinstance(m, kind)][-8:]
+        activations = normalised_activations(networks[column], last, images)
+        for number, (axis, values) in enumerate(zip(axes[column::2], activations), 9):
+            if len(values) > 10**5:  # the distance's sampling error is below 0.005
+                values = np.random.default_rng(0).choice(values, 10**5, replace=False)
+            distance = float(scipy.stats.kstest(values, "norm", method="asymp").statistic)
+            axis.stairs(np.histogram(values, grid, density=True)[0], grid, fill=True, color=BLUE,
+                        alpha=0.7)
+            axis.plot(grid, scipy.stats.norm.pdf(grid), color=ORANGE, lw=1)
+            axis.text(0.98, 0.9, f"conv {number}\nKS {distance:.3f}", ha="right", va="top",
+                      fontsize=7, transform=axis.transAxes)
+            layers.append({"when": when, "convolution": number, "ks": distance, "n": len(values)})
+        axes[column].set_title(when)
+        axes[column - 2].set_xlabel("Normalised activation")
+    figure.supylabel("Density", fontsize=8)
+    return figure, {"vgg19": {"run": source, "images": len(images), "layers": layers}}
+
+
+# +-- Figure D1: one weight through pruning and noise ---------------------------------------------+
+
+def weight_path(kind):
+    """Trains VGG11 on digits shortly and follows a weight that the event in the middle changes.
+
+    Args:
+        kind: "prune", "zero" or "gauss", done to the largest quarter of the last layer's filters
+            after the first of two epochs.
+
+    Returns:
+        The weight's value in the forward pass of every training batch.
+    """
+    weights, blocks = [], []
+
+    def append(block, inputs):
+        if isinstance(block, Block) and block.training:
+            blocks.append(block)
+            if len(set(blocks)) == 8 and block is blocks[7]:  # VGG11's last convolution
+                weights.append(block.conv.weight.detach()[:, 0, 1, 1].clone())
+
+    hook = nn.modules.module.register_module_forward_pre_hook(append)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        options = train.parse_options((
+            "--dataset digits --width 0.0625 --target L --s 0 --e 0 --r 1 --p 0.25 --epochs 2 "
+            "--lrs 2 --batch-size 25 --device cpu --no-cuda-graphs" + (
+                f" --noise {kind} --noise-batches 15" if kind != "prune" else "")).split())
+        options.log_dir = folder
+        try:
+            train.train(options)
+        finally:
+            hook.remove()
+        log = (train.run_path(options) / "epochs.jsonl").read_text().splitlines()
+    index = next(iter(json.loads(log[0])["filters"].values()))[0]
+    return [float(values[index]) for values in weights]
+
+
+def one_weight(models):
+    """Draws Figure D1: with the same seed, all three paths are the same up to the event."""
+    figure, axes = plots.subplots(3, 3, 2.4, 2.25, sharey=True)
+    numbers = {"run": "VGG11, width 0.0625, digits, seed 1, 2 epochs of 40 batches, noise for 15 "
+                      "batches"}
+    for axis, (kind, title, colour) in zip(axes, (
+            ("prune", "Pruning", RED), ("zero", "Zeroing", SKY), ("gauss", "Gaussian", ORANGE))):
+        values = weight_path(kind)
+        steps, event = list(range(1, len(values) + 1)), len(values) // 2
+        axis.plot(steps, values, ".-", ms=2.5, lw=0.8, color=colour)
+        axis.axvline(event + 0.5, color="0.5", lw=0.8, ls=":")
+        axis.annotate("event", (event + 0.5, 1), (-3, -8), xycoords=("data", "axes fraction"),
+                      fontsize=7, color="0.4", textcoords="offset points", ha="right")
+        axis.set(title=title, xlabel="Training batch")
+        numbers[kind] = {"step": steps, "weight": values, "event_after_step": event}
+    axes[0].set_ylabel("One weight, as the network uses it")
+    return figure, {"vgg11": numbers}
+
+
+# +-- Tables C1 and F1 ----------------------------------------------------------------------------+
+
+def total_pruned(run):
+    """Returns the percentage of all parameters that went with a run's filters.
+
+    Counted are filters' weights, and the slices of following pruned convolutions that read them:
+    this gives the paper's 46, 59 and 15% (C.2, F).
+    """
+    options, config, live = run["options"], run["config"], run["live"]
+    pruned, total = {layer["layer"] for layer in config["pruned_layers"]}, 0
+    with torch.device("meta"):
+        model = build_model(options.model, config["data"]["classes"], options.width)
+    for i in pruned:
+        weight = model.prunable[i].conv.weight
+        rest = live[i] / len(weight) * (live[i - 1] / weight.shape[1] if i - 1 in pruned else 1)
+        total += weight.numel() * (1 - rest)
+    return 100 * total / config["parameters"]
+
+
+def draw_table(rows):
+    """Draws a table; rows are dicts, their keys the head."""
+    cells = [list(row.values()) for row in rows]
+    letters = sum(max(len(str(cell)) for cell in column) for column in zip(list(rows[0]), *cells))
+    figure, (axis,) = plots.subplots(1, height=0.6 + 0.22 * (len(rows) + 1),
+                                     width=0.5 + 0.075 * letters)
+    axis.axis("off")
+    drawn = axis.table(cells, colLabels=list(rows[0]), loc="upper center", cellLoc="center")
+    drawn.set_in_layout(False)
+    drawn.auto_set_font_size(False)
+    drawn.set_fontsize(7)
+    drawn.auto_set_column_width(list(range(len(rows[0]))))
+    for (row, _), cell in drawn.get_celld().items():
+        cell.visible_edges = "B" if row == 0 else ""
+    return figure
+
+
+def table(models, papers, columns, compared):
+    """Draws a table of means and deviations, and of t-tests of the best accuracies.
+
+    Args:
+        papers: {method: what the paper has}, or None away from the paper's setting.
+        columns: {measure: (title, digits)}.
+        compared: A function of two methods' options, whether the first is tested against the
+            second.
+    """
+    groups, rows, t_tests, totals = models["resnet18"], [], {}, {}
+    for method, runs in groups.items():
+        totals[method], cells = summary_stats([total_pruned(run) for run in runs]), []
+        for other, others in groups.items():
+            if not compared(runs[0]["options"], others[0]["options"]):
+                continue
+            best, last = (t_test([run[name] for run in runs], [run[name] for run in others])
+                          for name in ("best_acc", "last_acc"))
+            t_tests[f"{method} against {other}"] = {**best, "by last_acc": last}
+            gaps = best["difference"], last["difference"]
+            if best["student"]:
+                opposite = " ({:+.2f}; last epoch {:+.2f})".format(*gaps)
+                cells.append(f"{others[0]['label']}: {best['student'][1]:.2g}"
+                             + opposite * (gaps[0] * gaps[1] < 0))
+        row = {"method": runs[0]["label"], "pruned": f"{totals[method]['mean']:.0f}%",
+               "n": len(runs)}
+        row |= {title: format_mean(summary_stats([run[name] for run in runs]), digits)
+                for name, (title, digits) in columns.items()}
+        row["p, two-tailed, against"] = "\n".join(cells) or "–"
+        if papers:
+            there = method in papers
+            row["paper's"] = "{1:.2f} ± {2}; {3:g}".format(*papers[method]) if there else "–"
+        rows.append(row)
+    return draw_table(rows), {"resnet18": {"t_tests": t_tests, "total_pruned": totals}}
