@@ -1,4 +1,4 @@
-"""The package behind the scripts, usable on its own: the compiled operators, and modules beside them.
+"""The package behind the scripts: the compiled operators, and modules that are imported by name.
 
     import gst_ext
     gst_ext.ebn_score(gamma, beta)

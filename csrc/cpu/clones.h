@@ -1,5 +1,7 @@
-// How plain loops get the vectors of the CPU they run on: an extension is compiled for the oldest CPU of its kind, and
-// at::vec with it, so a function with GST_CLONES is compiled several times, and the library chooses when it loads.
+// How plain loops get the vectors of the CPU they run on. An extension is compiled for the oldest
+// CPU of its kind, and at::vec with it, so a function with GST_CLONES is compiled several times,
+// and the loader chooses one. Whatever it calls has to be compiled into it: functions are GST_BODY,
+// lambdas GST_INLINE.
 #pragma once
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
@@ -9,4 +11,5 @@
 #define GST_CLONES
 #define GST_HAS_CLONES 0
 #endif
-#define GST_BODY static inline __attribute__((always_inline))
+#define GST_INLINE __attribute__((always_inline))
+#define GST_BODY static inline GST_INLINE

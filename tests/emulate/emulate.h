@@ -1,12 +1,12 @@
-// What csrc/cuda needs of CUDA, in plain C++ on one core: each GPU thread of a block is a fiber that runs to the next
-// barrier. Found, and said in `complaint`: barriers that not all threads of a block reach, at one place; two threads at
-// one cell of shared memory between two barriers, one of them writing; cells read before they are written, or that do
-// not exist; launches and vectors that a GPU refuses. Every order of blocks and threads is allowed and so must give the
-// same bits: `order` chooses one. It says nothing about speed, nor about what a compiler for GPUs makes of the code.
-#ifndef GST_EMULATE_H  // #pragma once does not know the precompiled copy for the same
-#define GST_EMULATE_H
+// What csrc/cuda needs of CUDA, in plain C++ on one core: each GPU thread of a block is a fiber
+// that runs to the next barrier. `complaint` has the first of these: a barrier that not all threads
+// of a block reach, at one place; two threads at one cell of shared memory between two barriers,
+// one of them writing; a cell that is read before it is written, or does not exist; a launch or
+// vector that a GPU refuses. A GPU may take blocks and threads in any order, and all must give the
+// same bits: `order` chooses one. This tells nothing of speed, nor of what a compiler for GPUs
+// does.
+#pragma once
 #include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 #include <csetjmp>
 #include <ucontext.h>
 
@@ -36,12 +36,9 @@ struct alignas(16) uint4 {
 };
 enum cudaError_t { cudaSuccess, cudaErrorLaunchFailure };
 using cudaStream_t = void*;
-using __half = c10::Half;
 using __nv_bfloat16 = c10::BFloat16;
 
-inline float __half2float(__half x) { return x; }
 inline float __bfloat162float(__nv_bfloat16 x) { return x; }
-inline __half __float2half_rn(float x) { return x; }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { return x; }
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -62,6 +59,7 @@ struct Fiber {
 };
 
 inline std::string complaint;
+inline int fault = 0;  // the number of a planted fault that is active
 inline int order = 0;  // 0: ascending, 1: descending, others: shuffled by this number
 inline int64_t launches = 0, barriers = 0, shared_accesses = 0;
 inline int64_t epoch = 1, block = 0;  // between which barriers, and in which block, this is
@@ -72,8 +70,8 @@ inline jmp_buf scheduler;
 
 inline void complain(const std::string& what) {
   if (complaint.empty())
-    complaint = what + " (block " + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + "; thread " +
-                std::to_string(threadIdx.x) + ", " + std::to_string(threadIdx.y) + ")";
+    complaint = what + " (block " + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) +
+        "; thread " + std::to_string(threadIdx.x) + ", " + std::to_string(threadIdx.y) + ")";
 }
 
 inline void leave() {
@@ -126,7 +124,8 @@ inline void run_block() {
     fibers[i]->number = i;
   }
   for (unsigned i = 0; i < n; ++i)
-    fibers[i]->index = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
+    fibers[i]->index =
+        dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
   for (int64_t round = 0;; ++round) {
     unsigned waiting = 0;
     bool together = true;
@@ -140,7 +139,8 @@ inline void run_block() {
     ++barriers, ++epoch;
     if (waiting == n && together) continue;
     complain("a barrier that not all threads of the block reach together");
-    for (auto& fiber : fibers) fiber->started = false, fiber->state = Fiber::kIdle;  // what they were at is dropped
+    for (auto& fiber : fibers)
+      fiber->started = false, fiber->state = Fiber::kIdle;  // what they were at is dropped
     return;
   }
 }
@@ -148,8 +148,8 @@ inline void run_block() {
 template <typename F>
 void launch(const F& kernel, dim3 grid, dim3 threads, int, cudaStream_t) {
   ++launches;
-  if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || grid.x > 2147483647u || !threads.x ||
-      !threads.y || !threads.z || threads.x * threads.y * threads.z > kMostThreads)
+  if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || grid.x > 2147483647u ||
+      !threads.x || !threads.y || !threads.z || threads.x * threads.y * threads.z > kMostThreads)
     return complain("a launch of a size that a GPU refuses");
   gridDim = grid, blockDim = threads;
   body = kernel;
@@ -174,14 +174,16 @@ struct Access {
   operator T() const {
     ++shared_accesses;
     if (cell.set_in != block) complain("shared memory that is read before it is written");
-    if (cell.written == epoch && cell.writer != running->number) complain("a race: shared memory written, then read");
+    if (cell.written == epoch && cell.writer != running->number)
+      complain("a race: shared memory written, then read");
     cell.readers = cell.read == epoch && (cell.readers || cell.reader != running->number);
     cell.read = epoch, cell.reader = running->number;
     return cell.value;
   }
   Access& operator=(T value) {
     ++shared_accesses;
-    if (cell.written == epoch && cell.writer != running->number) complain("a race: shared memory written twice");
+    if (cell.written == epoch && cell.writer != running->number)
+      complain("a race: shared memory written twice");
     if (cell.read == epoch && (cell.readers || cell.reader != running->number))
       complain("a race: shared memory read, then written");
     cell.value = value, cell.set_in = block, cell.written = epoch, cell.writer = running->number;
@@ -207,11 +209,12 @@ struct Shared {
 
 }  // namespace emulate
 
-inline cudaError_t cudaGetLastError() { return emulate::complaint.empty() ? cudaSuccess : cudaErrorLaunchFailure; }
-
-inline void __stwb(uint4* to, uint4 value) {
-  if (reinterpret_cast<uintptr_t>(to) % sizeof(uint4)) return emulate::complain("a vector that is not aligned");
-  std::memcpy(to, &value, sizeof(value));
+inline cudaError_t cudaGetLastError() {
+  return emulate::complaint.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
-#endif
+inline void __stwb(uint4* to, uint4 value) {
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(uint4))
+    return emulate::complain("a vector that is not aligned");
+  std::memcpy(to, &value, sizeof(value));
+}

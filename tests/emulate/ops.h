@@ -1,11 +1,11 @@
-// What csrc/cuda/ops_cuda.cpp needs of c10::cuda, and its launches: by the library of kernels that emulated_use chose.
+// What csrc/cuda/ops_cuda.cpp needs of c10::cuda, and its launches: by the library of kernels that
+// emulated_use chose.
 #pragma once
 #include <c10/core/Device.h>
 #include <c10/util/Exception.h>
 #include <dlfcn.h>
 
-#include "bn_act.h"
-#include "ebn_score.h"
+#include "launch.h"
 
 namespace c10::cuda {
 struct CUDAGuard {
@@ -40,21 +40,19 @@ extern "C" __attribute__((visibility("default"))) bool emulated_use(const char* 
 
 namespace gst {
 
-cudaError_t launch_bn_act(const BnAct& p, cudaStream_t) {
-  return emulate::outcome(emulate::call<const char*, BnAct>("emulated_bn_act", p));
+cudaError_t launch_bn_act(const BnAct& p, bool backward, cudaStream_t) {
+  return emulate::outcome(emulate::call<const char*, BnAct, bool>("emulated_bn_act", p, backward));
 }
-cudaError_t launch_bn_act_backward(const BnActBackward& p, cudaStream_t) {
-  return emulate::outcome(emulate::call<const char*, BnActBackward>("emulated_bn_act_backward", p));
-}
-cudaError_t launch_ebn_score(const double* gamma, const double* beta, double* score, int64_t n, bool is_signed,
-                             cudaStream_t) {
-  return emulate::outcome(emulate::call<const char*>("emulated_ebn_score", gamma, beta, score, n, is_signed));
+cudaError_t launch_ebn_score(const double* gamma, const double* beta, double* score, int64_t n,
+    bool is_signed, cudaStream_t) {
+  return emulate::outcome(
+      emulate::call<const char*>("emulated_ebn_score", gamma, beta, score, n, is_signed));
 }
 int64_t bn_chunks(Type type, int64_t rows, int64_t c) {
   return emulate::call<int64_t>("emulated_chunks", type, rows, c);
 }
-int64_t bn_gate_bytes(Type type, int64_t rows, int64_t c) {
-  return emulate::call<int64_t>("emulated_gate_bytes", type, rows, c);
+int64_t relu_bits_bytes(Type type, int64_t rows, int64_t c) {
+  return emulate::call<int64_t>("emulated_bits_bytes", type, rows, c);
 }
 
 }  // namespace gst
