@@ -1,4 +1,4 @@
-"""What every test module shares: a tiny learnable data set, in-process runs of train.py, and readers of their files."""
+"""What every test module shares: a tiny data set, runs of train.py in this process, their files."""
 import json
 import pathlib
 import sys
@@ -12,16 +12,18 @@ sys.path.insert(0, str(ROOT))
 import emulate  # noqa: E402
 import train  # noqa: E402
 from gst_ext import ops  # noqa: E402
+from gst_ext.datasets import prepare_data  # noqa: E402
+from gst_ext.networks import build_model  # noqa: E402
 
 torch.set_num_threads(1)  # sums in one order, so that runs can be compared bit for bit
-torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # what is compared is float32
-
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+needs_ext = pytest.mark.skipif(not ops.available, reason="the extension is not built")
 
 
 def make_arrays(n_train=96, n_test=64, classes=4):
-    """Images of noise whose colour tells their class: a network learns something of them in a few steps."""
+    """Returns images of noise whose colour tells their class, which a few steps learn in part."""
     random = np.random.default_rng(0)
     arrays = {"classes": np.array([f"class{k}" for k in range(classes)])}
     for split, n in (("train", n_train), ("test", n_test)):
@@ -33,29 +35,47 @@ def make_arrays(n_train=96, n_test=64, classes=4):
 
 
 def read_lines(directory):
-    return [json.loads(line) for line in (pathlib.Path(directory) / "epochs.jsonl").read_text().splitlines()]
+    """Returns a run's records, a list of dicts."""
+    lines = (pathlib.Path(directory) / "epochs.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def without_seconds(directory):
-    """The text of a run's log without the one field that the clock decides."""
-    return [json.dumps({k: v for k, v in record.items() if k != "seconds"}) for record in read_lines(directory)]
+    """Returns a run's records as text, without the one field that the clock decides."""
+    return [json.dumps({k: v for k, v in record.items() if k != "seconds"})
+            for record in read_lines(directory)]
+
+
+def weights(directory):
+    """Returns the state of the network in a run's checkpoint."""
+    return torch.load(directory / "checkpoint.pt", weights_only=True)["model"]
 
 
 def randomise_batch_norm(model, seed=0):
-    """Gives every batch norm its own scale, shift and running statistics, so that none is the identity."""
+    """Gives every batch norm its own scale, shift and running statistics; returns the model."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
-                for tensor, low in ((module.weight, 0.5), (module.bias, -0.5), (module.running_mean, -0.5),
-                                    (module.running_var, 0.5)):
+                for name, low in (("weight", 0.5), ("bias", -0.5), ("running_mean", -0.5),
+                                  ("running_var", 0.5)):
+                    tensor = getattr(module, name)
                     tensor.copy_(low + torch.rand(tensor.shape, generator=generator))
     return model
 
 
 def tiny_model(name, width=0.1, classes=4, seed=0):
     torch.manual_seed(seed)
-    return randomise_batch_norm(train.build_model(name, classes, width))
+    return randomise_batch_norm(build_model(name, classes, width))
+
+
+def training_setup(*argv, n_train=100):
+    """Returns (model, data, optimizer, options, generators), the arguments of train_epoch."""
+    options = train.parse_options([*argv, "--target", "S"])
+    data = prepare_data(make_arrays(n_train), torch.device("cpu"), augment=options.augment)
+    model = tiny_model(options.model, options.width)
+    optimizer = train.make_optimizer(model, options.optimizer, options.lr, options.weight_decay)
+    return model, data, optimizer, options, train.make_generators(0)
 
 
 @pytest.fixture
@@ -67,11 +87,11 @@ def tiny(tmp_path):
 
 @pytest.fixture
 def options(tiny):
-    """Makes a full command line of `more` options: a tiny ResNet20 on the tiny data, logs in `logs` beside them."""
+    """Makes the command line of a tiny ResNet20 on the tiny data; its logs go beside the data."""
     def make(*more, logs="logs"):
-        return ["--model", "resnet20", "--width", "0.125", "--dataset", str(tiny), "--device", "cpu", "--batch-size",
-                "32", "--epochs", "5", "--lrs", "3", "--save-epoch", "0", "--log-dir", str(tiny.parent / logs),
-                *map(str, more)]
+        return ["--model", "resnet20", "--width", "0.125", "--dataset", str(tiny), "--device",
+                "cpu", "--batch-size", "32", "--epochs", "5", "--lrs", "3", "--save-epoch", "0",
+                "--log-dir", str(tiny.parent / logs), *map(str, more)]
     return make
 
 
@@ -83,8 +103,17 @@ def run(options):
 
 @pytest.fixture
 def directory(options):
-    """Where such a command line leaves its files."""
-    return lambda *more, **place: train.run_directory(train.parse_options(options(*more, **place)))
+    """Returns where such a command line leaves its files."""
+    return lambda *more, **place: train.run_path(train.parse_options(options(*more, **place)))
+
+
+@pytest.fixture
+def records(run, directory):
+    """Runs such a command line, which must succeed, and returns its records."""
+    def train_and_read(*more, **place):
+        assert run(*more, **place) == 0
+        return read_lines(directory(*more, **place))
+    return train_and_read
 
 
 @pytest.fixture(scope="session")
@@ -95,7 +124,7 @@ def emulation():
 
 @pytest.fixture(params=["cpu", "emulated", pytest.param("cuda", marks=needs_gpu)])
 def device(request, monkeypatch):
-    """Where operators are computed: the CPU's kernels, CUDA's on the CPU (on whose tensors they work), or a GPU."""
+    """Where operators run: the CPU's kernels, the GPU's emulated on CPU tensors, or a GPU."""
     if request.param != "emulated":
         return request.param
     operators = request.getfixturevalue("emulation").operators
