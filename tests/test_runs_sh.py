@@ -1,5 +1,5 @@
-"""runs.sh: every target's commands are valid and the paper's, and a target runs, skips what is done, and draws."""
-import json
+"""runs.sh: each target's commands are valid and the paper's; a target trains, goes on and draws."""
+import functools
 import os
 import pathlib
 import shlex
@@ -9,221 +9,221 @@ import sys
 
 import pytest
 
-from gst_ext import files
 import train
-from conftest import without_seconds
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-RUNS = {"fig2": 8, "fig3": 21, "fig4": 9, "fig5": 8, "fig6": 6, "figB2": 8, "tabC1": 6, "figC3": 3, "figD2": 6,
-        "tabF1": 4}
+RUNS = {"fig2": 8, "fig3": 21, "fig4": 9, "fig5": 8, "fig6": 6, "figB2": 8, "tabC1": 6, "figC3": 3,
+        "figD2": 6, "tabF1": 4}
+# An interpreter that notes its calls; {} gives --plan's list back as what is left.
+SPY = 'echo "$OMP_NUM_THREADS: $@" >> called\n[ "$2" != --plan ] || exec {} "$3"; '
+STUDY = "[left]\n--model vgg11 --target none\n--model vgg11 --target S --r 4\n"
 
 
-def runs_sh(*options, cwd=ROOT, python=sys.executable):
-    environment = {**os.environ, "PYTHON": str(python), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(["bash", "runs.sh", *options], cwd=cwd, env=environment, capture_output=True, text=True)
+def runs_sh(*options, cwd=ROOT, python=sys.executable, **environment):
+    environment = os.environ | {"PYTHON": str(python), "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(["bash", "runs.sh", *options], cwd=cwd, env=environment, text=True,
+                          capture_output=True, timeout=300)
 
 
-def copy_project(folder):
-    for name in ("runs.sh", "train.py", "analyze.py"):
-        shutil.copy(ROOT / name, folder)
+def copy_project(folder, blocks):
+    """Copies the scripts and the package, and adds blocks to experiments.txt."""
+    for path in (ROOT / "runs.sh", *ROOT.glob("*.py")):
+        shutil.copy(path, folder)
     shutil.copytree(ROOT / "gst_ext", folder / "gst_ext")
+    (folder / "experiments.txt").write_text((ROOT / "experiments.txt").read_text() + blocks)
 
 
+def program(path, text):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def spied(tmp_path):
+    """Runs runs.sh with SPY on three cores; returns the result and SPY's notes."""
+    for name in ("runs.sh", "experiments.txt", "requirements.txt", "requirements-tests.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "csrc").mkdir()
+
+    def call(*options, plan="cat", more="", python=tmp_path / "the python", **programs):
+        program(tmp_path / "the python", SPY.format(plan) + more)
+        for name, text in (programs | {"getconf": "echo 3"}).items():
+            program(tmp_path / "bin" / name, text)
+        (tmp_path / "called").write_text("")
+        path = f"{tmp_path}/bin:{os.environ['PATH']}"
+        result = runs_sh(*options, cwd=tmp_path, python=python, PATH=path, OMP_NUM_THREADS="")
+        return result, (tmp_path / "called").read_text().splitlines()
+    return call
+
+
+@functools.cache
 def commands(*options):
+    """Returns the options of each run of a target."""
     result = runs_sh(options[0], "--print", *options[1:])
     assert result.returncode == 0, result.stderr
-    lines = [shlex.split(line) for line in result.stdout.splitlines()]
-    assert all(line[:2] == ["python", "train.py"] for line in lines)
-    return [train.parse_options(line[2:]) for line in lines]
+    lines = [line.split("python train.py ")[1] for line in result.stdout.splitlines()]
+    return [train.parse_options(shlex.split(line)) for line in lines]
+
+
+def paths(runs):
+    return {train.run_path(options) for options in runs}
 
 
 @pytest.mark.parametrize("target", RUNS)
 def test_every_target_is_a_list_of_valid_distinct_runs(target):
-    runs = commands(target)
-    seeds = 3 if target == "tabF1" else 10
-    assert len(runs) == RUNS[target] * seeds
-    assert len({train.run_directory(args) for args in runs}) == len(runs)
-    assert {args.seed for args in runs} == set(range(1, seeds + 1))
-    quick = commands(target, "--quick")
-    assert len({train.run_directory(args) for args in quick}) == len(quick) == RUNS[target] * 2
-    assert {(args.dataset, args.width) for args in quick} == {("digits", 0.25)}
-    assert max(train.schedule(args)["epochs"] for args in quick) <= 16
-    small = commands(target, "--preset", "small")
-    assert len({train.run_directory(args) for args in small}) == len(small) == len(runs)
-    assert {args.dataset for args in small} == {"cifar100" if target == "tabF1" else "cifar10"}
-    for preset, listed in (("quick", quick), ("small", small)):
-        assert all(train.run_name(args)[1].removeprefix("sgd-").startswith(preset) for args in listed)
-        for args in listed:  # they prune, and train on once it is over
-            times = train.schedule(args)
-            assert not times["e"] or max(times["e"]) < times["epochs"] - 1 and min(times["s"]) < max(times["e"])
+    runs, seeds = commands(target), 3 if target == "tabF1" else 10
+    assert len(paths(runs)) == len(runs) == RUNS[target] * seeds
+    assert {options.seed for options in runs} == set(range(1, seeds + 1))
+    quick, small = commands(target, "--quick"), commands(target, "--preset", "small")
+    assert len(paths(quick)) == len(quick) == RUNS[target] * 2
+    assert len(paths(small)) == len(small) == len(runs)
+    assert {(options.dataset, options.width) for options in quick} == {("digits", 0.25)}
+    longest = max(train.scaled_schedule(options)["epochs"] for options in quick)
+    assert longest <= (35 if target == "fig3" else 16)
+    assert {o.dataset for o in small} == {"cifar100" if target == "tabF1" else "cifar10"}
+    for options in quick + small:
+        assert train.run_name(options)[1].removeprefix("sgd-").startswith(options.preset)
+        times = train.scaled_schedule(options)  # it prunes, and trains on after the last event
+        assert not times["e"] or min(times["s"]) < max(times["e"]) < times["epochs"] - 1
 
 
-def test_figures_without_runs_of_their_own_train_nothing_but_a_small_vgg19():
+def test_figures_without_runs_train_a_small_vgg19_or_nothing():
     assert commands("figB1") == commands("figD1") == commands("figD1", "--quick") == []
     quick, = commands("figB1", "--quick")
     assert (quick.model, quick.target, quick.dataset, quick.seed) == ("vgg19", "none", "digits", 1)
 
 
-def test_quick_is_the_preset_with_two_seeds():
-    assert commands("fig4", "--quick") == commands("fig4", "--preset", "quick", "--seeds", "1-2")
-    assert len(commands("fig4", "--preset", "quick")) == 9 * 10
-    assert commands("tabF1", "--quick", "--seeds", "3") == commands("tabF1", "--preset", "quick", "--seeds", "3")
-    assert all(args.lr == 0.5 for args in commands("fig2", "--quick", "--", "--lr", "0.5"))
+def test_seeds_presets_and_given_options():
+    preset = ("--preset", "quick", "--seeds")
+    assert commands("fig4", "--quick") == commands("fig4", *preset, "1-2")
+    assert commands("fig4", "--quick", "--seeds", "3") == commands("fig4", *preset, "3")
+    assert {options.seed for options in commands("figC3", "--seeds", "2-4,9")} == {2, 3, 4, 9}
+    changed = commands("tabF1", "--quick", "--", "--lr", "0.5", "--dataset", "my set.npz")
+    assert {(options.lr, options.dataset) for options in changed} == {(0.5, "my set.npz")}
 
 
-def test_runs_shared_by_two_experiments_have_one_directory():
-    directories = {target: {train.run_directory(args) for args in commands(target, "--seeds", "1")} for target in RUNS}
-    assert len(directories["fig2"] & directories["fig6"]) == 4  # none, S r4, S r40, L r40 of vgg11
-    assert len(directories["fig2"] & directories["tabC1"]) == 3 and len(directories["fig2"] & directories["figB2"]) == 2
-    assert len(directories["fig2"] & directories["fig3"]) == 3 and len(directories["fig2"] & directories["figD2"]) == 2
+def test_runs_are_shared_and_are_the_appendix_s():
+    first = {target: commands(target, "--seeds", "1") for target in RUNS}
+    shared = {"fig6": 4, "tabC1": 3, "figB2": 2, "fig3": 3, "figD2": 2}
+    assert {k: len(paths(first["fig2"]) & paths(first[k])) for k in shared} == shared
+    noise = {f"{kind}-{k}" for kind in ("zero", "gauss") for k in (1, 50, 1105)}
+    assert {train.run_name(o)[0] for o in first["fig5"]} == {"none", "L-r40-bnkeep"} | noise
+    last, sgd = first["tabF1"][-1], first["figC3"][1]
+    assert (last.s, last.e, last.r, last.epochs) == ([2500] * 4, [3250] * 4, 750, 4000)
+    assert (sgd.s, sgd.e, sgd.p, sgd.r) == ([24] * 16, [100] * 16, [.06] * 16, 1)
 
 
-def test_figure_runs_have_the_appendix_settings():
-    rates = {train.run_name(args)[0]: args for args in commands("fig2", "--seeds", "1") if args.model == "resnet18"}
-    stable = rates["S-r4"]
-    assert (stable.s, stable.e, stable.p) == ([7, 8, 9, 10], [150, 150, 170, 275], [.25, .4, .25, .95])
-    fifth = {train.run_name(args)[0] for args in commands("fig5", "--seeds", "1")}
-    assert fifth == {"none", "L-r40-bnkeep", "zero-1", "zero-50", "zero-1105", "gauss-1", "gauss-50", "gauss-1105"}
-    last = commands("tabF1", "--seeds", "1")[-1]
-    assert (last.target, last.s, last.e, last.r, last.p, last.score, last.lr, last.epochs, last.lrs, last.augment) == (
-        "L", [2500] * 4, [3250] * 4, 750, [0, 0, 0, .7], "ebn-signed", 1e-4, 4000, [2000], True)
-    stable = commands("figC3", "--seeds", "1")[1]
-    assert (stable.s, stable.e, stable.p, stable.r, stable.optimizer) == ([24] * 16, [100] * 16, [.06] * 16, 1, "sgd")
+@pytest.mark.parametrize("line", [
+    "nope", "fig2 --seeds x", "fig2 --seeds 1,3-2", "fig2 --jobs 0", "fig2 --nope", "fig2 --seeds",
+    "fig2 --preset large", "fig2 --devices 0,,1",
+    "fig2 --group 2", "fig2 --devices 0 --jobs 2", "status --jobs 2", "fig2 --slurm --group 0",
+    "fig2 --seeds 1 --seeds 2", "fig2 --slurm --slurm", "fig2 --quick --preset small",
+    "fig2 -- --seed 7", "fig2 -- --lr 0.1 --seeds=1-2", "status -- --preset small", "fig2"])
+def test_a_wrong_call_is_one_line_and_exit_code_2(line):
+    result = runs_sh(*shlex.split(line), python="/nowhere")
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert result.stderr.startswith("runs.sh: ")
+    assert ("PYTHON=/nowhere" in result.stderr) == (line == "fig2")
 
 
-@pytest.mark.parametrize("options", [("nope",), ("fig2", "--seeds", "x"), ("fig2", "--jobs", "0"), ("fig2", "--nope"),
-                                     ("fig2", "--seeds"), ("fig2", "--preset", "large"), ("fig2", "--preset"),
-                                     ("fig2", "--devices", "0,,1"), ("fig2", "--group", "2"),
-                                     ("fig2", "--devices", "0", "--jobs", "2"), ("status", "--jobs", "2"),
-                                     ("fig2", "--slurm", "--group", "0")])
-def test_a_wrong_call_is_one_line_and_exit_code_2(options):
-    result = runs_sh(*options)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and result.stderr.startswith("runs.sh: ")
+@pytest.mark.parametrize("text", ["[two words]", "[fig2]", "-model vgg11", "seed: 3"])
+def test_a_wrong_line_of_experiments_is_named(spied, tmp_path, text):
+    (tmp_path / "experiments.txt").write_text(f"[fig2]\n--target none\n{text}\n")
+    result, _ = spied("fig2", "--print")
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert f"line 3: {text}" in result.stderr
 
 
-def test_a_target_trains_continues_skips_and_draws(tmp_path, tiny):
-    copy_project(tmp_path)
-    options = ("fig2", "--seeds", "1", "--jobs", "2", "--", "--dataset", str(tiny), "--width", "0.05",
-               "--scale-epochs", "0.005", "--batch-size", "8")
-    first = runs_sh(*options, cwd=tmp_path)
+def test_setup_installs_what_a_figure_needs_and_test_the_rest(spied, tmp_path):
+    python3 = '[ "$2" != venv ] || { mkdir -p .venv/bin; cp "the python" .venv/bin/python; }'
+    (tmp_path / "setup.py").touch()
+    calls = ["\n".join(spied(command, python="", python3=python3)[1])
+             for command in ("setup", "setup", "test", "test")]
+    assert "-r requirements.txt" in calls[0] and "setup.py build_ext" in calls[0]
+    assert "-tests" not in calls[0] and calls[1] == "", "nothing is done twice"
+    assert "-r requirements-tests.txt" in calls[2] and "-r requirements.txt" not in calls[2]
+    assert "pip" not in calls[3] and "pytest" in calls[3] and "ruff" in calls[3]
+    needed = (ROOT / "requirements.txt").read_text()
+    assert not any(tool in needed for tool in ("hypothesis", "curvlinops", "pytest", "ruff"))
+
+
+def tiny_study(dataset):
+    return ("left", "--seeds", "1", "--jobs", "2", "--", "--dataset", str(dataset), "--width",
+            "0.05", "--scale-epochs", "0.005")
+
+
+def test_an_own_block_trains_goes_on_and_is_drawn(tmp_path, tiny):
+    copy_project(tmp_path, STUDY)
+    first = runs_sh(*tiny_study(tiny), cwd=tmp_path)
     assert first.returncode == 0, first.stderr
-    assert "8 runs: 0 finished, 0 half-done; to do now: 8 runs, 16 epochs" in first.stderr
+    assert "2 runs: 0 finished, 0 half-done; to do now: 2 runs, 4 epochs" in first.stderr
     logs = sorted(tmp_path.glob("logs/*/*/*/seed1/epochs.jsonl"))
-    assert len(logs) == 8 and len(list(tmp_path.glob("figures/fig2-*.pdf"))) == 1
+    assert len(logs) == 2 and len(list(tmp_path.glob("figures/*stability*.pdf"))) == 1
     before = {path: path.read_bytes() for path in logs}
-    (logs[0].parent / "done.json").unlink()  # as if killed after its last epoch
-    second = runs_sh(*options, cwd=tmp_path)
-    assert second.returncode == 0 and "7 finished, 1 half-done; to do now: 1 runs, 0 epochs" in second.stderr
-    assert (logs[0].parent / "done.json").exists() and before == {path: path.read_bytes() for path in logs}
+    done = logs[0].parent / "done.json"
+    done.unlink()  # as if killed after its last epoch
+    status = runs_sh("status", "--seeds", "1", *tiny_study(tiny)[5:], cwd=tmp_path)
+    assert status.returncode == 0, status.stderr
+    table = {words[0]: words[1:6] for words in map(str.split, status.stdout.splitlines()) if words}
+    assert table["left"] == ["2", "1", "0", "0", "1"]
+    assert all(table[name][0] == str(n) for name, n in RUNS.items())
+    second = runs_sh(*tiny_study(tiny), cwd=tmp_path)
+    assert second.returncode == 0 and "to do now: 1 runs, 0 epochs" in second.stderr, second.stderr
+    assert done.exists() and before == {path: path.read_bytes() for path in logs}
 
 
-def test_a_failing_run_is_reported_and_the_others_go_on(tmp_path, tiny):
-    copy_project(tmp_path)
-    options = ("figC3", "--seeds", "1", "--jobs", "2", "--", "--dataset", str(tiny), "--width", "0.05",
-               "--scale-epochs", "0.005")
-    bad = tmp_path / "logs" / tiny.name / "resnet18" / "none-sgd-w0.05-x0.005" / "seed1"
-    bad.mkdir(parents=True)
-    (bad / "checkpoint.pt").write_bytes(b"cut")
-    result = runs_sh(*options, cwd=tmp_path)
-    assert result.returncode == 1 and "1 of 2 runs failed" in result.stderr + result.stdout
-    assert len(list(tmp_path.glob("logs/*/*/*/seed1/done.json"))) == 2 and not (bad / "done.json").exists()
-    assert (bad / "checkpoint.pt").read_bytes() == b"cut"
+def test_a_failed_run_is_reported_and_trained_again_only_on_demand(tmp_path, tiny):
+    copy_project(tmp_path, STUDY.replace("S --r 4", "none --lr 900000"))
+    first = runs_sh(*tiny_study(tiny), cwd=tmp_path)
+    assert first.returncode != 0 and "to do now: 0 runs" in first.stderr
+    assert "(--retry-failed trains them again)" in first.stderr, "the line says what is true here"
+    done, = tmp_path.glob("logs/*/*/*/seed1/done.json")
+    failed, = tmp_path.glob("logs/*/*/*/seed1/failed.txt")
+    assert done.parent != failed.parent
+    program(tmp_path / "bin" / "sbatch", "")
+    again = runs_sh("left", "--retry-failed", "--slurm", "--print", *tiny_study(tiny)[1:],
+                    cwd=tmp_path, PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
+    assert "--array 1-1%2 " in again.stdout and "--lr 900000" in again.stdout
 
 
-def test_runs_listed_in_a_file_are_what_each_would_be_alone(tmp_path, options, directory):
-    methods = [("--target", "R", "--seed", "3", "--s", "1", "--e", "3", "--p", ".5", "--r", "1"), ("--target", "none")]
-    listed = tmp_path / "listed"
-    listed.write_text("".join(shlex.join(options(*method, logs="together")) + "\n" for method in methods))
-    assert train.main(["--runs", str(listed)]) == 0
-    for method in methods:
-        assert train.main(options(*method, logs="alone")) == 0
-        assert without_seconds(directory(*method, logs="together")) == without_seconds(directory(*method, logs="alone"))
-
-
-SMALL = ("--seeds", "1", "--", "--width", "0.05", "--scale-epochs", "0.005", "--dataset")
-
-
-def test_devices_get_a_process_each_and_all_runs_between_them(tmp_path, tiny):
-    copy_project(tmp_path)
-    spy = tmp_path / "python"  # notes what it should train, and trains nothing
-    spy.write_text(f'#!/bin/sh\n[ "$2" != --plan ] || exec {sys.executable} "$@"\n'
-                   '[ "$2" != --runs ] || cat "$3" > "runs-on-$CUDA_VISIBLE_DEVICES"\n')
-    spy.chmod(0o755)
-    result = runs_sh("fig2", "--devices", "2,GPU-5,7", *SMALL, str(tiny), cwd=tmp_path, python=spy)
+@pytest.mark.parametrize("options, plan, gpus, threads, flatness", [
+    ("--quick", "cat", [""] * 3, "1", "--eigs 10 --images 64"), ("", "cat", [""], "", ""),
+    ("--preset small", "cat", [""] * 3, "1", "--eigs 30 --images 64"),
+    ("--devices 2,GPU-5,7", "cat", ["2", "7", "GPU-5"], "1", ""),
+    ("--jobs 2", "head -n 1", [""], "1", "")])  # one run is left, and gets no more threads
+def test_workers_and_drawing(spied, tmp_path, options, plan, gpus, threads, flatness):
+    note = '[ "$2" != --runs ] || sed "s/^/$CUDA_VISIBLE_DEVICES:/" "$3" >> runs'
+    result, called = spied("fig6", *options.split(), "--seeds", "1", plan=plan, more=note)
     assert result.returncode == 0, result.stderr
-    lists = {path.name: path.read_text().splitlines() for path in tmp_path.glob("runs-on-*")}
-    assert set(lists) == {"runs-on-2", "runs-on-GPU-5", "runs-on-7"} and sorted(map(len, lists.values())) == [2, 3, 3]
-    assert len(set(sum(lists.values(), []))) == 8
+    trained = [line for line in called if "train.py --runs" in line]
+    assert len(trained) == len(gpus) and {line.split(":")[0] for line in trained} == {threads}
+    runs = [line.split(":") for line in (tmp_path / "runs").read_text().splitlines()]
+    assert {gpu for gpu, _ in runs} == set(gpus)
+    assert len(runs) == len({run for _, run in runs}) == (6 if plan == "cat" else 1)
+    assert "analyze.py --figure 6 " in called[-1] and called[-1].endswith(flatness)
 
 
-@pytest.mark.parametrize("preset, flatness", [("--quick", "--eigs 10 --images 64"),
-                                              ("--preset small", "--eigs 30 --images 64"), ("", "")])
-def test_a_preset_trains_on_every_core_and_measures_less_flatness(tmp_path, tiny, preset, flatness):
-    copy_project(tmp_path)
-    spy = tmp_path / "python"
-    spy.write_text(f'#!/bin/sh\n[ "$2" != --plan ] || exec {sys.executable} "$@"\necho "$@" >> called\n')
-    spy.chmod(0o755)
-    core = tmp_path / "bin" / "getconf"
-    core.parent.mkdir()
-    core.write_text("#!/bin/sh\necho 3\n")
-    core.chmod(0o755)
-    result = subprocess.run(["bash", "runs.sh", "fig6", *preset.split(), *SMALL, str(tiny)], cwd=tmp_path, text=True,
-                            env={**os.environ, "PYTHON": str(spy), "PATH": f"{core.parent}:{os.environ['PATH']}"},
-                            capture_output=True)
+def test_places_with_spaces_reach_drawing(spied):
+    result, called = spied("figD1", "--", "--log-dir", "my logs", "--data-dir=my data",
+                           more='printf "<%s>" "$@" >> called')
     assert result.returncode == 0, result.stderr
-    *trained, drawn = (tmp_path / "called").read_text().splitlines()
-    assert len(trained) == (3 if preset else 1) and all("train.py --runs" in line for line in trained)
-    assert drawn.startswith("analyze.py --figure 6 ") and drawn.endswith(f"--log-dir logs {flatness}".strip())
+    assert called[-1].endswith("<--figure><D1><--log-dir><my logs><--data-dir><my data>")
 
 
-def test_status_looks_at_the_same_runs_as_a_target(tmp_path, tiny):
-    copy_project(tmp_path)
-    line = commands("figC3", *SMALL, str(tiny))[0]
-    done = tmp_path / train.run_directory(line)
-    failed = tmp_path / train.run_directory(commands("fig4", *SMALL, str(tiny))[1])
-    for directory in (done, failed):
-        directory.mkdir(parents=True)
-    (done / "done.json").write_text("{}")
-    facts = files.described(train.load_data(str(tiny)))
-    (done / "config.json").write_text(json.dumps({"options": {}, "data": facts}))
-    (failed / "failed.txt").write_text("the loss is nan\nand more")
-    result = runs_sh("status", *SMALL, str(tiny), cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    table = {words[0]: words[1:6] for words in map(str.split, result.stdout.splitlines()) if words[0] in RUNS}
-    assert set(table) == set(RUNS)
-    assert table["figC3"] == ["3", "1", "0", "0", "2"] and table["fig4"] == ["9", "1", "0", "1", "7"]
-    assert table["fig2"] == ["8", "0", "0", "0", "8"]
-    assert result.stdout.count("the loss is nan") == 1 and "and more" not in result.stdout
-    for more, left in (((), 7), (("--retry-failed",), 8)):
-        result = runs_sh("fig4", "--slurm", "--print", *more, *SMALL, str(tiny), cwd=tmp_path)
-        assert f"to do now: {left} runs" in result.stderr and f"--array 1-{left} " in result.stdout, result
-
-
-def test_tasks_of_a_gpu_get_more_runs_than_those_of_a_cpu(tmp_path, tiny):
-    copy_project(tmp_path)
-    for options, tasks in (((), 8), (("--gres=gpu:1 --mem 8G",), 1), (("--gres=gpu:1", "--group", "3"), 3)):
-        result = runs_sh("fig2", "--slurm", *options, "--print", *SMALL, str(tiny), cwd=tmp_path)
-        assert result.returncode == 0 and f"--array 1-{tasks} " in result.stdout, result
-        assert result.stdout.count("--gres=gpu:1") == 2 * bool(options), "the job that draws gets them, too"
-    assert not (tmp_path / "logs").exists()
-
-
-def test_places_and_values_with_spaces_reach_training_and_drawing(tmp_path):
-    copy_project(tmp_path)
-    spy = tmp_path / "the python"
-    spy.write_text(f'#!/bin/sh\n[ "$2" != --plan ] || exec {shlex.quote(sys.executable)} "$@"\n'
-                   'printf "<%s>" "$@" >> called\n')
-    spy.chmod(0o755)
-    (tmp_path / "my data").mkdir()
-    result = runs_sh("figD1", "--", "--log-dir", "my logs", "--data-dir=my data", cwd=tmp_path, python=spy)
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "called").read_text() == (
-        "<analyze.py><--figure><D1><--log-dir><my logs><--data-dir><my data>")
-    listed = commands("fig2", "--seeds", "1", "--", "--dataset", "my set.npz")
-    assert {args.dataset for args in listed} == {"my set.npz"}
-
-
-@pytest.mark.parametrize("options, named", [(("--seeds", ""), "--seeds needs a value"), (("--quick",), "PYTHON=")])
-def test_an_empty_value_and_a_missing_interpreter_are_one_line(options, named):
-    result = runs_sh("fig2", *options, python="/nowhere/python")
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and named in result.stderr
+def test_tasks_of_slurm(spied, tmp_path):
+    """On a GPU they get more runs; what Slurm does not take leaves no folder behind."""
+    fig2, gpu = ("fig2", "--slurm"), "--gres=gpu:1 --mem 8G"
+    for options, tasks in (((), 8), ((gpu,), 1), ((gpu, "--group", "3"), 3)):
+        result, _ = spied(*fig2, *options, "--print", "--seeds", "1", sbatch="")
+        assert f"--requeue --open-mode append --job-name fig2 --array 1-{tasks} " in result.stdout
+        assert result.stdout.count("--gres=gpu:1") == 2 * bool(options), "drawing gets them, too"
+    few = "echo 'MaxArraySize = 5'"  # the largest number is one less
+    for seeds, scontrol, least in (("1-126", "exit 1", 2), ("1-3", few, 6)):
+        result, _ = spied(*fig2, "--seeds", seeds, sbatch="", scontrol=scontrol)
+        assert result.returncode == 2 and f"--group {least}" in result.stderr
+        assert result.stderr.count("\n") == 1 and not (tmp_path / "logs").exists()
+    result, _ = spied(*fig2, "--seeds", "1", sbatch="exit 3", scontrol="")
+    assert result.returncode == 1 and not list(tmp_path.glob("logs/slurm/*"))
+    result, _ = spied(*fig2, "--seeds", "1-125", sbatch="echo 7", scontrol="")
+    assert result.returncode == 0 and len(list(tmp_path.glob("logs/slurm/*/list.*"))) == 1000

@@ -1,4 +1,5 @@
-"""A target goes through a real Slurm: one array of tasks, killed, stopped by the time limit, requeued, and drawn."""
+"""A target goes through a real Slurm: every task is stopped, requeued alone, and continues."""
+import contextlib
 import getpass
 import os
 import pathlib
@@ -15,7 +16,6 @@ import pytest
 from conftest import read_lines, without_seconds
 from test_runs_sh import copy_project
 
-from gst_ext.runs import log_of
 import train
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -34,163 +34,132 @@ SlurmdSpoolDir={folder}/spool
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.pid
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-SwitchType=switch/none
-MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,sched_min_interval=0,bf_interval=1
 ReturnToService=2
-KillWait=5
 NodeName=node NodeHostname={host} NodeAddr=127.0.0.1 CPUs=2
 PartitionName=all Nodes=node Default=YES MaxTime=INFINITE
 """
 
+BLOCK = "[study]\n--model vgg11 --target none\n" + "".join(
+    f"--model vgg11 --target {target} --r {r}\n" for target in "SL" for r in (4, 40))
 
-def call(*command, cwd=None):
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
+
+def call(command, cwd=None):
+    result = subprocess.run(command.split(), cwd=cwd, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, (command, result.stdout, result.stderr)
     return result.stdout
 
 
 def wait_for(what, seconds, happened):
+    """Waits until happened() is true and returns it; fails after seconds, which a fault takes."""
     end = time.monotonic() + seconds
-    while not happened():
+    while not (found := happened()):
         assert time.monotonic() < end, f"{what} took longer than {seconds} s"
         time.sleep(0.1)
+    return found
 
 
-def free_ports(n):
-    sockets = [socket.socket() for _ in range(n)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+def free_ports():
+    with socket.socket() as one, socket.socket() as other:
+        for each in (one, other):
+            each.bind(("127.0.0.1", 0))
+        return one.getsockname()[1], other.getsockname()[1]
 
 
-def kill_what_is_left(folder):
-    """Kills this Slurm's steps and their processes, which know its configuration from their environment."""
+def kill_remaining(folder):
+    """Kills the processes of this Slurm's jobs: its configuration is in their environment."""
     for process in pathlib.Path("/proc").glob("[0-9]*"):
-        try:
+        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
             if f"SLURM_CONF={folder}/".encode() in (process / "environ").read_bytes():
                 os.kill(int(process.name), signal.SIGKILL)
-        except OSError:  # gone, or another's
-            pass
 
 
 @pytest.fixture
 def slurm(monkeypatch):
-    """A Slurm of one node with two CPUs on this machine, shut down whatever happens; gives its folder."""
+    """A Slurm of one node with two CPUs on this machine, shut down whatever happens."""
     monkeypatch.setenv("PATH", os.environ["PATH"] + ":/usr/sbin:/sbin")
     missing = [name for name in (*DAEMONS, "sbatch") if not shutil.which(name)]
     if missing:
-        pytest.skip(f"{', '.join(missing)} not found: apt-get install slurm-wlm munge, then this test runs")
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="gst-slurm-"))  # short, for the socket's sake
-    for name in ("state", "spool", "munge"):
-        (folder / name).mkdir(mode=0o755)
-    folder.chmod(0o755)
+        pytest.skip(f"{', '.join(missing)} not found: apt-get install slurm-wlm munge")
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="gst-slurm-"))  # a socket's path must be short
+    for name in ("", "state", "spool", "munge"):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name).chmod(0o755)
     (folder / "munge/key").write_bytes(os.urandom(128))
     (folder / "munge/key").chmod(0o400)
-    (folder / "slurm.conf").write_text(CONF.format(host=socket.gethostname().split(".")[0], user=getpass.getuser(),
-                                                   folder=folder, ports=free_ports(2)))
     (folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
-    munge = [f"--{name}={folder}/munge/{name.split('-')[0]}" for name in ("key-file", "socket", "pid-file",
-                                                                         "seed-file", "log-file")]
+    (folder / "slurm.conf").write_text(CONF.format(
+        host=socket.gethostname().split(".")[0], user=getpass.getuser(), folder=folder,
+        ports=free_ports()))
+    munge = [f"--{name}={folder}/munge/{name.split('-')[0]}"
+             for name in ("key-file", "socket", "pid-file", "seed-file", "log-file")]
     daemons = []
 
     def start(*command):
         with open(folder / f"{command[0]}.log", "wb") as log:
             daemons.append(subprocess.Popen(command, stdout=log, stderr=log))
 
-    def idle():
-        state = subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True, timeout=60).stdout
-        assert all(daemon.poll() is None for daemon in daemons), logs()
-        return state.strip() == "idle"
-
-    def logs():
-        return "\n".join(path.read_text(errors="replace")[-2000:] for path in folder.glob("*.log"))
+    def is_idle():
+        logs = [path.read_text(errors="replace")[-2000:] for path in folder.glob("*.log")]
+        assert all(daemon.poll() is None for daemon in daemons), "\n".join(logs)
+        state = subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, timeout=60)
+        return state.stdout.strip() == b"idle"
 
     try:
         start("munged", "--foreground", "--force", *munge)
-        wait_for("munged", 20, (folder / "munge/socket").exists)
+        wait_for("munged", 60, (folder / "munge/socket").exists)
         monkeypatch.setenv("SLURM_CONF", f"{folder}/slurm.conf")
         start("slurmctld", "-D", "-c")
         start("slurmd", "-D", "-N", "node")
-        wait_for("Slurm's start", 40, idle)
-        yield folder
+        wait_for("Slurm's start", 60, is_idle)
+        yield
     finally:
         if len(daemons) == len(DAEMONS):
             subprocess.run(["scancel", "--user", getpass.getuser()], timeout=60)
         for daemon in reversed(daemons):
-            daemon.terminate()
-        for daemon in reversed(daemons):
-            try:
-                daemon.wait(10)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
-        kill_what_is_left(folder)
+            daemon.kill()
+            daemon.wait()
+        kill_remaining(folder)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_figure_2_goes_through_slurm_though_its_tasks_are_killed(slurm, tmp_path, monkeypatch):
-    copy_project(tmp_path)
+def test_a_figure_goes_through_slurm_though_every_task_is_stopped(slurm, tmp_path, monkeypatch):
+    copy_project(tmp_path, BLOCK)
     monkeypatch.setenv("PYTHON", sys.executable)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    small = ("--quick", "--seeds", "1", "--", "--width", "0.05", "--batch-size", "32", "--scale-epochs", "0.02")
-    submit = ("bash", "runs.sh", "fig2", "--slurm", "--time 10", "--jobs", "2", "--group", "3", *small)
-
-    printed = call(*submit[:3], "--print", *submit[3:], cwd=tmp_path)
-    assert "--array 1-3%2" in printed and "--time 10" in printed and "--requeue" in printed
-    assert len(re.findall("^sbatch ", printed, re.M)) == 2 and len(re.findall("^--model", printed, re.M)) == 8
-    assert not (tmp_path / "logs").exists() and not call("squeue", "-h"), "nothing is submitted"
-
-    call(*submit, cwd=tmp_path)
+    call("bash runs.sh study --quick --seeds 1 --jobs 2 --group 2 --slurm --time=10 -- "
+         "--width 0.05 --batch-size 32 --scale-epochs 0.03", tmp_path)
     folder, = (tmp_path / "logs/slurm").iterdir()
-    array = re.search(r"(\d+)_", call("squeue", "-h", "-r", "-o", "%i")).group(1)
-    lists = [path.read_text().splitlines() for path in sorted(folder.glob("list.*"))]
-    assert [len(lines) for lines in lists] == [3, 3, 2]
-    runs = [[train.run_directory(train.parse_options(line.split())) for line in lines] for lines in lists]
-    disturbed = {}  # by task: the number in its list of the run that it trained then
+    array = re.search(r"(\d+)_", call("squeue -h -r -o %i"))[1]
+    lists = {task: (folder / f"list.{task}").read_text().splitlines() for task in (1, 2, 3)}
+    assert [len(lines) for lines in lists.values()] == [2, 2, 1]
+    paths = {line: tmp_path / train.run_path(train.parse_options(line.split()))
+             for lines in lists.values() for line in lines}
 
     def half_done(task):
-        for number, directory in enumerate(runs[task - 1]):
-            if not (tmp_path / directory / "done.json").exists() and len(log_of(tmp_path / directory)) >= 2:
-                disturbed[task] = number
-                return True
-        return False
+        """The line of the run that the task is training, once it has two epochs, or None."""
+        return next((line for line in lists[task] if not (paths[line] / "done.json").exists()
+                     and (paths[line] / "epochs.jsonl").exists()
+                     and len(read_lines(paths[line])) >= 2), None)
 
-    def state(task):
-        return re.search(r"JobState=(\w+)", call("scontrol", "show", "job", f"{array}_{task}")).group(1)
+    def shows(task, field):
+        return re.search(rf"{field}=(\S+)", call(f"scontrol show job {array}_{task}"))[1]
 
-    wait_for("two epochs of task 1", 60, lambda: half_done(1))
-    os.kill(int((tmp_path / runs[0][disturbed[1]] / ".claim").read_text().split()[2]), signal.SIGKILL)
-    wait_for("the end of task 1", 30, lambda: state(1) == "FAILED")
-    call("scontrol", "requeue", f"{array}_1")
-    wait_for("two epochs of task 2", 60, lambda: half_done(2))
-    call("scancel", "--batch", "--signal", "USR1", f"{array}_2")  # what Slurm sends before the time limit
-    wait_for("task 2 back in the queue", 30, lambda: state(2) == "PENDING")
-    wait_for("the array and the figure", 150, lambda: not call("squeue", "-h"))
+    for task in lists:  # with the signal that Slurm sends before the time limit
+        stopped = wait_for(f"two epochs of task {task}", 120, lambda: half_done(task))
+        call(f"scancel --batch --signal USR1 {array}_{task}")
+        wait_for(f"the requeue of task {task}", 60, lambda: shows(task, "Restarts") == "1")
+    wait_for("the array and the figure", 300, lambda: not call("squeue -h"))
 
     logs = {path.name: path.read_text() for path in folder.glob("*.log")}
-    assert all((tmp_path / directory / "done.json").exists() for task in runs for directory in task), logs
-    assert len(list(tmp_path.glob("figures/fig2-*.pdf"))) == 1, logs
-    assert all("continues after epoch" in logs[f"{task}.log"] for task in (1, 2)) and "continues" not in logs["3.log"]
-
-    for task, number in disturbed.items():
-        options = [*lists[task - 1][number].split(), "--log-dir", str(tmp_path / "alone")]
-        assert train.main(options) == 0
-        alone = train.run_directory(train.parse_options(options))
-        assert without_seconds(tmp_path / runs[task - 1][number]) == without_seconds(alone)
-        assert len(read_lines(alone)) == 7
-
-    status = call("bash", "runs.sh", "status", *small, cwd=tmp_path)
-    assert re.search(r"^fig2 +8 +8 +0 +0 +0 +nothing to do$", status, re.M), status
-    (tmp_path / runs[0][0] / "done.json").unlink()
-    again = call(*submit[:3], "--print", *submit[3:], cwd=tmp_path)
-    assert "--array 1-1%2" in again and len(re.findall("^--model", again, re.M)) == 1, "finished runs are skipped"
+    assert [shows(task, "Restarts") for task in lists] == ["1"] * 3, "each task, and only once"
+    assert all((path / "done.json").exists() for path in paths.values()), logs
+    assert len(list(tmp_path.glob("figures/*stability*.pdf"))) == 1, logs
+    assert all("continues after epoch" in logs[f"{task}.log"] for task in lists), logs
+    options = [*stopped.split(), "--log-dir", str(tmp_path / "alone")]
+    assert train.main(options) == 0
+    alone = train.run_path(train.parse_options(options))
+    assert without_seconds(paths[stopped]) == without_seconds(alone)
