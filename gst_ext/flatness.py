@@ -120,9 +120,9 @@ class HessianOperator:
     """Products with the Hessian H of the mean loss, or with D H D, D = diag(scale).
 
     The gradient's graph is kept if it fits memory_gb, else built for each part of the images in
-    each product. Several vectors at once measured no faster. `scale` may be replaced; `products`
-    counts, and on_product() is called after each. Raises ValueError in training mode, for frozen
-    parameters and without second derivatives.
+    each product. (Several vectors at once are no faster, as measured on a CPU.) `scale` may be
+    replaced; `products` counts them, and on_product() is called after each. Raises ValueError in
+    training mode, for frozen parameters, and for layers without second derivatives.
     """
 
     def __init__(self, model, x, y, scale=None, memory_gb=4, on_product=None):
@@ -227,8 +227,9 @@ def block_lanczos(operator, k, generator, tolerance, block, steps):
         done = (residuals <= tolerance * np.abs(values).max()).all() or m >= 6 * k + 100
         if m == n or done and m >= least:
             turn = torch.from_numpy(vectors[:, leading].T).to(q)
-            columns = zip(*(rows.split(2 ** 16, 1) for rows in basis))  # not all in a second copy
-            ritz = torch.cat([turn @ torch.cat(part) for part in columns], 1)
+            ritz = q.new_empty(k, n)  # filled by columns, without a second copy of the basis
+            for *part, columns in zip(*(rows.split(2 ** 16, 1) for rows in (*basis, ritz))):
+                columns.copy_(turn @ torch.cat(part))
             quadrature = values, (start @ vectors[:len(start)]) ** 2 / n
             return values[leading], ritz, residuals, quadrature
 
