@@ -41,14 +41,14 @@ def program(path, text):
 
 @pytest.fixture
 def spied(tmp_path):
-    """Runs runs.sh with SPY on three cores; returns the result and SPY's notes."""
+    """Runs runs.sh with SPY on five cores; returns the result and SPY's notes."""
     for name in ("runs.sh", "experiments.txt", "requirements.txt", "requirements-tests.txt"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "csrc").mkdir()
 
     def call(*options, plan="cat", more="", python=tmp_path / "the python", **programs):
         program(tmp_path / "the python", SPY.format(plan) + more)
-        for name, text in (programs | {"getconf": "echo 3"}).items():
+        for name, text in (programs | {"getconf": "echo 5"}).items():
             program(tmp_path / "bin" / name, text)
         (tmp_path / "called").write_text("")
         path = f"{tmp_path}/bin:{os.environ['PATH']}"
@@ -188,10 +188,10 @@ def test_a_failed_run_is_reported_and_trained_again_only_on_demand(tmp_path, tin
 
 
 @pytest.mark.parametrize("options, plan, gpus, threads, flatness", [
-    ("--quick", "cat", [""] * 3, "1", "--eigs 10 --images 64"), ("", "cat", [""], "", ""),
-    ("--preset small", "cat", [""] * 3, "1", "--eigs 30 --images 64"),
+    ("--quick", "cat", [""] * 4, "1", "--eigs 10 --images 64"), ("", "cat", [""], "", ""),
+    ("--preset small", "cat", [""] * 4, "1", "--eigs 30 --images 64"),
     ("--devices 2,GPU-5,7", "cat", ["2", "7", "GPU-5"], "1", ""),
-    ("--jobs 2", "head -n 1", [""], "1", "")])  # one run is left, and gets no more threads
+    ("--jobs 2", "head -n 1", [""], "2", "")])  # one run is left, and gets no more threads
 def test_workers_and_drawing(spied, tmp_path, options, plan, gpus, threads, flatness):
     note = '[ "$2" != --runs ] || sed "s/^/$CUDA_VISIBLE_DEVICES:/" "$3" >> runs'
     result, called = spied("fig6", *options.split(), "--seeds", "1", plan=plan, more=note)
