@@ -122,6 +122,8 @@ def score_name(text):
     if file:
         try:
             function = runpy.run_path(file)[name]
+            if not callable(function):
+                raise TypeError(f"it is {function}")
         except Exception as error:
             raise argparse.ArgumentTypeError(f"{file} does not give a function {name} "
                                              f"({first_line(error)})") from None
@@ -278,7 +280,11 @@ def check_ranges(options):
 
 def check_combinations(options, given, argv):
     """Refuses options that exclude each other, or would have no effect beside the others."""
-    if {"runs", "plan", "status"} & given:
+    lists = [f"--{name}" for name in ("runs", "plan", "status") if name in given]
+    check(len(lists) < 2, f"{' and '.join(lists)} exclude each other: choose one")
+    check(not options.retry_failed or lists == ["--plan"],
+          f"--retry-failed is for --plan{', not ' * bool(lists)}{''.join(lists)}")
+    if lists:
         others = [arg for arg in argv if arg.startswith("--")
                   and arg.split("=")[0][2:] not in LIST_OPTIONS]
         check(not others, f"{' '.join(others)} cannot be combined with a list of runs: put it on "
@@ -990,8 +996,8 @@ def restore_state(model, optimizer, noise, generators, device, state):
     for group in optimizer.param_groups:
         if "capturable" in group:  # the checkpoint may come from another device
             group["capturable"] = device.type == "cuda"
-    for name, generator_state in state["generators"].items():
-        generators[name].set_state(generator_state)
+    for name, generator in generators.items():
+        generator.set_state(state["generators"][name])
     if noise:
         noise.load(state["noise"], device)
     return state["step"]
@@ -1081,9 +1087,11 @@ def expand_seeds(argv):
 
 def unique_runs(commands):
     """Returns {path: (options, line that trains this run)} of command lines, each path once."""
-    runs = {}
+    runs, sources = {}, {}
     for options, line in (run for argv in commands for run in expand_seeds(argv)):
-        path = run_path(options)
+        path, source = run_path(options), score_fingerprint(options.score)
+        check(sources.setdefault(options.score, source) == source,
+              f"different scores are called {options.score}: rename one")
         first, _ = runs.setdefault(path, (options, line))
         same = all(getattr(first, k) == getattr(options, k)
                    for k in ("dataset", "data_dir", "save_epoch", "tensorboard"))

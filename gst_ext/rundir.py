@@ -160,8 +160,10 @@ def is_locked(path):
     with contextlib.suppress(FileNotFoundError), open(path / ".lock") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             return True
+        except OSError:  # a file system without locks
+            return False
     return False
 
 
