@@ -145,7 +145,8 @@ def paired_differences(samples, total=100):
 
 def format_ci(value, bounds, form):
     """Formats a number and its interval or None: -0.62 (-0.81 to -0.31)."""
-    return f"{value:{form}}" + (f" ({bounds[0]:{form}} to {bounds[1]:{form}})" if bounds else "")
+    plain = form.removeprefix("+")
+    return f"{value:{form}}" + (f" ({bounds[0]:{plain}} to {bounds[1]:{plain}})" if bounds else "")
 
 
 def format_correlation(numbers, kind, short=False):

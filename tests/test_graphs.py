@@ -3,8 +3,6 @@
 A CPU has no graphs. A tape takes their place: it notes every operation that a step dispatches and
 plays them again on the same tensors. Like a graph it keeps every address, number and shape.
 """
-import signal
-
 import pytest
 import torch
 from conftest import needs_ext, needs_gpu, read_lines, weights, without_seconds
@@ -14,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 import train
 from gst_ext import errors, graphs, ops
 from gst_ext.graphs import Graphs
+from gst_ext.networks import build_model, graph_key, set_backend
 
 
 class Tape(TorchDispatchMode):
@@ -120,28 +119,13 @@ def test_steps_are_captured_again_for_another_learning_rate_only(run, tapes):
     assert len(tapes) == 3 + 6
 
 
-@needs_ext
-@pytest.mark.parametrize("model, width", [("vgg11", 0.05), ("resnet20", 0.25)])
-def test_an_event_captures_again_only_if_a_number_of_computed_filters_changes(
-        records, tapes, monkeypatch, model, width):
-    argv = ("--model", model, "--width", width, *BATCHES, "--epochs", 10, "--lrs", "--target",
-            "S", "--score", "l2", "--s", 1, "--e", 7, "--p", 0.3, "--r", 3)
-    captured = {}
-    for round_to in (1, 8):
-        monkeypatch.setitem(train.ROUND_TO, "cpu", round_to)
-        tapes.clear()
-        log = records(*argv, logs=f"logs{round_to}")
-        assert [record["epoch"] for record in log if any(record["removed"])] == [1, 4, 7]
-        filters = log[0]["live"]  # nothing is pruned yet
-        assert [record["computed"] for record in log] == [
-            [min(n, -(-live // round_to) * round_to) for n, live in zip(filters, record["live"])]
-            for record in log]
-        captured[round_to] = len(tapes) / 2  # a training and an evaluation step
-        shapes = len({tuple(record["computed"]) for record in log})
-        # The first event gives a ResNet a map of its shortcut, even if no shape changes.
-        assert captured[round_to] == shapes + (model == "resnet20"
-                                               and log[1]["computed"] == filters)
-    assert captured[1] == 4 > captured[8]
+def test_an_event_needs_new_graphs_only_if_a_number_of_computed_filters_changes():
+    model, keys = build_model("resnet20", width=0.5), []
+    model.round_to = 8
+    for pruned in ([0], [1], range(2, 9), [9]):  # 31, 30, 23, 22 of 32 filters are left
+        train.prune_filters(model.prunable[-1], torch.tensor(pruned))
+        keys.append(graph_key(set_backend(model, "ext")))
+    assert keys[0] == keys[1] != keys[2] == keys[3]
 
 
 def test_after_a_capture_that_fails_a_run_continues_without_graphs(run, directory, tapes,
@@ -179,18 +163,21 @@ def test_a_full_memory_is_not_a_capture_that_fails(monkeypatch):
 
 
 class Stream:
-    """A stream that has finished when it was asked `left` times."""
+    """A stream whose event has happened when it was asked three times."""
 
-    def __init__(self, calls, left=3):
-        self.calls, self.left = calls, left
+    def __init__(self, calls):
+        self.calls = calls
 
     def record_event(self):
         self.calls.append("event")
         return self
 
     def query(self):
-        self.left -= 1
-        return self.left <= 0
+        self.calls.append("query")
+        return self.calls[-3:] == ["query"] * 3
+
+
+WAIT = ["event", *["query"] * 3]
 
 
 def test_a_capture_waits_for_its_own_stream_and_shares_the_memory_of_the_run(monkeypatch):
@@ -221,34 +208,23 @@ def test_a_capture_waits_for_its_own_stream_and_shares_the_memory_of_the_run(mon
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("it waits for other streams"))
     replay = steps.capture(lambda size: calls.append(size), 16)
-    assert calls == ["event", ("begin", "thread_local"), 16, "end"]
+    assert calls == [*WAIT, ("begin", "thread_local"), 16, "end"]
+    calls.clear()
     replay()
     steps.clear_unless("other shapes")
     with pytest.raises(KeyboardInterrupt, match="terminated"):  # the error of the step itself
         steps.capture(interrupted, 16)
-    assert calls[4:] == ["replay", "event", ("begin", 7, "thread_local"), "broken", "end"]
+    assert calls == ["replay", *WAIT, ("begin", 7, "thread_local"), "broken", "end"]
 
 
-def test_a_signal_is_handled_while_a_run_waits_for_its_device(monkeypatch):
-    class Handled(Exception):
-        pass
-
-    def handler(*_):
-        raise Handled
-
+def test_results_are_awaited_by_polling_so_that_signals_are_handled(monkeypatch):
     class OnDevice(torch.Tensor):
         is_cuda = True
 
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream([], left=1e9))
-    before = signal.signal(signal.SIGALRM, handler)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
-        with pytest.raises(Handled):
-            graphs.to_list(torch.ones(2).as_subclass(OnDevice))
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert graphs.to_list(torch.ones(2)) == [1, 1]
+    calls = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream(calls))
+    assert graphs.to_list(torch.ones(2)) == [1, 1] and not calls
+    assert graphs.to_list(torch.ones(2).as_subclass(OnDevice)) == [1, 1] and calls == WAIT
 
 
 @needs_gpu

@@ -31,7 +31,7 @@ def test_pairs_have_their_mean_interval_and_p(tmp_path):
     lines = study.report(tmp_path)
     assert lines[0] == "### VGG11, CIFAR-10, preset small, n = 3"
     # of 1, 2 and 3: mean 2, sd 1, t = 2 √3, Student's 97.5th percentile of two degrees 4.303
-    assert ("| Prune_L, r = 40 (1%) − Prune_S, r = 4 (1%) | 3 | +2.00 (-0.48 to +4.48), p = 0.074 "
+    assert ("| Prune_L, r = 40 (1%) − Prune_S, r = 4 (1%) | 3 | +2.00 (-0.48 to 4.48), p = 0.074 "
             "| -1.00 (-1.00 to -1.00) |") in lines
     assert any(line.startswith("| no pruning | 3 | 60.00 (60.00 to 60.00) | 70.00 (70.00 to 70.00)")
                for line in lines)

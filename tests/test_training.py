@@ -3,17 +3,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_arrays
+from conftest import make_arrays, weights
 
 import train
 from gst_ext.networks import build_model
 
 POOLED = (0, 1, 3, 5, 7)  # VGG11's layers before a max-pool
-LEFT = {6: {1: 28, 3: 23}, 7: {2: 24, 4: 16}}  # {layer: {epoch: filters left after it}}
+LEFT = {5: {0: 32}, 6: {1: 28, 3: 23}, 7: {2: 24, 4: 16}}  # {layer: {epoch: filters left after it}}
 ARGV = ("--model", "vgg11", "--width", 0.0625, "--backend", "eager", "--target", "L", "--score",
-        "l2", "--s", 1, 2, "--e", 3, 4, "--p", 0.3, 0.5, "--r", 2, "--augment", "--val-split", 16,
-        "--optimizer", "sgd", "--lr", 0.02, "--lrs", 4, "--epochs", 6, "--batch-size", 12,
-        "--test-batch-size", 40)
+        "l2", "--s", 0, 1, 2, "--e", 0, 3, 4, "--p", 0, 0.3, 0.5, "--r", 2, "--optimizer", "sgd",
+        "--lr", 0.02, "--lrs", 4, "--epochs", 6, "--batch-size", 12, "--test-batch-size", 40,
+        "--augment", "--val-split", 16)
 
 
 def seeded(purpose, seed=1):
@@ -82,7 +82,8 @@ def second_implementation():
                 live = masks[layer].nonzero().flatten().tolist()
                 norm = convs[layer].weight.detach().flatten(1).norm(dim=1)
                 live.sort(key=lambda i: norm[i].item())
-                filters[str(layer)] = sorted(live[left[epoch]:])
+                if live[left[epoch]:]:
+                    filters[str(layer)] = sorted(live[left[epoch]:])
                 masks[layer][live[left[epoch]:]] = 0
                 for p in (*convs[layer].parameters(), *norms[layer].parameters()):
                     p.data[masks[layer] == 0] = 0
@@ -99,7 +100,7 @@ def second_implementation():
             "churn": changed / 0.64 if filters else None, "train_correct": train_correct,
             "test_correct_before": correct_before, "test_correct": correct,
             "val_correct": val_correct, "filters": filters,
-            "removed": [len(filters.get(layer, ())) for layer in ("6", "7")],
+            "removed": [len(filters.get(layer, ())) for layer in "567"],
             "live": [int(mask.sum()) for mask in masks], "tied": {}, "noised": []}
 
 
@@ -135,12 +136,14 @@ def test_runs_of_a_seed_share_initial_weights_order_and_augmentation(records, mo
 
 
 @pytest.mark.parametrize("seed", (1, 7))
-def test_random_filters_come_from_their_own_generator(records, seed):
-    argv = ("--target", "R", "--s", 0, "--e", 1, "--p", 0.5, "--r", 1, "--epochs", 2, "--lrs")
+def test_random_filters_come_from_their_own_generator(records, directory, seed):
+    argv = ("--target", "R", "--s", 0, "--e", 1, "--p", 0.5, "--r", 1, "--epochs", 2, "--lrs",
+            "--prune-bn", "keep", "--seed", seed)
     generator, live, expected = seeded(2, seed), list(range(8)), []
     for n in (8, 6):
         expected.append(sorted(live[i] for i in torch.randperm(n, generator=generator)[:2]))
         live = [i for i in live if i not in expected[-1]]
-    log = records(*argv, "--seed", seed)
+    log, state = records(*argv), weights(directory(*argv))
     assert [record["filters"]["17"] for record in log] == expected
     assert all(record["tied"] == {} for record in log)
+    assert state["pairs.8.1.mask"].sum() == 4 and state["pairs.8.1.bn_mask"].all()
