@@ -34,12 +34,12 @@ def test_steps_are_timed_for_every_variant(tmp_path):
 def test_epochs_are_timed_in_processes_and_continued(tmp_path):
     out = tmp_path / "epoch.json"
     command = ("epoch.py", *TINY, "--images", 60, "--rounds", 1, "--epochs", 1, "--out", out)
-    first = bench(*command, "--variants", "ext, 4 at once")
+    first = bench(*command, "--variants", "ext")
     assert first.returncode == 0, first.stdout + first.stderr
     row, = json.loads(out.read_text())["measurements"]
-    assert (row["variant"], row["round"]) == ("ext, 4 at once", 0)
-    assert len(row["seconds"]) == 4 and min(row["seconds"]) > 0
-    again = bench(*command, "--variants", "ext, 4 at once", "eager", "--seconds", 0)
+    assert (row["variant"], row["round"]) == ("ext", 0)
+    assert min(row["seconds"]) > 0
+    again = bench(*command, "--variants", "ext", "ext, 4 at once", "--seconds", 0)
     assert again.returncode == 3 and "continues" in again.stdout, "nothing is begun too late"
     assert json.loads(out.read_text())["measurements"] == [row], "nor done twice"
     other = bench(*command, "--width", 0.1)
