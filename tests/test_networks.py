@@ -257,6 +257,7 @@ def test_both_backends_compute_the_same_network(name, width, round_to, keep_bn):
     for block in ext.prunable:
         n = math.ceil(int(block.bn_mask.sum()) / round_to) * round_to
         assert block.num_computed_filters() == min(len(block.mask), n)
+        assert block.live_out is None or (block.live_out.diff() > 0).all(), "ascending"
         assert not block.conv.weight.grad[~block.mask].any()
         assert not block.bn.weight.grad[~block.bn_mask].any()
 
