@@ -54,15 +54,18 @@ part() {  # NAME LIMIT COMMAND...: runs the command for at most LIMIT seconds
     printf '%s\n' "== $name took $((SECONDS - began)) s" "== $name: $end" | tee -a "$log"
 }
 
+# Only a failed build's output is of interest, and it is long.
+build='output=$("$0" setup.py build_ext --inplace 2>&1) || { echo "$output"; exit 1; }'
 epochs=("$PYTHON" -u bench/epoch.py --device "$device" --out "$results/$machine-epoch.json")
 if [ "$device" = cuda ]; then
-    part build 200 env GST_CUDA=1 "$PYTHON" setup.py build_ext --inplace
+    part build 200 env GST_CUDA=1 bash -c "$build" "$PYTHON"
     part tests 300 "$PYTHON" -m pytest -q -n 8 tests -k cuda
     part epochs "$total" "${epochs[@]}" --seconds $((total - SECONDS - 10))
 else
-    part build 300 "$PYTHON" setup.py build_ext --inplace
+    part build 300 bash -c "$build" "$PYTHON"
     part tests 60 "$PYTHON" -m pytest -q tests/test_ext.py -k cuda
     part epochs "$total" "${epochs[@]}" --seconds $((total - SECONDS - 10)) --models vgg11 \
         --width 0.05 --batch-size 32 --images 100 --epochs 1 --rounds 1
 fi
+echo "the log is $log"
 exit $failed

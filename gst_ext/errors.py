@@ -47,7 +47,7 @@ def print_line(line, file=None):
     """
     file = file or sys.stdout
     try:
-        print(line, file=file, flush=True)
+        print(line + "\n", end="", file=file, flush=True)  # one write: other processes print, too
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise

@@ -26,7 +26,6 @@ def runs_sh(*options, cwd=ROOT, python=sys.executable, **environment):
 
 
 def copy_project(folder, blocks):
-    """Copies the scripts and the package, and adds blocks to experiments.txt."""
     for path in (ROOT / "runs.sh", *ROOT.glob("*.py")):
         shutil.copy(path, folder)
     shutil.copytree(ROOT / "gst_ext", folder / "gst_ext")
@@ -59,7 +58,6 @@ def spied(tmp_path):
 
 @functools.cache
 def commands(*options):
-    """Returns the options of each run of a target."""
     result = runs_sh(options[0], "--print", *options[1:])
     assert result.returncode == 0, result.stderr
     lines = [line.split("python train.py ")[1] for line in result.stdout.splitlines()]
@@ -89,15 +87,14 @@ def test_every_target_is_a_list_of_valid_distinct_runs(target):
 
 
 def test_figures_without_runs_train_a_small_vgg19_or_nothing():
-    assert commands("figB1") == commands("figD1") == commands("figD1", "--quick") == []
+    assert commands("figB1") == commands("figD1", "--quick") == []
     quick, = commands("figB1", "--quick")
     assert (quick.model, quick.target, quick.dataset, quick.seed) == ("vgg19", "none", "digits", 1)
 
 
 def test_seeds_presets_and_given_options():
-    preset = ("--preset", "quick", "--seeds")
-    assert commands("fig4", "--quick") == commands("fig4", *preset, "1-2")
-    assert commands("fig4", "--quick", "--seeds", "3") == commands("fig4", *preset, "3")
+    preset = ("--preset", "quick", "--seeds", "1-2")
+    assert commands("fig4", "--quick") == commands("fig4", *preset)
     assert {options.seed for options in commands("figC3", "--seeds", "2-4,9")} == {2, 3, 4, 9}
     changed = commands("tabF1", "--quick", "--", "--lr", "0.5", "--dataset", "my set.npz")
     assert {(options.lr, options.dataset) for options in changed} == {(0.5, "my set.npz")}
@@ -143,9 +140,7 @@ def test_setup_installs_what_a_figure_needs_and_test_the_rest(spied, tmp_path):
     assert "-r requirements.txt" in calls[0] and "setup.py build_ext" in calls[0]
     assert "-tests" not in calls[0] and calls[1] == "", "nothing is done twice"
     assert "-r requirements-tests.txt" in calls[2] and "-r requirements.txt" not in calls[2]
-    assert "pip" not in calls[3] and "pytest" in calls[3] and "ruff" in calls[3]
-    needed = (ROOT / "requirements.txt").read_text()
-    assert not any(tool in needed for tool in ("hypothesis", "curvlinops", "pytest", "ruff"))
+    assert "pip" not in calls[3] and "pytest" in calls[3]
 
 
 def tiny_study(dataset):
