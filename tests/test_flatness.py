@@ -146,10 +146,11 @@ def test_the_trace_of_a_smooth_network_is_estimated_within_its_error():
 def test_products_are_the_full_hessian_s_whatever_memory_they_get_and_are_counted(small):
     model, x, y, hessian = small
     v = torch.randn(len(hessian), dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    for memory, parts in ((4, 1), (1e-4, 9)):
+    for memory, sizes in ((4, [9]), (5e-4, [4, 4, 1]), (1e-4, [1] * 9)):
         ticks = []
         operator = flatness.HessianOperator(model, x, y, None, memory, lambda: ticks.append(0))
-        assert len(operator.parts) == parts and operator.shape == hessian.shape
+        assert [len(part) for part, _ in operator.parts] == sizes
+        assert operator.shape == hessian.shape
         for scale in (None, flatness.weight_scale(model)):
             operator.scale, d = scale, 1 if scale is None else scale.numpy()
             expected = d * (hessian @ (d * v.numpy()))

@@ -313,6 +313,9 @@ def test_the_log_is_repaired_from_the_checkpoint(run, directory, monkeypatch, ca
     assert run(*PRUNE, logs="whole") == 0
     half_done(run, monkeypatch, *PRUNE)
     log = directory(*PRUNE) / "epochs.jsonl"
+    content = break_log()
+    half_done(run, monkeypatch, *PRUNE, at=(train, "train_epoch", 1))
+    assert log.read_bytes() == content, "at once, not only at the end"
     break_log()
     assert run(*PRUNE) == 0
     assert result(directory(*PRUNE)) == result(directory(*PRUNE, logs="whole"))

@@ -67,7 +67,11 @@ def test_correlations_and_their_bootstrap_are_scipys():
     x = random.normal(size=30)
     y = -x + random.normal(size=30)
     fisher = scipy.stats.pearsonr(x, y).confidence_interval()
-    assert statistics.correlations(x, y)["pearson_ci95"] == pytest.approx([fisher.low, fisher.high])
+    found = statistics.correlations(x, y)
+    assert found["pearson_ci95"] == pytest.approx([fisher.low, fisher.high])
+    z, reach = math.atanh(found["kendall"][0]), 1.959964 * math.sqrt(0.437 / (30 - 4))
+    assert found["kendall_ci95"] == pytest.approx(
+        [math.tanh(z - reach), math.tanh(z + reach)], abs=1e-6), "Fieller et al. 1957"
     assert statistics.bootstrap_correlation([1, 1, 1], [1, 2, 3], "pearson") is None
     x, y = np.array([1.0, 2, 2, 3, 5, 4]), np.array([2.0, 1, 4, 4, 6, 5])  # with ties
     for kind, test in SCIPY.items():
