@@ -1089,6 +1089,8 @@ def unique_runs(commands):
     """Returns {path: (options, line that trains this run)} of command lines, each path once."""
     runs, sources = {}, {}
     for options, line in (run for argv in commands for run in expand_seeds(argv)):
+        check(not (options.runs or options.plan or options.status), f"{line}: a list cannot hold "
+              "another list: give the options of a run")
         path, source = run_path(options), score_fingerprint(options.score)
         check(sources.setdefault(options.score, source) == source,
               f"different scores are called {options.score}: rename one")

@@ -216,8 +216,8 @@ def lock_directory(path):
         except BlockingIOError:
             time.sleep(0.05)  # is_locked of another process holds the lock for a moment
         except OSError as error:
-            warn_once(f"{path}: this file system has no locks ({first_line(error)}): make sure "
-                      "that no other process trains the same run")
+            warn_once(f"the file system has no locks ({first_line(error)}): make sure that no two "
+                      "processes train the same run")
             return lock
     lock.close()
     raise UserError(f"{path} is in use by another process: wait for it, or choose another --seed",
@@ -374,7 +374,11 @@ def report_finished(path, num_epochs):
     """
     if len(read_log_lines(path)) < num_epochs:
         with RunDirectory(path, num_epochs) as directory:
-            directory.resume()
+            try:
+                directory.resume()
+            except UserError:
+                raise UserError(f"{path}: epochs.jsonl was cut, and checkpoint.pt cannot repair "
+                                "it: move the directory away to train this run again") from None
             directory.write_log()
         print_line(f"{path}: epochs.jsonl was cut; it is written again from checkpoint.pt")
     print_line(f"{path}: finished already")

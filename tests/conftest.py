@@ -15,7 +15,8 @@ from gst_ext import ops  # noqa: E402
 from gst_ext.datasets import prepare_data  # noqa: E402
 from gst_ext.networks import build_model  # noqa: E402
 
-torch.set_num_threads(1)  # sums in one order, so that runs can be compared bit for bit
+train.THREADS = 1  # sums in one order, so that runs can be compared bit for bit
+torch.set_num_threads(train.THREADS)
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")

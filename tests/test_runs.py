@@ -710,7 +710,7 @@ def test_a_file_system_without_locks_is_one_line_and_runs_are_trained(
     assert rundir.run_status(directory()) == "waiting", "else --plan would leave it out"
     assert run() == 0
     line, = capsys.readouterr().err.splitlines()
-    assert "has no locks" in line and str(directory()) in line
+    assert "has no locks" in line
 
 
 @pytest.mark.parametrize("argv", (None, ["--help"]), ids=("run", "help"))
