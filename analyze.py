@@ -7,9 +7,9 @@
     python analyze.py --flatness logs/cifar10/vgg11/L-r40/seed1 --eigs 30
     python analyze.py --list                  # what can be drawn, and from which runs
 
-The runs of one figure differ in the method only; each other setting (data set, width, precision
-...) has its own, figures/fig2-<dataset>-<setting>. Below, a run is a dict from `summarize`, and
-groups are runs by method, {method: [run]}.
+The runs of one figure differ in the method only; each data set and setting (width, schedule) has
+its own, figures/fig2-<dataset>-<setting>. Below, a run is a dict from `summarize`, and groups are
+runs by method, {method: [run]}.
 """
 import argparse
 from functools import cache, partial
@@ -38,7 +38,7 @@ from gst_ext.statistics import (
 # +-- Configuration: the figures, their labels, how each method looks ----------------------------+
 
 EXPERIMENTS = pathlib.Path(__file__).with_name("experiments.txt")
-ALL_RUNS = None  # instead of an experiment
+ALL_RUNS = None  # in place of an experiment
 FIGURES = {  # name: (what it shows, the experiment whose runs it shows)
     "2": ("accuracy by epoch, and against mean stability", "fig2"),
     "3": ("accuracy, stability and their correlation by iterative rate", "fig3"),
@@ -69,7 +69,7 @@ TABLES = {
 }
 OUTPUTS = FIGURES | {f"table {name}": entry for name, entry in TABLES.items()}
 NEEDS_FLATNESS = ("6", "E1", "E2", "E3", "E4", "E5", "flatness", "density")
-EVENTS = {
+EVENTS = {  # {field of a run: label}
     "mean_stability": "Mean stability (%)", "loss_rise": "Rise in test loss at an event (nats)",
     "churn": "Churn at an event (%)", "min_stability": "Smallest stability (%)",
     "below_99": "Events below 99% stability"}
@@ -78,15 +78,17 @@ LABELS = {
     "gap": "Train − test accuracy (points)", "compute": "Multiply-adds spent (% of no pruning's)",
     "events": "Pruning events", "converged": "Share of converged eigenpairs", **MEASURES,
     **{f"adaptive_{name}": f"Adaptive {label}" for name, label in MEASURES.items()}}
-SUMMARY = {"best_acc": ("best accuracy (%)", 2), "last_acc": ("last accuracy (%)", 2),
-           "mean_stability": ("mean stability (%)", 3)}
+SUMMARY = {  # of tables: {field: (head, digits)}
+    "best_acc": ("best accuracy (%)", 2), "last_acc": ("last accuracy (%)", 2),
+    "mean_stability": ("mean stability (%)", 3)}
 MACHINE = ("backend", "device", "threads", "instruction_set", "versions")  # decide last bits
 
 TARGET_STYLES = {  # (colour, line, marker)
     "none": (BLACK, "-", "o"), "S": (BLUE, "--", "^"), "L": (RED, "-.", "D"),
     "R": (GREEN, (0, (4, 1, 1, 1, 1, 1)), "v")}
-NOISE_STYLES = {1: (ORANGE, ":", "s"), 89: (ORANGE, ":", "s"), 50: (SKY, "--", "^"),
-                630: (SKY, "--", "^"), 1105: (BLUE, "-", "D"), 1220: (BLUE, "-", "D")}
+NOISE_STYLES = {  # by number of batches
+    1: (ORANGE, ":", "s"), 89: (ORANGE, ":", "s"), 50: (SKY, "--", "^"), 630: (SKY, "--", "^"),
+    1105: (BLUE, "-", "D"), 1220: (BLUE, "-", "D")}
 MARKERS = "os^DvPX*<>ph8"  # a second method of one colour in a panel takes the next one
 NAMES = {"vgg11": "VGG11", "vgg19": "VGG19", "resnet18": "ResNet18", "resnet20": "ResNet20",
          "resnet56": "ResNet56", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
@@ -187,6 +189,7 @@ def method_style(options):
 
 # +-- Runs: what their logs say, and which of them belong together --------------------------------+
 
+# What reading a damaged log may raise.
 DAMAGE = (OSError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError)
 ACCURACIES = {  # an accuracy in percent: (its count of right answers, of which images)
     "train_acc": ("train_correct", "train"), "test_acc_before": ("test_correct_before", "test"),
@@ -194,25 +197,25 @@ ACCURACIES = {  # an accuracy in percent: (its count of right answers, of which 
 
 
 def identify(config):
-    """Returns what a run is; options that an old log lacks have their defaults."""
+    """Returns what config.json says of a run; options that an old log lacks have their defaults."""
     method, setting, logged = config["method"], config["setting"], config["options"]
     options = argparse.Namespace(**vars(parse(f"--model {logged['model']}")) | logged)
     options.preset = next((word for word in setting.split("-") if word in train.PRESETS), None)
     if type(method) is not str or type(options.seed) is not int:
         raise TypeError
-    place = train.run_path(options).parts[-4:]
-    logged_place = (*place[:2], "-".join(filter(None, (method, setting))), place[3])
+    path = train.run_path(options).parts[-4:]
+    logged_path = (*path[:2], "-".join(filter(None, (method, setting))), path[3])
     return {
         "config": config, "options": options, "model": options.model, "seed": options.seed,
-        "dataset": place[0], "setting": setting, "places": (logged_place, place),
+        "dataset": path[0], "setting": setting, "paths": (logged_path, path),  # old or new names
         "key": method_key(options), "method": train.run_name(used_options(options))[0],
         "style": method_style(options)}
 
 
 def add_counts(record, sizes):
-    """Adds the counts of right answers that an old log lacks, and takes percentages from them.
+    """Adds the counts of right answers that an old log lacks, and computes percentages from them.
 
-    All are computed in one way, so that equal ones are equal: Kendall's correlation counts ties.
+    So equal ones are equal in every bit, which Kendall's correlation needs to count ties.
 
     Args:
         sizes: {split: number of images}, if known.
@@ -233,14 +236,14 @@ def add_counts(record, sizes):
 
 
 def summarize(directory):
-    """Reads a run's logs. Nothing is raised for bad ones.
+    """Reads a run's logs; raises nothing for bad ones.
 
     Returns:
         train.summarize_run's dict, and: problem, None or a line that says why the run is left out;
         dir, config, options (a Namespace), model, dataset, setting, seed; method, key, label and
         style: its method's name in JSON, what it is compared by, printed and drawn as; curve and
-        before (epochs,): test accuracies, and those before events, else NaN; live: filters left of
-        each block; best_correct, last_correct: right answers of `images`, or None.
+        before (epochs,): test accuracies, and those before events, else NaN; live: each block's
+        live filters; best_correct, last_correct: right answers of `images`, or None.
     """
     directory = pathlib.Path(directory)
     run, records, what = {"dir": str(directory), "curve": []}, [], "config.json"
@@ -266,7 +269,7 @@ def summarize(directory):
             run["gap"] = 100 * (trained_right * n - right * m) / (m * n)
         filters = [layer["filters"] for layer in config.get("pruned_layers", ())]
         shares = [k / n for record in records for k, n in zip(record["removed"], filters)]
-        # The label has what really goes, which rounding makes more than the schedule's rate.
+        # As removed: rounding to whole filters makes it more than the schedule's rate.
         rate = 100 * max(shares) if shares else config["iterative_rate"]
         run |= {
             "label": method_label(run["options"], rate), "below_99": run["below"]["99"],
@@ -293,10 +296,10 @@ def find_runs(log_dir):
     runs = [summarize(path.parent)
             for path in sorted(pathlib.Path(log_dir).glob("*/*/*/seed*/config.json"))]
     for run in runs:
-        place = pathlib.Path(run["dir"]).absolute().parts[-4:]
-        if place not in run.get("places", [place]):
-            path = "/".join(run["places"][0])
-            run |= {"problem": f"its config.json is of {path}", "unfinished": False}
+        path = pathlib.Path(run["dir"]).absolute().parts[-4:]
+        if path not in run.get("paths", [path]):
+            logged = "/".join(run["paths"][0])
+            run |= {"problem": f"its config.json is of {logged}", "unfinished": False}
 
     def setting_options(run):
         names = {*METHOD_OPTIONS, "seed", "dataset"} - {"optimizer"}
@@ -319,7 +322,7 @@ def find_runs(log_dir):
 
 
 def leave_out_differing(runs, fields, content):
-    """Gives a problem to runs whose content, a dict, is not that of most with the same fields."""
+    """Gives a problem to runs whose content(run), a dict, is not that of most with equal fields."""
     groups = {}
     for run in runs:
         if not run["problem"]:
@@ -348,8 +351,8 @@ def select_runs(block, runs, live=False):
         live: Take unfinished runs, too.
 
     Returns:
-        {(dataset, setting): {model: groups}}, without mere baselines unless the experiment is just
-        that; and the runs left out for a problem.
+        {(dataset, setting): {model: groups}}, without models of unpruned runs only, unless the
+        experiment has no others; and the runs left out for a problem.
     """
     settings, left_out = {}, []
     for run in runs:
@@ -403,10 +406,10 @@ def is_papers(block, place):
 
 
 def missing_runs(experiment, block, place, runs, log_dir="logs"):
-    """Compares the runs of a (dataset, setting) with those that the experiment consists of.
+    """Compares the runs of `place`, a (dataset, setting), with those of the experiment.
 
     Returns:
-        How many are there, how many should be, and the command that trains the rest.
+        How many there are, how many there should be, and the command that trains the rest.
     """
     options, seeds = runs[0]["options"], sorted({run["seed"] for run in runs})
     if is_papers(block, place):
@@ -432,9 +435,9 @@ def missing_runs(experiment, block, place, runs, log_dir="logs"):
 def accuracy_correlations(runs, x, y="best_acc"):
     """Computes the `correlations` of the runs' x and y.
 
-    The best accuracy is over the epochs since the last event, which are more without pruning. So it
-    comes with the same by other accuracies; "disagrees" lists the coefficients that have another
-    sign by the last one.
+    The best accuracy is over the epochs since the last event, of which unpruned runs have more. So
+    the correlations of other accuracies are added; "disagrees" lists the coefficients whose sign
+    differs for the last accuracy.
     """
     def correlate(name):
         return correlations([run[x] for run in runs], [run[name] for run in runs])
@@ -478,7 +481,7 @@ def method_numbers(groups):
 
 
 def attach_flatness(runs, read):
-    """Returns copies of runs with read_flatness; some get a problem."""
+    """Returns copies of runs with what read(directory), read_flatness, adds; some get a problem."""
     runs = [run | read(run["dir"]) for run in runs]
     leave_out_differing(runs, (), lambda run: {k: run["flat"].get(k) for k in flatness.SETTINGS})
     return runs
@@ -486,9 +489,9 @@ def attach_flatness(runs, read):
 
 # +-- Figures: functions of {model: groups}, which return a figure and its numbers by model ------+
 
-def count_runs(groups):
-    """Returns "n = 6", or "n = 2 to 6" if methods have more or fewer runs."""
-    counts = sorted({len(runs) for runs in groups})
+def count_runs(lists):
+    """Returns "n = 6", or "n = 2 to 6" for lists of runs of different lengths."""
+    counts = sorted({len(runs) for runs in lists})
     return "n = " + " to ".join(map(str, counts[::len(counts) - 1 or 1]))
 
 
@@ -514,7 +517,7 @@ def draw_dynamics(axis, groups, title):
 
 def draw_scatter(axis, groups, x="mean_stability", y="best_acc", baseline=False, short=False,
                  given=None):
-    """Draws y against x, a point per run; returns the correlations, which it states.
+    """Draws y against x, a point per run; states and returns the correlations.
 
     Args:
         baseline: Draw runs without pruning as points, too, instead of a line at their mean.
@@ -527,7 +530,7 @@ def draw_scatter(axis, groups, x="mean_stability", y="best_acc", baseline=False,
         if method == "none" and not baseline:
             axis.axhline(np.mean([run[y] for run in runs]), color=colour, lw=0.8, ls=":",
                          label="no pruning (mean)")
-        elif there:  # an empty line that is not clipped would break the layout
+        elif there:  # without points, a line that is not clipped would break the layout
             marker = MARKERS[(MARKERS.index(marker) + colours.count(colour)) % len(MARKERS)]
             axis.plot([run[x] for run in there], [run[y] for run in there], marker, color=colour,
                       ms=4, mec="white", mew=0.4, clip_on=False, label=runs[0]["label"])
@@ -687,7 +690,7 @@ def scatters(models, pairs, columns=2, baseline=True, scratch=True, given=None):
     return figure, numbers
 
 
-DRAW = {
+DRAW = {  # {output: function}
     "2": dynamics_and_scatter, "B2": dynamics_and_scatter, "3": rates_figure, "C1": rate_scatters,
     "C2": rate_kendall, "5": noise_dynamics, "D2": noise_dynamics,
     "B1": appendix_figures.activation_histograms,
@@ -731,10 +734,7 @@ def title_of(models, dataset):
 
 
 def draw(name, runs, arguments, read):
-    """Draws an output, once for each data set and setting; UserError if there are no runs.
-
-    Args:
-        read: For attach_flatness.
+    """Draws an output for each data set and setting; raises UserError if there are no runs.
 
     Returns:
         Whether runs of it are unfinished.
@@ -751,7 +751,7 @@ def draw(name, runs, arguments, read):
         left_out += problems
     for run in left_out:
         print_line(f"left out: {run['dir']}: {run['problem']}")
-    if name == "D1" or name == "B1" and not selection:
+    if name == "D1" or name == "B1" and not selection:  # need no runs
         selection = {("digits" if name == "D1" else "imagenet", ""): {}}
     check(selection or unfinished and arguments.live,
           f"no finished runs of {label} under {arguments.log_dir}/: train them with "
@@ -849,7 +849,7 @@ def list_outputs(log_dir):
 
 
 def draw_all(names, arguments, read):
-    """Draws outputs, again while runs go on with --live. What cannot be drawn is one line."""
+    """Draws outputs, with --live again while runs go on; prints a line for each that fails."""
     while True:
         runs, errors, unfinished = find_runs(arguments.log_dir), [], []
         for name in names:

@@ -32,8 +32,9 @@ MEASURES = {  # of flatness
     "tic": "TIC proxy", "c_over_f": "Tr(C)/Tr(H)",
     "epsilon_min": "|ε| at a loss rise of 0.1", "top": "λ₁, the leading eigenvalue"}
 FORMS = ("", "adaptive_")
-MOVED = 0.05  # the relative change by rescaling from which on a panel mentions it
-HIGH = "-p0.25,0.8,0.25,0.95"  # Table C.1's 59%
+MOVED = 0.05  # a panel mentions larger relative changes by rescaling
+# Parts of methods' names: Table C.1's 59%, and the methods of Table F.1.
+HIGH = "-p0.25,0.8,0.25,0.95"
 INIT, SMALLEST, LARGEST = (f"{method}-p0,0,0,0.7" for method in (
     "scratch-S-ebn-signed", "S-r750-ebn-signed-s2500x4-e3250x4",
     "L-r750-ebn-signed-s2500x4-e3250x4"))
@@ -204,7 +205,7 @@ def flatness_notes(axis, points, x, y):
     """Marks runs whose eigenpairs have not all converged.
 
     Returns:
-        How far rescaling the network moves x or y in each run, and lines about both.
+        How far rescaling the network moves x or y in each run, and notes for the axis.
     """
     measured, notes = [run for run in points if "flat" in run], []
     doubtful = [run for run in measured if any(

@@ -2,11 +2,10 @@
 """Train a network, prune it while it trains, and measure how stable its accuracy is under pruning.
 
 The paper is "The Generalization-Stability Tradeoff in Neural Network Pruning" (NeurIPS 2020,
-arXiv 1906.03728). Section numbers in this file are those of its appendix. Every default is the
-paper's setting for the model (Figure 2; Figure 4 for SGD).
+arXiv 1906.03728). Section numbers are those of its appendix. Every default is the paper's setting
+for the model (Figure 2; Figure 4 for SGD).
 
     python train.py --model vgg11 --target L --r 40                  # Prune_L, r = 40, CIFAR-10
-    python train.py --model resnet18 --target S --r 4 --seed 7
     python train.py --model vgg11 --target none --scale-epochs 0.08  # the baseline, in 26 epochs
     python train.py --model vgg11 --target L --noise zero --noise-batches 50
     python train.py --model resnet20 --target S --r 60               # SGD, l1 scores, every layer
@@ -49,9 +48,7 @@ from gst_ext.networks import (ACT_EMA_DECAY, BN_EPS, BN_MOMENTUM, PRUNABLE_BLOCK
 # cuBLAS reads this when CUDA starts; --deterministic needs it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# +----------------------------------------------------------------------------------------------+
-# | Options: the paper's settings, the command line, the run's name                              |
-# +----------------------------------------------------------------------------------------------+
+# +-- Options: the paper's settings, the command line, the run's name -----------------------------+
 
 SCORES = {  # name: the function block → the score of each of its filters, (c_out,) (A.4, B.2)
     "l1": lambda block: block.conv.weight.detach().flatten(1).abs().sum(1),
@@ -64,31 +61,31 @@ SCORES = {  # name: the function block → the score of each of its filters, (c_
 PAPER_SCORES = tuple(SCORES)
 MOMENTUM = 0.9  # of SGD (A.3)
 ACT_EVERY = 10  # training batches between updates of the act score (A.4, footnote 4)
-THREADS = torch.get_num_threads()
+THREADS = torch.get_num_threads()  # a run that continues may change it
 ROUND_TO = {"cpu": 1, "cuda": 32}  # GPUs are faster on numbers of filters that are multiples of 32
-CHECKPOINT_SECONDS = {"cpu": 0, "cuda": 30}  # on a GPU, writing one may take longer than an epoch
+CHECKPOINT_SECONDS = {"cpu": 0, "cuda": 30}  # least time between two: writing is slow
 
 OPTIMIZERS = {
     "adam": dict(lr=0.001, weight_decay=0.0, epochs=325, lrs=[150, 300], augment=False),  # A.3, B.1
-    "sgd": dict(lr=0.1, weight_decay=1e-4, epochs=165, lrs=[83, 125], augment=True),  # 4 and C.3
+    "sgd": dict(lr=0.1, weight_decay=1e-4, epochs=165, lrs=[83, 125], augment=True),  # Fig. 4, C.3
 }
-ADAM_PRUNING = {  # B.1
+ADAM_PRUNING = {  # of the last four prunable layers (B.1)
     "vgg": dict(s=[3, 4, 5, 6], e=[150, 150, 150, 275], p=[0.3, 0.3, 0.3, 0.9], r=40, score="l2",
                 save_epoch=315),
     "resnet": dict(s=[7, 8, 9, 10], e=[150, 150, 170, 275], p=[0.25, 0.4, 0.25, 0.95], r=40,
                    score="act", save_epoch=0),
 }
-DEFAULTS = dict(  # of the other options that shape a result, for every model
+DEFAULTS = dict(  # of the other options that decide a result
     dataset="cifar10", width=1.0, scale_epochs=1.0, batch_size=128, test_batch_size=128,
     val_split=0, train_images=0, test_images=0, label_noise=0.0, precision="fp32",
     deterministic=False)
 SMALL = dict(train_images=2560, test_images=3000, width=0.25, batch_size=64, scale_epochs=0.1)
 DIGITS = dict(dataset="digits", width=0.25, val_split=300, batch_size=12)
-PRESETS = {  # --preset: what replaces the settings above, by optimizer
+PRESETS = {  # what --preset changes, by optimizer
     "quick": {"adam": dict(DIGITS, lr=0.002, epochs=350, lrs=[350], scale_epochs=0.0375),
               "sgd": dict(DIGITS, scale_epochs=0.08, p=0.5)},
     "small": {"adam": SMALL, "sgd": dict(SMALL, p=0.5)},
-}  # p is of every layer: of a narrow layer's filters, the paper's tenth is none or one
+}  # p: of a narrow layer, the paper's 0.1 is one filter or none
 RUNTIME_OPTIONS = (  # they do not decide what a run computes
     "log_dir", "data_dir", "device", "backend", "cuda_graphs", "save_epoch", "tensorboard", "seeds",
     "runs", "plan", "retry_failed", "status", "preset")
@@ -147,8 +144,8 @@ def make_parser():
     flag, number = argparse.BooleanOptionalAction, dict(type=int, metavar="N")
     add = parser.add_argument_group("network and data").add_argument
     add("--model", choices=PRUNABLE_BLOCKS, default="vgg11", help="(default: vgg11)")
-    add("--preset", choices=PRESETS, help="a named set of options, which options beside it "
-        "override: quick is a few epochs of digits, small is CIFAR-10 with few images")
+    add("--preset", choices=PRESETS, help="a set of options, which given ones override: quick is a "
+        "few epochs of digits, small is CIFAR-10 with few images")
     add("--width", type=float, help="multiplies every channel count (default: 1)")
     add("--dataset", help="cifar10, cifar100, digits, a .npz file or a folder (docs/data.md; "
         "default: cifar10)")
@@ -302,7 +299,7 @@ def check_combinations(options, given, argv):
               "or gauss")
     check(not options.noise_restore or options.noise == "zero",
           "--noise-restore is for --noise zero")
-    for name in {"s", "e", "p", "r", "score"} & given:  # --target none may stand in a list of runs
+    for name in {"s", "e", "p", "r", "score"} & given:  # a given --target none ignores them
         check("target" in given, f"--{name} does nothing without --target: add --target S, L or R")
 
 
@@ -327,26 +324,26 @@ def check_schedule(options, given):
 
 def scaled_schedule(options):
     """Returns epochs, lrs, s, e, r, save_epoch, noise_batches after --scale-epochs, a dict."""
-    def scaled(x):
+    def scale(x):
         return math.floor(Fraction(str(options.scale_epochs)) * x + Fraction(1, 2))
 
-    times = {name: getattr(options, name) and [scaled(x) for x in getattr(options, name)]
+    scaled = {name: getattr(options, name) and [scale(x) for x in getattr(options, name)]
              for name in ("lrs", "s", "e")}
-    times["epochs"] = max(1, scaled(options.epochs))
-    times["save_epoch"] = options.save_epoch and max(1, scaled(options.save_epoch))
-    times["r"] = options.r and max(1, scaled(options.r))
+    scaled["epochs"] = max(1, scale(options.epochs))
+    scaled["save_epoch"] = options.save_epoch and max(1, scale(options.save_epoch))
+    scaled["r"] = options.r and max(1, scale(options.r))
     k = options.noise_batches  # a single application (1) stays one
-    times["noise_batches"] = k if k in (None, 1) else max(2, scaled(k))
-    if times["e"]:  # rounding up must not move the last pruning event past the end
-        times["e"] = [min(e, times["epochs"] - 1) for e in times["e"]]
-        times["s"] = [min(s, e) for s, e in zip(times["s"], times["e"])]
-    return times
+    scaled["noise_batches"] = k if k in (None, 1) else max(2, scale(k))
+    if scaled["e"]:  # rounding up must not move the last pruning event past the end
+        scaled["e"] = [min(e, scaled["epochs"] - 1) for e in scaled["e"]]
+        scaled["s"] = [min(s, e) for s, e in zip(scaled["s"], scaled["e"])]
+    return scaled
 
 
-def lr_schedule_warnings(options, times):
+def lr_schedule_warnings(options, scaled):
     """Returns warnings, a list of str, about milestones in --lrs that have no effect.
 
-    A milestone equal to the number of epochs means "never", if it was given.
+    A milestone that is given and equals the number of epochs means "never".
     """
     lrs, n, lines = options.lrs, options.epochs, []
     default = lrs == paper_options(options.model, options.optimizer)["lrs"]
@@ -354,11 +351,11 @@ def lr_schedule_warnings(options, times):
         lines.append(f"of --lrs {format_value(lrs)} some are past the last epoch, {n - 1}: give "
                      "--lrs that fit --epochs, or --lrs alone for none")
     used = {x for x in lrs if x < n}
-    scaled = {x for x in times["lrs"] if x < times["epochs"]}
-    if len(scaled) < len(used) or 0 in scaled and 0 not in used:
+    left = {x for x in scaled["lrs"] if x < scaled["epochs"]}
+    if len(left) < len(used) or 0 in left and 0 not in used:
         lines.append(f"--scale-epochs {format_value(options.scale_epochs)} makes --lrs "
-                     f"{format_value(lrs)} of {n} epochs {format_value(times['lrs'])} of "
-                     f"{times['epochs']}, which loses a fall of the learning rate: give --epochs "
+                     f"{format_value(lrs)} of {n} epochs {format_value(scaled['lrs'])} of "
+                     f"{scaled['epochs']}, which loses a fall of the learning rate: give --epochs "
                      "and --lrs")
     return lines
 
@@ -405,17 +402,15 @@ def run_path(options):
 
 
 def experiment_options(options):
-    """Returns the options that decide what a run computes, as a dict."""
+    """Returns the options that decide what a run computes, a dict."""
     return {k: v for k, v in vars(options).items() if k not in RUNTIME_OPTIONS}
 
 
-# +----------------------------------------------------------------------------------------------+
-# | Data: the whole data set is on the device as uint8                                           |
-# +----------------------------------------------------------------------------------------------+
+# +-- Data: the whole data set is on the device as uint8 ------------------------------------------+
 
 @functools.lru_cache(maxsize=1)  # consecutive runs share a data set
 def load_arrays(dataset, data_dir):
-    """Returns a data set's arrays and what config.json says of them."""
+    """Returns a data set's arrays and their dataset_info."""
     arrays = load_dataset(dataset, data_dir)
     return arrays, dataset_info(arrays)
 
@@ -426,21 +421,18 @@ def load_prepared(dataset, data_dir, device, **split_options):
     return prepare_data(load_arrays(dataset, data_dir)[0], device, **split_options)
 
 
-# +----------------------------------------------------------------------------------------------+
-# | Pruning: when (A.4), which filters (B), and how they are removed                             |
-# +----------------------------------------------------------------------------------------------+
+# +-- Pruning: when (A.4), which filters (B), and how they are removed ----------------------------+
 
 def pruning_epochs(s, e, r):
     """Returns the epochs after whose training a layer is pruned: s, s+r, ... up to e (A.4).
 
-    The paper's printed number of iterations counts one past e whenever r divides e - s + 1
-    (docs/deviations.md).
+    The number that the paper prints counts one past e whenever r divides e - s + 1.
     """
     return range(s, e + 1, r)
 
 
 def num_filters_to_keep(n, p, n_iter):
-    """Returns how many of n filters remain after each of n_iter iterations, a list (A.4).
+    """Returns how many of n filters remain after each of n_iter events, a list (A.4).
 
     The pruned fraction p is read as a decimal number: (1 - 0.3) * 10 is 7, not the ceiling of
     7.000000000000001.
@@ -449,17 +441,17 @@ def num_filters_to_keep(n, p, n_iter):
     return [math.ceil(m + Fraction((n - m) * (n_iter - j), n_iter)) for j in range(1, n_iter + 1)]
 
 
-def pruning_schedule(model, options, times):
+def pruning_schedule(model, options, scaled):
     """Returns {layer: {epoch: number of filters to keep}}, layer an index into model.prunable.
 
     With --scratch the only epoch is -1, before the first.
     """
-    schedule, ratios = {}, options.p or ()
-    for i, p in enumerate(ratios):
-        layer = len(model.prunable) - len(ratios) + i
+    schedule, fractions = {}, options.p or ()
+    for i, p in enumerate(fractions):
+        layer = len(model.prunable) - len(fractions) + i
         epochs = [-1]
         if not options.scratch:
-            epochs = pruning_epochs(times["s"][i], times["e"][i], times["r"])
+            epochs = pruning_epochs(scaled["s"][i], scaled["e"][i], scaled["r"])
         n = len(model.prunable[layer].mask)
         schedule[layer] = dict(zip(epochs, num_filters_to_keep(n, p, len(epochs))))
     return schedule
@@ -479,10 +471,9 @@ def select_filters(scores, mask, k, target, generator=None):
     """Selects k of the live filters: ascending indices (k,) on the CPU.
 
     Args:
-        scores: (c,); not used for target R.
+        scores: (c,); not used for target R. Of equal scores the lower index is selected.
         mask: (c,) bool, True for a live filter.
-        target: "S" smallest scores, "L" largest, "R" uniformly random (by `generator`). Of equal
-            scores the lower index is selected.
+        target: "S" smallest scores, "L" largest, "R" uniformly random (by `generator`).
     """
     check(target in ("S", "L", "R"), f"no target {target}: choose S, L or R")
     live = mask.cpu().nonzero().flatten()
@@ -490,15 +481,15 @@ def select_filters(scores, mask, k, target, generator=None):
     if target == "R":
         return live[torch.randperm(len(live), generator=generator)[:k]].sort().values
     scores = scores.detach().cpu()[live]
-    check(not scores.isnan().any(), "a filter's score is NaN: lower --lr", 1)
+    check(not scores.isnan().any(), "a filter's score is NaN: lower --lr", code=1)
     order = torch.sort(scores, stable=True, descending=target == "L").indices
     return live[order[:k]].sort().values
 
 
 def count_ties(scores, mask, indices):
-    """Counts the live filters (mask) that share a score with both a selected and a remaining one.
+    """Counts the live filters (mask) whose score both a selected and a remaining filter have.
 
-    If it is not 0, the order of the filters decided between them, and not their scores.
+    Between these the order of the filters decided, and not their scores.
     """
     selected = torch.zeros_like(mask, device="cpu")
     selected[indices] = True
@@ -512,7 +503,7 @@ def prune_filters(block, indices, keep_bn=False, optimizer=None):
     """Removes filters for good: their weights, bias, batch norm and shortcut become 0.
 
     With keep_bn only the weights do (D.1's Prune_L). The optimizer's state of the filters is
-    cleared, since a momentum would move the zeros again.
+    cleared, since momentum would move the zeros.
     """
     indices = indices.to(block.mask.device)
     block.mask[indices] = False
@@ -530,7 +521,7 @@ def prune_filters(block, indices, keep_bn=False, optimizer=None):
 def num_filters_to_prune(model, schedule, epoch, noise=None):
     """Returns {layer: number of filters to prune after this epoch}, without zeros.
 
-    Under noise (FilterNoise) a filter that was noised counts as pruned.
+    With a FilterNoise, filters ever noised count as pruned.
     """
     numbers = {}
     for layer, keep in schedule.items():
@@ -558,14 +549,15 @@ def pruning_event(model, optimizer, score, target, generator, noise, keep_bn, nu
     for layer, k in numbers.items():
         block = model.prunable[layer]
         if noise:
-            noise.stop(layer)  # scores are of the network itself
+            noise.stop(layer)  # scores are those without noise
         live = noise.never_noised(layer) if noise else block.mask
         scores = None if target == "R" else filter_scores(block, score).cpu()
         indices = select_filters(scores, live, k, target, generator)
         if target != "R" and (num_tied := count_ties(scores, live, indices)):
             check(num_tied < int(live.sum()) or allow_ties, f"all {num_tied} filters of layer "
                   f"{layer} have the same {score} score, which selects none: prune later (--s; "
-                  f"act is updated on every {ACT_EVERY}th batch), or choose another --score", 1)
+                  f"act is updated on every {ACT_EVERY}th batch), or choose another --score",
+                  code=1)
             ties[layer] = num_tied
             print_line(f"layer {layer}: {num_tied} filters have the {score} score at which the "
                        "pruning stops, so their order decided")
@@ -574,21 +566,19 @@ def pruning_event(model, optimizer, score, target, generator, noise, keep_bn, nu
         else:
             prune_filters(block, indices, keep_bn, optimizer)
         pruned[layer] = indices.tolist()
-    set_backend(model, model.backend)
+    set_backend(model, model.backend)  # updates the channel indices
     return pruned, ties
 
 
-# +----------------------------------------------------------------------------------------------+
-# | Noise instead of pruning (D): the schedule selects filters, but they stay and get noise      |
-# +----------------------------------------------------------------------------------------------+
+# +-- Noise instead of pruning (D): the schedule selects filters, but they stay and get noise -----+
 
 class FilterNoise:
-    """The noise of one run on blocks {layer: Block}; the options --noise-* say what it does.
+    """The noise of one run on blocks {layer: Block}; the other arguments are the --noise options.
 
     Attributes:
         state: {layer: dict}: "noised", a mask of the filters ever noised; "active", the indices
-            noised now, or None; "reference", a filter that never was; the noisy forward passes
-            since the event, "test" and "train"; "saved", the values to restore.
+            noised now, or None; "reference", a filter never noised; "test" and "train", the
+            batches with noise since the event; "saved", the values to restore.
     """
 
     def __init__(self, blocks, kind, batches, filters, restore, generator):
@@ -610,7 +600,7 @@ class FilterNoise:
     @torch.no_grad()
     def start(self, layer, indices):
         """Starts an event's noise on filters `indices` of a layer."""
-        self.stop(layer)  # restores the values of an earlier event before they are saved again
+        self.stop(layer)  # restores an earlier event's values before they are saved again
         block, state = self.blocks[layer], self.state[layer]
         state["noised"][indices] = True
         active = indices if self.filters == "newest" else state["noised"].nonzero().flatten()
@@ -637,7 +627,7 @@ class FilterNoise:
                     tensor.index_fill_(0, active, 0)
 
     def after_batch(self):
-        """Ends the noise that has lasted long enough; called after every batch, of both kinds."""
+        """Ends the noise that has lasted long enough; called after each training or test batch."""
         for layer, state in self.state.items():
             if self.batches == 1 or state["train"] == self.batches:
                 self.stop(layer)
@@ -660,14 +650,12 @@ class FilterNoise:
                 self.state[layer].update(active=saved["active"].to(device), saved=values)
 
 
-# +----------------------------------------------------------------------------------------------+
-# | What a run records: its config, a line an epoch, a summary                                   |
-# +----------------------------------------------------------------------------------------------+
+# +-- What a run records: its config, a line an epoch, a summary ----------------------------------+
 
 def score_fingerprint(score):
-    """Returns a checksum of an own score's source; None for the paper's or without a source.
+    """Returns a checksum of a --score function's source; None without one, or for the paper's.
 
-    It does not see what the function calls or reads.
+    It does not cover what the function calls or reads.
     """
     if score in (None, *PAPER_SCORES):
         return None
@@ -675,17 +663,17 @@ def score_fingerprint(score):
         return zlib.crc32(inspect.getsource(SCORES[score]).encode())
 
 
-def run_config(options, times, schedule, model, device, info):
-    """Returns config.json: the options, the schedule, the constants, the data and the machine."""
+def run_config(options, scaled, schedule, model, device, info):
+    """Returns the content of config.json (docs/files.md)."""
     method, setting = run_name(options)
     num_params, macs = count_params_and_macs(model, info["image"])
     return {
         "method": method, "setting": setting, "options": experiment_options(options),
-        "schedule": times, "score_crc32": score_fingerprint(options.score),
+        "schedule": scaled, "score_crc32": score_fingerprint(options.score),
         "pruned_layers": [{"layer": layer, "filters": len(model.prunable[layer].mask),
                            "epochs": list(keep), "kept": list(keep.values())}
                           for layer, keep in schedule.items()],
-        # in %, the largest of any layer (A.4)
+        # in %, of the layer that loses most (A.4)
         "iterative_rate": max((100 * p / len(keep) for p, keep in
                                zip(options.p or (), schedule.values())), default=0.0),
         "parameters": num_params, "macs": macs,
@@ -699,13 +687,13 @@ def run_config(options, times, schedule, model, device, info):
 
 
 def epoch_metrics(where, data, trained, before, after=None, val=None, event=False):
-    """Computes an epoch's metrics: losses in nats, percentages, counts of correct answers.
+    """Returns an epoch's losses (nats), percentages and counts of correct answers, a dict.
 
     Args:
         where: What an error message begins with.
         trained: The totals of train_epoch.
-        before, after, val: From evaluate: before and after the pruning event, and of the
-            validation images.
+        before, after, val: From evaluate: the test images before and after the pruning event,
+            and the validation images.
         event: Whether filters were pruned, or noise was started.
 
     Raises:
@@ -715,7 +703,7 @@ def epoch_metrics(where, data, trained, before, after=None, val=None, event=Fals
     sizes = {split: len(data[split][1]) for split in ("train", "test", "val") if split in data}
     changed = (before[1] != after[1]).sum()[None]
     totals = [trained, before[0], after[0]] + ([val[0]] if val else [])
-    num_changed, *numbers = to_list(torch.cat([changed, *totals]))
+    num_changed, *numbers = to_list(torch.cat([changed, *totals]))  # in one transfer
     (train_loss, train_correct), evaluated = numbers[:2], numbers[2:]
     before_correct, before_loss, before_finite, correct, loss, finite = evaluated[:6]
     val_correct, _, val_finite = evaluated[6:] if val else (None, None, None)
@@ -724,7 +712,7 @@ def epoch_metrics(where, data, trained, before, after=None, val=None, event=Fals
     check(math.isfinite(train_loss) and all_finite,
           f"{where}: the training loss is {train_loss / n_train:g}"
           f"{'' if all_finite else ', and logits of the evaluation are NaN or infinite'}: lower "
-          "--lr; the checkpoint of the epoch before is kept", 1)
+          "--lr; the checkpoint of the epoch before is kept", code=1)
     return {
         "train_loss": train_loss / n_train, "train_acc": 100 * (train_correct / n_train),
         "test_acc_before": 100 * before_correct / n, "test_acc": 100 * correct / n,
@@ -737,10 +725,10 @@ def epoch_metrics(where, data, trained, before, after=None, val=None, event=Fals
 
 
 def summarize_run(records, config):
-    """Summarizes the records of epochs.jsonl, a dict (docs/files.md lists its fields).
+    """Summarizes the records of epochs.jsonl in a dict (docs/files.md lists its fields).
 
-    The best accuracy is over the epochs from the last pruning event on. A mean stability without
-    events is 100. A field is None where an older log does not have it.
+    The best accuracy is over the epochs from the last event on. Without events the mean stability
+    is 100. A field that an older log lacks is None.
     """
     events = [r for r in records if any(r["removed"])]
     stabilities = [r["stability"] for r in events if r["stability"] is not None]
@@ -759,21 +747,22 @@ def summarize_run(records, config):
                          "macs_unpruned")),
         "seconds": sum(r["seconds"] for r in records)}
     if "macs" in config:
+        # Of the network that each epoch trains; --scratch prunes before the first.
         first = config["macs"] if any(records[0]["removed"]) else records[0]["macs"]
-        trained = [first] + [r["macs"] for r in records[:-1]]  # what the epoch before left
+        macs = [first] + [r["macs"] for r in records[:-1]]
         passes = 3 * config["data"]["train"]  # a backward pass costs two forward passes
         n = max(1, len(events))
         rises = [r["test_loss"] - r["test_loss_before"] for r in events]
         summary |= {"loss_rise": math.fsum(rises) / n,
                     "churn": math.fsum(r["churn"] for r in events) / n,
                     "parameters": records[-1]["parameters"], "macs": records[-1]["macs"],
-                    "macs_spent": passes * sum(trained),
+                    "macs_spent": passes * sum(macs),
                     "macs_unpruned": passes * len(records) * config["macs"]}
     return summary
 
 
 def network_record(model, schedule, pruned, ties, noise, image):
-    """Returns what an epoch's record says of the network, a dict (docs/files.md)."""
+    """Returns what an epoch's record says of the network, a dict."""
     num_params, macs = count_params_and_macs(model, image)
     states = noise.state.values() if noise else ()
     return {"removed": [len(pruned.get(layer, ())) for layer in schedule],
@@ -784,9 +773,7 @@ def network_record(model, schedule, pruned, ties, noise, image):
             "noised": [{k: state[k] for k in ("test", "train")} for state in states]}
 
 
-# +----------------------------------------------------------------------------------------------+
-# | Training                                                                                     |
-# +----------------------------------------------------------------------------------------------+
+# +-- Training ------------------------------------------------------------------------------------+
 
 def setup_device(device="auto", precision="fp32", deterministic=False):
     """Returns the torch.device of --device; sets precision and determinism globally."""
@@ -806,8 +793,7 @@ def setup_device(device="auto", precision="fp32", deterministic=False):
 def make_generators(seed, noise_device=None):
     """Seeds torch's global generator, for the initial weights, and returns one for each other use.
 
-    So runs with the same seed share initial weights, data order and augmentation. Gaussian noise
-    has its generator on its device.
+    So runs with the same seed share initial weights, data order and augmentation.
     """
     torch.manual_seed(seed)
     generators = {}
@@ -822,7 +808,7 @@ def make_optimizer(model, name, lr, weight_decay):
     params, settings = list(model.parameters()), dict(lr=lr, weight_decay=weight_decay, fused=True)
     if name == "sgd":
         return torch.optim.SGD(params, momentum=MOMENTUM, **settings)
-    # Steps before the first capture of a CUDA graph are meant.
+    # capturable=True warns of steps outside CUDA graphs, which come before the first capture.
     warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
     return torch.optim.Adam(params, capturable=params[0].is_cuda, **settings)
 
@@ -843,7 +829,7 @@ def evaluate(model, data, split, batch_size, precision, graphs, noise=None):
     """
     model.eval()
     x, y = data[split]
-    totals, position, predicted = graphs.static(
+    totals, position, predicted = graphs.static(  # one address for all batches
         split, torch.zeros(3, dtype=torch.float64, device=x.device),
         torch.zeros((), dtype=torch.int64, device=x.device), torch.zeros_like(y))
 
@@ -899,6 +885,7 @@ def train_epoch(model, data, optimizer, options, generators, step, graphs, noise
         totals.add_(torch.stack([loss.detach() * size, correct]))
         position.add_(size)
 
+    # A function from --score FILE.py may read act, too.
     reads_act = options.score == "act" or options.score not in (None, *PAPER_SCORES)
     for start in range(0, n, options.batch_size):
         step += 1
@@ -916,7 +903,7 @@ def train_epoch(model, data, optimizer, options, generators, step, graphs, noise
 
 
 def check_same_run(path, options, info=None):
-    """Refuses a directory of another run, or (info, from dataset_info) data; returns its config."""
+    """Refuses another run's directory or, given dataset_info, other data; returns its config."""
     config = rundir.read_config(path)
     different = [k for k, v in experiment_options(options).items()
                  if k != "dataset" and v is not None and config["options"].get(k, v) != v]
@@ -930,30 +917,29 @@ def check_same_run(path, options, info=None):
     return config
 
 
-def warn_missing_outputs(path, times, tensorboard):
-    """Prints what is asked for now and was not written when the run was at that epoch."""
+def warn_missing_outputs(path, scaled, tensorboard):
+    """Prints which outputs are asked for now that the finished epochs did not write."""
     done = len(rundir.read_log_lines(path))
-    names = [f"epoch{times['save_epoch']}.pt"] * (0 < times["save_epoch"] <= done)
-    names += ["tensorboard"] * (tensorboard and done == times["epochs"])
+    names = [f"epoch{scaled['save_epoch']}.pt"] * (0 < scaled["save_epoch"] <= done)
+    names += ["tensorboard"] * (tensorboard and done == scaled["epochs"])
     missing = " and ".join(name for name in names if not (path / name).exists())
     if missing:
         print_line(f"{path}: trained without {missing}: move it away to train it with that")
 
 
 def check_finished(path, options):
-    """Checks that a finished run is the one that was asked for, without a download."""
-    there = dataset_path(options.dataset, options.data_dir).exists()
+    """Checks a finished run's options, and its data unless they would have to be downloaded."""
     info = None
-    if there or options.dataset not in CIFAR:
+    if options.dataset not in CIFAR or dataset_path(options.dataset, options.data_dir).exists():
         _, info = load_arrays(options.dataset, options.data_dir)
     check_same_run(path, options, info)
 
 
-def prepare(options, times):
-    """Sets up a run's device and data: (device, dataset_info, prepare_data's tensors)."""
-    for line in lr_schedule_warnings(options, times):
+def prepare(options, scaled):
+    """Sets up a run's device and data; returns (device, dataset_info, prepare_data's dict)."""
+    for line in lr_schedule_warnings(options, scaled):
         warn_once(f"train.py: {line}")
-    torch.set_num_threads(THREADS)  # a run that continued may have changed it
+    torch.set_num_threads(THREADS)
     device = setup_device(options.device, options.precision, options.deterministic)
     _, info = load_arrays(options.dataset, options.data_dir)
     data = load_prepared(options.dataset, options.data_dir, device,
@@ -961,14 +947,14 @@ def prepare(options, times):
     return device, info, data
 
 
-def build(options, times, num_classes, device):
-    """Builds what a run trains with: (model, optimizer, generators, schedule, noise or None)."""
+def build(options, scaled, num_classes, device):
+    """Returns (model, optimizer, generators, pruning schedule, FilterNoise or None)."""
     generators = make_generators(options.seed, device if options.noise == "gauss" else None)
     model = build_model(options.model, num_classes, options.width).to(device)
     model.round_to = ROUND_TO[device.type]
     set_backend(model, ops.choose_backend(options.backend, device))
     optimizer = make_optimizer(model, options.optimizer, options.lr, options.weight_decay)
-    schedule, noise = pruning_schedule(model, options, times), None
+    schedule, noise = pruning_schedule(model, options, scaled), None
     idle = sum(p > 0 and list(keep.values())[-1] == len(model.prunable[layer].mask)
                for p, (layer, keep) in zip(options.p or (), schedule.items()))
     if idle:
@@ -976,13 +962,13 @@ def build(options, times, num_classes, device):
                   f"{len(schedule)} layers, which are not pruned: raise --p or --width")
     if options.noise != "none":
         noise = FilterNoise({layer: model.prunable[layer] for layer in schedule}, options.noise,
-                            times["noise_batches"], options.noise_filters, options.noise_restore,
+                            scaled["noise_batches"], options.noise_filters, options.noise_restore,
                             generators.get("noise"))
     return model, optimizer, generators, schedule, noise
 
 
 def run_state(epoch, step, model, optimizer, noise, generators):
-    """Returns all that a run needs to continue after `epoch` epochs and `step` batches, a dict."""
+    """Returns what a run needs to continue after `epoch` epochs and `step` batches, a dict."""
     return {"epoch": epoch, "step": step, "model": model.state_dict(),
             "optimizer": optimizer.state_dict(), "noise": noise and noise.state,
             "generators": {name: g.get_state() for name, g in generators.items()}}
@@ -1006,23 +992,20 @@ def restore_state(model, optimizer, noise, generators, device, state):
 def train(options):
     """Trains one run, or what is left of it, and prunes the network while it trains.
 
-    Args:
-        options: From parse_options.
-
     Returns:
         The run's summary (summarize_run); None for a run that was finished before.
     """
-    path, times = run_path(options), scaled_schedule(options)
-    warn_missing_outputs(path, times, options.tensorboard)
+    path, scaled = run_path(options), scaled_schedule(options)
+    warn_missing_outputs(path, scaled, options.tensorboard)
     if rundir.run_status(path) == "done":
         check_finished(path, options)
-        return rundir.report_finished(path, times["epochs"])
-    device, info, data = prepare(options, times)
-    with side_stream(device), rundir.RunDirectory(path, times["epochs"], options.tensorboard,
+        return rundir.report_finished(path, scaled["epochs"])
+    device, info, data = prepare(options, scaled)
+    with side_stream(device), rundir.RunDirectory(path, scaled["epochs"], options.tensorboard,
                                                   CHECKPOINT_SECONDS[device.type]) as directory:
-        model, optimizer, generators, schedule, noise = build(options, times, info["classes"],
+        model, optimizer, generators, schedule, noise = build(options, scaled, info["classes"],
                                                               device)
-        config, step = run_config(options, times, schedule, model, device, info), 0
+        config, step = run_config(options, scaled, schedule, model, device, info), 0
         graphs = Graphs(options.cuda_graphs and device.type == "cuda")
         test = functools.partial(evaluate, model, data, batch_size=options.test_batch_size,
                                  precision=options.precision, graphs=graphs)
@@ -1037,13 +1020,13 @@ def train(options):
             _, config["tied"] = prune(to_prune, allow_ties=True)
         directory.begin(config)
 
-        for epoch in range(len(directory.records), times["epochs"]):
+        for epoch in range(len(directory.records), scaled["epochs"]):
             start_time = time.monotonic()
-            lr = options.lr * 0.1 ** sum(epoch >= x for x in times["lrs"])
+            lr = options.lr * 0.1 ** sum(epoch >= x for x in scaled["lrs"])
             optimizer.param_groups[0]["lr"] = lr
             where = f"{path}: epoch {epoch}, lr {lr:g}"
 
-            # 1. Train for one epoch, then test.
+            # 1. Train for one epoch, then test. CUDA graphs contain lr and numbers of filters.
             graphs.clear_unless(lr, graph_key(model))
             trained, step = train_epoch(model, data, optimizer, options, generators, step, graphs,
                                         noise)
@@ -1053,7 +1036,7 @@ def train(options):
             pruned, ties = {}, {}
             to_prune = num_filters_to_prune(model, schedule, epoch, noise)
             if to_prune:
-                epoch_metrics(where, data, trained, before)  # a diverged network must not select
+                epoch_metrics(where, data, trained, before)  # raises if training diverged
                 pruned, ties = prune(to_prune)
                 graphs.clear_unless(lr, graph_key(model))
 
@@ -1066,17 +1049,15 @@ def train(options):
                       **network_record(model, schedule, pruned, ties, noise, info["image"]),
                       "seconds": round(max(0, time.monotonic() - start_time), 3)}
             state = run_state(epoch + 1, step, model, optimizer, noise, generators)
-            directory.save_epoch(record, state, keep_weights=epoch + 1 == times["save_epoch"])
+            directory.save_epoch(record, state, keep_weights=epoch + 1 == scaled["save_epoch"])
             directory.print_epoch(summarize_run(directory.records, config)["mean_stability"])
         return directory.finish(summarize_run(directory.records, config))
 
 
-# +----------------------------------------------------------------------------------------------+
-# | Entry: one run, or a list of runs                                                            |
-# +----------------------------------------------------------------------------------------------+
+# +-- Entry: one run, or a list of runs -----------------------------------------------------------+
 
 def expand_seeds(argv):
-    """Parses a command line; returns [(options, line), ...], a pair for each of its --seeds."""
+    """Parses a command line; returns a list of (options, command line), one for each seed."""
     options = parse_options(argv)
     if options.seeds is None:
         return [(options, shlex.join(argv))]
@@ -1086,7 +1067,7 @@ def expand_seeds(argv):
 
 
 def unique_runs(commands):
-    """Returns {path: (options, line that trains this run)} of command lines, each path once."""
+    """Returns {run's path: (options, command line)} of all runs of `commands`."""
     runs, sources = {}, {}
     for options, line in (run for argv in commands for run in expand_seeds(argv)):
         check(not (options.runs or options.plan or options.status), f"{line}: a list cannot hold "
@@ -1120,11 +1101,12 @@ def train_runs(runs):
         except Exception as error:
             report_error(error, "train.py", "")
             refused = isinstance(error, UserError) and error.code == 2
-            if refused or rundir.run_status(path) not in ("running", "done"):  # elsewhere
+            # A run that another process trains or has trained meanwhile did not fail.
+            if refused or rundir.run_status(path) not in ("running", "done"):
                 print_line(f"failed: train.py {line}", sys.stderr)
                 num_failed += 1
     check(not num_failed, f"{num_failed} of {len(runs)} runs failed; the same train.py command "
-          "tries them again", 1)
+          "tries them again", code=1)
 
 
 def print_plan(runs, retry_failed):
@@ -1132,7 +1114,7 @@ def print_plan(runs, retry_failed):
     for path in rundir.group_by_status(runs)["done"]:
         check_finished(path, runs[path][0])
     num_epochs = {path: scaled_schedule(options)["epochs"] for path, (options, _) in runs.items()}
-    left = rundir.print_plan(num_epochs, retry_failed)
+    left = rundir.report_plan(num_epochs, retry_failed)
     for path in left:  # a download that fails should fail here, once
         load_arrays(runs[path][0].dataset, runs[path][0].data_dir)
     for path in left:
@@ -1146,7 +1128,7 @@ def terminate(*_):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    load_arrays.cache_clear()
+    load_arrays.cache_clear()  # an earlier call's: files may have changed since
     load_prepared.cache_clear()
     try:
         options = parse_options(argv)

@@ -1,8 +1,8 @@
 """The CIFAR networks, made of blocks that know their live filters.
 
 A network has `prunable`, the list of blocks that may be pruned, in network order; `linear`, its
-last layer; `round_to` (see Block); and update_live_channels(), which calls that of every block and
-leaves the channels that reach the last layer in `live`.
+last layer; `round_to` (see Block); and update_live_channels(), which updates every block and sets
+`live`, the channels that reach the last layer.
 """
 import math
 
@@ -21,9 +21,9 @@ PRUNABLE_BLOCKS = {"vgg11": 8, "vgg19": 16, "resnet18": 16, "resnet20": 18, "res
 class Block(nn.Module):
     """conv → batch norm → (+ shortcut) → ReLU (→ 2x2 max-pool), with a mask of its filters.
 
-    The backend "eager" multiplies by the masks. The backend "ext" computes compact maps, of the
-    live channels only (with pruned ones, which stay zero, up to a multiple of model.round_to).
-    Call set_backend again after changing a mask: it updates the channel indices.
+    The backend "eager" multiplies by the masks. The backend "ext" computes compact maps: those of
+    the live filters, filled up with zero maps of pruned ones to a multiple of model.round_to. Call
+    set_backend again after changing a mask: it updates the channel indices.
 
     Buffers:
         mask: (c_out,) bool, True for a live filter.
@@ -41,7 +41,7 @@ class Block(nn.Module):
         self.register_buffer("act", torch.zeros(c_out))
         self.pool = False
         self.update_act = False  # whether the next forward passes update act
-        self.backend, self.bn_kept = "eager", False
+        self.backend, self.bn_kept = "eager", False  # bn_kept: mask and bn_mask differ
         # Channel indices, int64, None for all: those of the compact input and output, and where
         # each output channel is in the compact shortcut (-1: nowhere).
         self.live_in, self.live_out, self.shortcut_map = None, None, None
@@ -108,7 +108,7 @@ def set_backend(model, backend):
 
 
 def graph_key(model):
-    """Returns what a captured CUDA graph contains of the network as constants."""
+    """Returns what of the network a captured CUDA graph holds as constants."""
     return [(block.bn_kept, block.num_computed_filters(), block.shortcut_map is None)
             for block in model.prunable]
 
@@ -197,12 +197,11 @@ class ResNet(nn.Module):
         x = self.stem(x)
         for (first, second), shortcut in zip(self.pairs, self.shortcuts):
             stride = first.conv.stride[0]
-            # The shortcut reads every second pixel by itself: of fewer than eight channels,
-            # oneDNN's AVX2 code for a strided 1x1 convolution's gradient writes past its buffer.
+            # A stride in the shortcut's convolution would make oneDNN write past a buffer.
             strided = x[:, :, ::stride, ::stride]
             compact = self.backend == "ext"
-            past = compact_shortcut(shortcut, strided, first) if compact else shortcut(strided)
-            x = second(first(x), past)
+            added = compact_shortcut(shortcut, strided, first) if compact else shortcut(strided)
+            x = second(first(x), added)
         return average_and_classify(self, x)
 
 
@@ -252,8 +251,8 @@ def compact_shortcut(shortcut, x, first):
 def count_params_and_macs(model, image):
     """Counts the parameters left and the multiply-adds of one image (height, width, ...).
 
-    Live filters and their live inputs count, and projection shortcuts in full; convolutions and
-    the last layer multiply.
+    Live filters and their inputs that are not constantly 0 count, and projection shortcuts in
+    full; convolutions and the last layer multiply.
     """
     num_params, macs, c_in, size = 0, 0, 3, image[:2]
 

@@ -10,7 +10,7 @@
         directory.finish(summary)
 
 Files are written atomically: a reader, or a crash, sees the old content or the new, never a part.
-One process at a time holds a directory; its lock goes with the process, however it ends.
+One process at a time holds a directory, by a lock that ends with the process.
 """
 import contextlib
 import fcntl
@@ -32,9 +32,7 @@ from tqdm import tqdm
 
 from .errors import UserError, check, first_line, print_line, warn_once
 
-# +----------------------------------------------------------------------------------------------+
-# | Files                                                                                        |
-# +----------------------------------------------------------------------------------------------+
+# +-- Files ---------------------------------------------------------------------------------------+
 
 @contextlib.contextmanager
 def readable_write_errors(path):
@@ -134,9 +132,7 @@ def git_commit(path):
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
-# +----------------------------------------------------------------------------------------------+
-# | What a directory says about its run                                                          |
-# +----------------------------------------------------------------------------------------------+
+# +-- What a directory says about its run ---------------------------------------------------------+
 
 def read_log_lines(path):
     """Returns the complete lines of a run's epochs.jsonl as a list of str; [] without a log."""
@@ -196,9 +192,7 @@ def seconds_per_epoch(path):
         return float(json.loads(read_log_lines(path)[-1])["seconds"])
 
 
-# +----------------------------------------------------------------------------------------------+
-# | A run's directory while the run is trained                                                   |
-# +----------------------------------------------------------------------------------------------+
+# +-- A run's directory while the run is trained --------------------------------------------------+
 
 def lock_directory(path):
     """Creates a directory if needed and locks it for this process; returns the open lock file.
@@ -265,7 +259,7 @@ class RunDirectory:
                 save_checkpoint(self.path / "checkpoint.pt", self.pending)
 
     def has_checkpoint(self):
-        """Returns whether the run was begun; says so if its log exists without a checkpoint."""
+        """Returns whether there is a checkpoint; prints a line if there is only a log."""
         exists = (self.path / "checkpoint.pt").exists()
         lines = read_log_lines(self.path)
         if lines and not exists:
@@ -370,8 +364,7 @@ class RunDirectory:
 
 
 def report_finished(path, num_epochs):
-    """Prints that a run is finished; writes its log again from its checkpoint if lines are missing.
-    """
+    """Prints that a run is finished; restores lines missing in its log from its checkpoint."""
     if len(read_log_lines(path)) < num_epochs:
         with RunDirectory(path, num_epochs) as directory:
             try:
@@ -384,7 +377,7 @@ def report_finished(path, num_epochs):
     print_line(f"{path}: finished already")
 
 
-def print_plan(num_epochs, retry_failed):
+def report_plan(num_epochs, retry_failed):
     """Prints on stderr how many runs are left; returns their paths.
 
     Args:
