@@ -882,7 +882,8 @@ def make_parser():
     add("--live", action="store_true", help="draw again every 20 s while runs go on")
     add = parser.add_argument_group("flatness, of the runs named or of a figure").add_argument
     add("--eigs", type=int, default=100, help="eigenvalues of the Hessian (default: 100)")
-    add("--images", type=int, default=512, help="first images of the split (default: 512)")
+    add("--images", type=int, help="first images of the split (default: 512 to measure, and what "
+        "was measured to draw)")
     add("--split", choices=("test", "train"), default="test", help="(default: test)")
     add("--eig", choices=("lanczos", "power"), default="lanczos",
         help="power is the paper's slower method (default: lanczos)")
@@ -910,19 +911,19 @@ def main(argv=None):
               "--experiment is for --figure stability and compute")
         for name in ("eigs", "images", "memory_gb"):
             value = getattr(arguments, name)
-            check(0 < value < 1e6, f"--{name.replace('_', '-')} {format_value(value)}: give a "
-                  "number above 0 and below a million")
+            check(value is None or 0 < value < 1e6, f"--{name.replace('_', '-')} "
+                  f"{format_value(value)}: give a number above 0 and below a million")
         measure = partial(
-            appendix_figures.measure_flatness, split=arguments.split, images=arguments.images,
-            num_eigs=arguments.eigs, eigensolver=arguments.eig, memory_gb=arguments.memory_gb,
-            control=arguments.control, data_dir=arguments.data_dir)
+            appendix_figures.measure_flatness, split=arguments.split,
+            images=arguments.images or 512, num_eigs=arguments.eigs, eigensolver=arguments.eig,
+            memory_gb=arguments.memory_gb, control=arguments.control, data_dir=arguments.data_dir)
         if arguments.list:
             list_outputs(arguments.log_dir)
         for directory in arguments.flatness:
             measure(directory)
         if names:
             draw_all(names, arguments, cache(partial(
-                read_flatness, split=arguments.split, measure=measure)))
+                read_flatness, split=arguments.split, measure=measure, images=arguments.images)))
         return 0
     except (Exception, KeyboardInterrupt) as error:
         return report_error(error, "analyze.py", "figures drawn so far are complete")

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import train
 from gst_ext import flatness, plots
+from gst_ext.datasets import BUILT_IN
 from gst_ext.errors import UserError, check, first_line, print_line
 from gst_ext.networks import Block, build_model
 from gst_ext.plots import BLUE, ORANGE, RED, SKY, matplotlib
@@ -94,6 +95,8 @@ def load_network(directory, data_dir="data", device="cpu", checkpoint=None):
         check(checkpoint == saved or (directory / "done.json").exists(),
               f"{directory} is not finished" + f", and has no {saved}" * bool(epoch)
               + ": continue the run first")
+    if dataset not in BUILT_IN and not pathlib.Path(dataset).exists():
+        dataset = config.get("data_path", dataset)  # a path relative to another folder
     (arrays, info), path = train.load_arrays(dataset, data_dir), directory / checkpoint
     check(info["crc32"] == crc32, f"{directory} was trained on other data than {dataset} is now: "
           "put its own back, or see --data-dir")
@@ -178,10 +181,11 @@ def measure_flatness(directory, split="test", images=512, num_eigs=100, eigensol
     return result
 
 
-def read_flatness(directory, split, measure):
+def read_flatness(directory, split, measure, images=None):
     """Returns what a run's flatness adds to its dict, or {"problem": why it is not drawn}.
 
     Args:
+        images: How many images a file must have been measured on; None: any number.
         measure: A function of the directory, for a run without a file.
     """
     path = flatness_path(directory, split)
@@ -190,6 +194,8 @@ def read_flatness(directory, split, measure):
         weights = path.with_name(str(flat.get("checkpoint")))
         check(not weights.is_file() or zlib.crc32(np.memmap(weights)) == flat.get("crc32"),
               f"{path.name} is of other weights than {weights.name}: measure it again")
+        check(images in (None, flat.get("images")), f"{path.name} is of {flat.get('images')} "
+              f"images, not {images}: measure it again, or leave --images out")
         check(any(flat["converged"]),
               f"none of the eigenpairs in {path.name} converged: measure it again")
         names = [form + name for name in MEASURES for form in FORMS]

@@ -683,6 +683,7 @@ def run_config(options, scaled, schedule, model, device, info):
         "data": info | {"train": options.train_images or info["train"] - options.val_split,
                         "val": options.val_split or info.get("val", 0),
                         "test": options.test_images or info["test"]},
+        "data_path": os.path.abspath(dataset_path(options.dataset, options.data_dir)),
         **rundir.environment(device, model.backend, __file__)}
 
 

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from conftest import needs_gpu, tiny_model
 
 import analyze
+import appendix_figures
 import train
 from gst_ext import flatness, ops
+from gst_ext.errors import UserError
 
 NETWORKS = {"vgg11": 0.008, "vgg19": 0.005, "resnet18": 0.006, "resnet20": 0.04, "resnet56": 0.03}
 
@@ -519,3 +521,20 @@ def test_a_run_s_flatness_is_measured_once_for_each_setting(trained, capsys, mon
     assert analyze.main([*command, "--images", "4", "--split", "train"]) == 0
     other = json.loads((trained / "flatness-train.json").read_text())
     assert (other["images"], other["split"]) == (4, "train") and other["loss"] != found["loss"]
+    assert "flat" in analyze.read_flatness(trained, "test", None, 8)
+    problem = analyze.read_flatness(trained, "test", None, 16)["problem"]
+    assert "8 images, not 16" in problem and "measure it again" in problem
+
+
+def test_a_run_finds_its_own_data_from_another_folder(tiny, run, directory, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny.parent)
+    more = ("--dataset", tiny.name, "--epochs", 1, "--lrs")
+    assert run(*more) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    _, data, _ = appendix_figures.load_network(directory(*more))
+    assert len(data["test"][1]) == 64
+    tiny.rename(tmp_path / "moved.npz")
+    train.load_arrays.cache_clear()
+    with pytest.raises(UserError, match=str(tiny)):
+        appendix_figures.load_network(directory(*more))
