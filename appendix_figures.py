@@ -331,7 +331,7 @@ def imagenet_networks(log_dir, data_dir):
         trained = torchvision.models.vgg19_bn(weights="IMAGENET1K_V1")
     except Exception as error:
         raise UserError(
-            f"no finished VGG19 run under {log_dir}/, and torchvision's weights cannot be had "
+            f"no finished VGG19 run under {log_dir}/, and torchvision's weights cannot be loaded "
             f"({first_line(error)}): train one with 'bash runs.sh figB1 --quick'") from None
     torch.manual_seed(0)
     x = torch.from_numpy(train.load_arrays("cifar10", data_dir)[0]["test_x"][:32])

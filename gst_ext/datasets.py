@@ -53,7 +53,7 @@ def load_dataset(name, data_dir="data"):
         k - 1; classes (k,) str; and val_x, val_y where the data have a validation split.
 
     Raises:
-        UserError: The data cannot be had or used.
+        UserError: The data are missing or cannot be used.
     """
     path = dataset_path(name, data_dir)
     if name == "digits":

@@ -13,6 +13,7 @@ Files are written atomically: a reader, or a crash, sees the old content or the 
 One process at a time holds a directory, by a lock that ends with the process.
 """
 import contextlib
+import copy
 import fcntl
 import io
 import json
@@ -27,7 +28,6 @@ import zipfile
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from .errors import UserError, check, first_line, print_line, warn_once
@@ -326,7 +326,7 @@ class RunDirectory:
             save_checkpoint(self.path / "checkpoint.pt", state)
             self.pending, self.last_checkpoint = None, time.monotonic()
         else:
-            self.pending = tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, state)
+            self.pending = copy.deepcopy(state)  # training goes on in the same tensors
         append_line(self.path / "epochs.jsonl", self.lines[-1])
         self.write_metrics(record)
 
