@@ -1,12 +1,12 @@
-"""The compiled operators, their references in plain PyTorch, and what PyTorch must know of them.
+"""The compiled operators, their references in plain PyTorch (`*_ref`), and their fake kernels.
 
 `available` says whether the extension is built and loads here, `unavailable_reason` why it does
-not, supports_device(device) whether it has kernels for a device: without a CUDA toolkit it has
-those of the CPU only. Otherwise every operator computes by its reference (`*_ref`).
+not, supports_device(device) whether it has kernels for a device: without a CUDA toolkit, only for
+the CPU. Where it has none, the references compute.
 
 Maps are compact: they hold the live channels only. live_out and live_in say which of all filters
 or input channels those are (int64, ascending; None: all). Parameters, their gradients and
-statistics keep every filter. There is no second derivative: for that, use the references.
+statistics keep every filter. Only the references have a second derivative.
 """
 import contextlib
 import ctypes
@@ -26,14 +26,14 @@ try:
 except ImportError as error:  # not built, or built for another torch
     available, unavailable_reason = False, str(error)
 
-# Every private name of PyTorch that is used here. Without those of mkldnn a block is evaluated by
-# the kernels that train it, not by folded weights; without the last a GPU gets the references.
+# Private names of PyTorch: without them a block is evaluated by the kernels that train it.
 mkldnn_conv = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
 mkldnn_pack = getattr(torch.ops.mkldnn, "_reorder_convolution_weight", None)
 
 
 def supports_device(device):
     """Whether the built operators compute on this torch.device."""
+    # A private name: without it a GPU gets the references.
     has_kernel = getattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: False)
     return available and (device.type != "cuda" or has_kernel("gst::bn_act", "CUDA"))
 
@@ -51,7 +51,7 @@ def choose_backend(backend, device):
 
 
 def keep_freed_memory():
-    """Tells glibc to keep freed memory: returning activations each step costs a fifth of it."""
+    """Tells glibc to keep freed memory: returning it costs a fifth of a step."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no memory map of its own for a large tensor
@@ -59,10 +59,10 @@ def keep_freed_memory():
 
 
 def ebn_score_ref(gamma, beta, signed=False):
-    """`ebn_score` in plain PyTorch; returns float64 whatever the input type.
+    """`ebn_score` in plain PyTorch, in float64.
 
-    With u = |beta/gamma| it is max(beta, 0) + |gamma| (phi(u) - u Phi(-u)), whose bracket is
-    phi(u) times one minus a Mills ratio: erfcx is accurate where Phi itself rounds to 0.
+    With u = |beta/gamma| it is max(beta, 0) + |gamma| (phi(u) - u Phi(-u)); erfcx is accurate where
+    Phi itself rounds to 0.
     """
     gamma, beta = gamma.detach().double(), beta.detach().double()
     negative = signed * (gamma < 0)
@@ -78,8 +78,8 @@ def ebn_score_ref(gamma, beta, signed=False):
 def ebn_score(gamma, beta, signed=False):
     """E[max(0, M)] for M ~ N(beta, |gamma|), |gamma| the standard deviation (B.2.1), of filters.
 
-    Computed in float64 with a relative error of at most 1e-11 for |beta/gamma| up to 30; never NaN
-    for finite input. It has no gradient.
+    Its relative error is at most 1e-11 for |beta/gamma| up to 30. It is never NaN for finite input
+    and has no gradient.
 
     Args:
         gamma, beta (c,): batch norm's scale and shift, of one floating type.
@@ -89,7 +89,7 @@ def ebn_score(gamma, beta, signed=False):
         (c,), of gamma's type; max(beta, 0) where gamma is 0.
 
     Raises:
-        RuntimeError: for other shapes, types or devices.
+        RuntimeError: for shapes, types or devices that do not fit, as every operator here.
     """
     if not supports_device(gamma.device):
         return ebn_score_ref(gamma, beta, signed).to(gamma.dtype)
@@ -101,11 +101,15 @@ def live_part(tensor, live):
 
 
 def masked_conv2d_ref(x, weight, bias=None, live_out=None, live_in=None, stride=1, padding=0):
-    """`masked_conv2d` in plain PyTorch: all filters over all inputs, zeros for the pruned ones."""
+    """`masked_conv2d` in plain PyTorch, of all filters over all inputs."""
     if live_in is not None:
         x = x.new_zeros(x.shape[0], weight.shape[1], *x.shape[2:]).index_copy(1, live_in, x)
     a = F.conv2d(x, weight, bias, stride, padding)
     return a if live_out is None else a[:, live_out]
+
+
+def needed(ctx, *gradients):
+    return tuple(g if need else None for g, need in zip(gradients, ctx.needs_input_grad))
 
 
 class MaskedConv2d(torch.autograd.Function):
@@ -120,25 +124,20 @@ class MaskedConv2d(torch.autograd.Function):
     def backward(ctx, grad):
         need = list(ctx.needs_input_grad[:3])
         found = torch.ops.gst.masked_conv2d_backward(grad, *ctx.saved_tensors, *ctx.rest, need)
-        return *[g if needed else None for g, needed in zip(found, need)], *[None] * 4
+        return needed(ctx, *found, *[None] * 4)
 
 
 def masked_conv2d(x, weight, bias=None, live_out=None, live_in=None, stride=1, padding=0):
     """The convolution of the live filters over the live input channels.
 
-    A pruned map is zero, so nothing has to read it. Gradients have their tensor's full shape;
-    those of pruned filters and inputs are exactly 0.
+    Gradients have their tensor's full shape; those of pruned filters and inputs are exactly 0.
 
     Args:
         x (n, len(live_in), h, w): the live input channels.
-        weight (c_out, c_in, k, k), bias (c_out,) or None: of x's type, every filter.
-        live_out, live_in: indices of the live filters and input channels.
+        weight (c_out, c_in, k, k), bias (c_out,) or None: of x's type.
 
     Returns:
         (n, len(live_out), h', w').
-
-    Raises:
-        RuntimeError: for shapes, types or devices that do not fit.
     """
     function = MaskedConv2d.apply if supports_device(x.device) else masked_conv2d_ref
     return function(x, weight, bias, live_out, live_in, stride, padding)
@@ -146,7 +145,7 @@ def masked_conv2d(x, weight, bias=None, live_out=None, live_in=None, stride=1, p
 
 @torch.no_grad()
 def update_statistic(statistic, live, batch, momentum):
-    """statistic (c_out,) takes in the live filters' values, and 0 of a pruned one's zero map."""
+    """statistic (c_out,) takes in the live filters' batch values, and 0 for a pruned filter."""
     if live is not None:
         batch = torch.zeros_like(statistic).index_copy(0, live, batch.to(statistic.dtype))
     statistic.copy_((1 - momentum) * statistic + momentum * batch)
@@ -178,21 +177,21 @@ def bn_act_ref(x, gamma, beta, running_mean, running_var, live=None, residual=No
 class ConvBnAct(torch.autograd.Function):
     """masked_conv2d, unless weight is None, and bn_act.
 
-    One node of the graph, because in a narrow network a node costs as much as what it computes; a
-    Function, because register_autograd takes no operator that updates statistics.
+    One node, because in a narrow network a node costs as much as what it computes; a Function,
+    because register_autograd takes no operator that updates statistics.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, gamma, beta, residual, live_in, stride, padding, pool,
-                running_mean, running_var, live_out, residual_map, act, training, relu, *rates):
+    def forward(ctx, x, weight, bias, gamma, beta, mean, var, live_out, live_in, stride, padding,
+                residual, residual_map, act, training, relu, momentum, eps, ema_decay, pool):
         a, omitted = x, None
         if weight is not None:
             a = torch.ops.gst.masked_conv2d(x, weight, None if training else bias, live_out,
                                             live_in, stride, padding)
             omitted = bias.to(gamma.dtype) if training and bias is not None else None
         out, mean, invstd, relu_bits = torch.ops.gst.bn_act(
-            a, gamma, beta, running_mean, running_var, live_out, residual, residual_map, act,
-            training, relu, pool, *rates, omitted)
+            a, gamma, beta, mean, var, live_out, residual, residual_map, act, training, relu, pool,
+            momentum, eps, ema_decay, omitted)
         ctx.save_for_backward(x, weight, bias, a, relu_bits, gamma, mean, invstd, live_out,
                               residual_map, live_in)
         ctx.conv = stride, padding
@@ -211,26 +210,29 @@ class ConvBnAct(torch.autograd.Function):
             dx, dweight, dbias = torch.ops.gst.masked_conv2d_backward(
                 dx, x, weight, saved[-2], live_in, *ctx.conv, need)
             dbias = torch.zeros_like(bias) if omitted else dbias
-        found = dx, dweight, dbias, dgamma, dbeta, dresidual
-        return *[g if need else None for g, need in zip(found, ctx.needs_input_grad)], *[None] * 14
+        return needed(ctx, dx, dweight, dbias, dgamma, dbeta, *[None] * 6, dresidual, *[None] * 8)
 
 
-def conv_bn_act(x, weight, bias, gamma, beta, residual, live_in, stride, padding, pool, *rest):
-    """ConvBnAct, whose kernels do the max-pool too, so that the map before it is never written,
-    if there is no shortcut and the map has an even size."""
+def conv_bn_act(x, weight, *rest):
+    """masked_conv_bn_act without folding, or its reference.
+
+    The kernels pool maps of even size without a shortcut: the map before is never written."""
+    if not supports_device(x.device):
+        return masked_conv_bn_act_ref(x, weight, *rest)
+    *rest, pool = rest
+    stride, padding, residual = rest[7:10]
     size = x.shape[2:] if weight is None else (
         (s + 2 * padding - k) // stride + 1 for s, k in zip(x.shape[2:], weight.shape[2:]))
     fused = pool and residual is None and not any(s % 2 for s in size)
-    out = ConvBnAct.apply(x, weight, bias, gamma, beta, residual, live_in, stride, padding, fused,
-                          *rest)
+    out = ConvBnAct.apply(x, weight, *rest, fused)
     return F.max_pool2d(out, 2) if pool and not fused else out
 
 
 def bn_act(x, gamma, beta, running_mean, running_var, live=None, residual=None, residual_map=None,
            act=None, training=True, relu=True, momentum=0.1, eps=1e-5, ema_decay=0.9, pool=False):
-    """Batch norm, then the shortcut, then ReLU; the act score's moving average beside them (A.4).
+    """Batch norm, then the shortcut, then ReLU; updates the act score's moving average (A.4).
 
-    NaN and infinity come through as in plain PyTorch, ReLU and pool included.
+    NaN and infinity come through as in plain PyTorch.
 
     Args:
         x (n, c, h, w): compact maps, float32, float64 or bfloat16, copied if not channels-last.
@@ -239,33 +241,28 @@ def bn_act(x, gamma, beta, running_mean, running_var, live=None, residual=None, 
         residual (n, k, h, w): the shortcut, of x's type; k = c without a residual_map.
         residual_map (c,): the residual's channel that is added to each, -1 for none, none twice.
         act (c_out,): float32, the moving average of mean |a|, a the map before ReLU.
-        training: normalise by the batch and update the running statistics, else normalise by
-            them. Of a pruned filter, statistics and act take in 0, as of a map of zeros.
+        training: normalise by the batch and update the running statistics (and act) with it, by 0
+            for a pruned filter; else normalise by them.
         pool: ends with a 2x2 max_pool2d.
 
     Returns:
-        (n, c, h, w), or (n, c, h // 2, w // 2) with pool, in channels-last memory.
+        (n, c, h, w), or (n, c, h // 2, w // 2) with pool, channels-last.
 
     Raises:
-        RuntimeError: for shapes, types or devices that do not fit, and in training for a single
-            value per channel.
+        RuntimeError: in training, for a single value per channel.
         IndexError: on the CPU, for a live filter or residual channel that does not exist or a
             residual channel that is mapped twice. On a GPU the results are undefined then.
     """
-    if not supports_device(x.device):
-        return bn_act_ref(x, gamma, beta, running_mean, running_var, live, residual, residual_map,
-                          act, training, relu, momentum, eps, ema_decay, pool)
-    return conv_bn_act(x, None, None, gamma, beta, residual, None, 1, 0, pool, running_mean,
-                       running_var, live, residual_map, act, training, relu, momentum, eps,
-                       ema_decay)
+    return conv_bn_act(x, None, None, gamma, beta, running_mean, running_var, live, None, 1, 0,
+                       residual, residual_map, act, training, relu, momentum, eps, ema_decay, pool)
 
 
-# weight: (shapes, copies of all that was folded, (folded weight, bias) or None)
+# weight: (shapes, copies of what was folded, what fold returned)
 FOLDED_WEIGHTS = WeakTensorKeyDictionary()
 
 
 def may_fold(x, weight, live_out, residual_map, act, training):
-    """Whether a convolution of folded weights on the CPU can evaluate a block."""
+    """Whether a convolution of folded weights can evaluate a block."""
     return (not training and not torch.is_grad_enabled() and act is None and residual_map is None
             and isinstance(weight, torch.nn.Parameter) and x.device.type == "cpu"
             and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
@@ -276,20 +273,17 @@ def may_fold(x, weight, live_out, residual_map, act, training):
 def fold(x, weight, bias, gamma, beta, mean, var, live_out, live_in, stride, padding, eps):
     """Batch norm folded into the convolution before it.
 
-    The result is kept while all that it is made of has the same bits. Comparing versions of
-    tensors is cheaper, but fused optimisers and changes through .data do not count them up.
-
-    Returns:
-        (weight, bias), the weight packed by the library or, where that is faster, transformed for
-        winograd_conv2d; None if they are not all finite, since folding would propagate infinity
-        and NaN differently.
+    Returns (weight, bias), the weight packed by the library or, where that is faster, transformed
+    for winograd_conv2d; None if they are not all finite, which folding would pass on differently.
+    The result is kept while all that it is made of has the same bits: fused optimisers and changes
+    through .data do not change the versions of tensors.
     """
     sources = weight, bias, gamma, beta, mean, var, live_out, live_in
     shapes = *x.shape, stride, padding, eps
-    old_shapes, old_sources, folded = FOLDED_WEIGHTS.get(weight, (None, None, None))
+    old_shapes, copies, folded = FOLDED_WEIGHTS.get(weight, (None, None, None))
     if old_shapes == shapes and all(
             a is b if a is None or b is None else torch.ops.gst.same_bits(a, b)
-            for a, b in zip(sources, old_sources)):
+            for a, b in zip(sources, copies)):
         return folded
     scale = live_part(gamma, live_out) / (live_part(var, live_out) + eps).sqrt()
     part = live_part(weight, live_out)
@@ -308,10 +302,9 @@ def fold(x, weight, bias, gamma, beta, mean, var, live_out, live_in, stride, pad
 
 
 def folded_conv(x, weight, bias, stride, padding, residual, relu, pool):
-    """The convolution of folded weights, which adds the shortcut as it writes its values.
+    """The convolution of folded weights, with the shortcut, ReLU and pool.
 
-    Winograd's does ReLU too. The library's would turn NaN into 0, so there ReLU is a pass of its
-    own, over the pooled map if there is a pool.
+    The library's own ReLU would turn NaN into 0, so there it is a pass over the pooled map.
     """
     options = [padding] * 2, [stride] * 2, [1, 1], 1
     x = x.contiguous(memory_format=torch.channels_last)
@@ -331,59 +324,42 @@ def masked_conv_bn_act(x, weight, bias, gamma, beta, running_mean, running_var, 
                        live_in=None, stride=1, padding=1, residual=None, residual_map=None,
                        act=None, training=True, relu=True, momentum=0.1, eps=1e-5, ema_decay=0.9,
                        pool=False):
-    """A network's block: `masked_conv2d`, then `bn_act`, with their arguments and errors.
-
-    Equivalent to (without the indices if all are live; statistics are updated in place):
-
-        x = torch.zeros(n, c_in, h, w).index_copy(1, live_in, x)
-        a = F.conv2d(x, weight, bias, stride, padding)[:, live_out]
-        a = F.batch_norm(a, running_mean[live_out], running_var[live_out], gamma[live_out],
-                         beta[live_out], training, momentum, eps)
-        a = a + F.pad(residual, (0, 0, 0, 0, 1, 0))[:, residual_map + 1]
-        act[live_out] = ema_decay * act[live_out] + (1 - ema_decay) * a.abs().mean((0, 2, 3))
-        out = F.max_pool2d(F.relu(a), 2)
+    """A network's block: `masked_conv2d`, then `bn_act` (see docs/extension.md).
 
     In training batch norm takes the bias out again, so it is added to the running mean alone and
-    its gradient is exactly 0, where plain PyTorch has what rounding leaves. Under autocast, x,
-    weight, bias and residual are cast as for a convolution. On the CPU, batch norm is folded into
-    the weights in evaluation without gradients.
-
-    Returns:
-        (n, len(live_out), h', w'), or (n, len(live_out), h' // 2, w' // 2) with pool.
+    its gradient is exactly 0. Under autocast, x, weight, bias and residual are cast as for a
+    convolution. On the CPU, batch norm is folded into the weights in evaluation without gradients.
+    Arguments, results and errors are those of the two.
     """
     if torch.is_autocast_enabled(x.device.type):
         narrow = torch.get_autocast_dtype(x.device.type)
         x, weight, residual = (t if t is None else t.to(narrow) for t in (x, weight, residual))
         bias = bias if bias is None or training else bias.to(narrow)
-    if not supports_device(x.device):
-        return masked_conv_bn_act_ref(x, weight, bias, gamma, beta, running_mean, running_var,
-                                      live_out, live_in, stride, padding, residual, residual_map,
-                                      act, training, relu, momentum, eps, ema_decay, pool)
     if training:
         FOLDED_WEIGHTS.pop(weight, None)  # they will change: free their memory
-    if may_fold(x, weight, live_out, residual_map, act, training):
+    if available and may_fold(x, weight, live_out, residual_map, act, training):
         folded = fold(x, weight, bias, gamma, beta, running_mean, running_var, live_out, live_in,
                       stride, padding, eps)
         if folded is not None:
             return folded_conv(x, *folded, stride, padding, residual, relu, pool)
-    return conv_bn_act(x, weight, bias, gamma, beta, residual, live_in, stride, padding, pool,
-                       running_mean, running_var, live_out, residual_map, act, training, relu,
-                       momentum, eps, ema_decay)
+    return conv_bn_act(x, weight, bias, gamma, beta, running_mean, running_var, live_out, live_in,
+                       stride, padding, residual, residual_map, act, training, relu, momentum, eps,
+                       ema_decay, pool)
 
 
 def masked_conv_bn_act_ref(x, weight, bias, gamma, beta, running_mean, running_var, live_out=None,
                            live_in=None, stride=1, padding=1, *args, **options):
-    """`masked_conv_bn_act` in plain PyTorch; the other arguments are those of `bn_act`."""
-    a = masked_conv2d_ref(x, weight, bias, live_out, live_in, stride, padding)
-    return bn_act_ref(a, gamma, beta, running_mean, running_var, live_out, *args, **options)
+    """`masked_conv_bn_act` in plain PyTorch; of bn_act alone if weight is None."""
+    if weight is not None:
+        x = masked_conv2d_ref(x, weight, bias, live_out, live_in, stride, padding)
+    return bn_act_ref(x, gamma, beta, running_mean, running_var, live_out, *args, **options)
 
 
 def empty_map(like, c, h, w):
     return like.new_empty(len(like), c, h, w).contiguous(memory_format=torch.channels_last)
 
 
-# A fake kernel gives the shapes, types and strides of results without computing them, which
-# torch.compile and torch.export ask for as they trace a network.
+# Fake kernels give the shapes, types and strides of results to torch.compile and torch.export.
 if available:
     @torch.library.register_fake("gst::ebn_score")
     def _(gamma, beta, signed=False):

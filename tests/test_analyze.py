@@ -5,10 +5,10 @@ import math
 import os
 import pathlib
 import shlex
+import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import scipy.stats
 
@@ -80,6 +80,23 @@ def draw(tmp_path, *options, log_dir="logs"):
             for path in set(tmp_path.glob("*.json")) - before}
 
 
+def draw_panel(tmp_path, name, *more, model="vgg11"):
+    """Draws one figure; returns the numbers of one network's panel."""
+    return draw(tmp_path, "--figure", name, *more)[f"fig{name}"]["models"][model]
+
+
+@pytest.fixture
+def refusal(tmp_path, capsys):
+    """Runs analyze.py on bad options; returns the one line on stderr."""
+    def refused(*options, code=2, log_dir="logs", fig_dir=""):
+        capsys.readouterr()
+        assert analyze.main([*options, "--log-dir", str(tmp_path / log_dir),
+                             "--fig-dir", str(tmp_path / fig_dir)]) == code
+        line, = capsys.readouterr().err.splitlines()
+        return line
+    return refused
+
+
 @pytest.fixture(autouse=True)
 def no_images(monkeypatch, request):
     """Figures are laid out and their numbers written, but no PDF and PNG; by file name."""
@@ -102,33 +119,6 @@ def real_files():
 
 # +-- Summaries --------------------------------------------------------------------------------+
 
-def test_the_accuracy_of_a_pruned_run_counts_from_its_last_event(tmp_path):
-    # 88 is before the last event, whose own epoch is included.
-    run = analyze.summarize(write_run(
-        tmp_path, "--target S --r 4", 1, [70, 88, 60, 66, 65], {0: (80, 3), 2: (75, 2)}))
-    assert run["problem"] is None
-    assert (run["best_acc"], run["best_epoch"], run["last_acc"], run["events"]) == (66, 3, 65, 2)
-    assert run["gap"] == 93 - 66
-    assert run["mean_stability"] == pytest.approx((100 * 70 / 80 + 100 * 60 / 75) / 2)
-    run = analyze.summarize(write_run(tmp_path, "--target S", 1, [50, 70, 60], {1: (71, 1)}))
-    assert (run["best_acc"], run["best_epoch"]) == (70, 1)
-
-
-def test_a_baseline_counts_every_epoch_and_an_event_without_filters_is_none(tmp_path):
-    run = analyze.summarize(write_run(tmp_path, "", 1, [70, 88, 60]))
-    assert (run["best_acc"], run["mean_stability"], run["events"]) == (88, 100, 0)
-    run = analyze.summarize(write_run(tmp_path, "--target S", 1, [50, 40, 60],
-                                      {0: (100, 1), 1: (80, 0)}))
-    assert run["events"] == 1 and run["mean_stability"] == 50
-
-
-def test_the_accuracy_chosen_by_validation():
-    records = [dict(epoch=i, train_acc=0, test_acc=t, val_acc=v, removed=[], stability=None,
-                    seconds=0) for i, (t, v) in enumerate([(70, 60), (65, 64), (72, 63)])]
-    summary = train.summarize_run(records, {})
-    assert (summary["best_acc"], summary["val_chosen_acc"]) == (72, 65)
-
-
 def run_of_counts(log_dir, line, seed, counts, events=(), images=797):
     """write_run from counts of right answers, as percentages, which is what old logs have."""
     events = {epoch: (100 * before / images, n) for epoch, (before, n) in dict(events).items()}
@@ -136,13 +126,11 @@ def run_of_counts(log_dir, line, seed, counts, events=(), images=797):
 
 
 def test_equal_differences_of_counts_are_equal(tmp_path):
-    gaps = [100 * 780 / 797 - 100 * 779 / 797, 100 * 776 / 797 - 100 * 775 / 797]
-    assert gaps[0] != gaps[1]  # as floats
+    assert 100 * 780 / 797 - 100 * 779 / 797 != 100 * 776 / 797 - 100 * 775 / 797  # as floats
     for seed, low in enumerate([779, 775], 1):
-        event = {0: (800 - 10 * seed, 1)}
-        run_of_counts(tmp_path / "logs", "--target S --r 4", seed, [low], event)
-        run_of_counts(tmp_path / "logs", "--target L", seed, [low + 1], event)
-    panel = draw(tmp_path, "--figure", "2")["fig2"]["models"]["vgg11"]
+        for method, count in (("S-r4", low), ("L", low + 1)):
+            run_of_counts(tmp_path / "logs", line_of(method), seed, [count], {0: (790, 1)})
+    panel = draw_panel(tmp_path, "2")
     for key in ("paired_best_acc", "paired_last_acc"):
         test = panel[key]["L-r40 minus S-r4"]
         assert test["p"] is None and test["sd"] == 0
@@ -150,18 +138,17 @@ def test_equal_differences_of_counts_are_equal(tmp_path):
 
 
 def test_equal_stabilities_and_gaps_of_counts_are_equal(tmp_path):
+    def summary(seed, events):
+        return analyze.summarize(run_of_counts(
+            tmp_path, "--target S", seed, [after for _, after in events],
+            {i: (before, 1) for i, (before, _) in enumerate(events)}))
+
     odd = [n for n in range(1, 798) if 100 * (100 * n / 797) / (100 * n / 797) != 100]
-    assert len(odd) > 20  # as floats, an event that changes nothing is not 100% stable
-    for seed, counts in enumerate([odd, odd[::-1]], 1):
-        run = analyze.summarize(run_of_counts(
-            tmp_path, "--target S --r 4", seed, counts, {i: (n, 1) for i, n in enumerate(counts)}))
-        assert run["mean_stability"] == run["min_stability"] == 100 and run["below_99"] == 0
+    run = summary(1, [(n, n) for n in odd])  # no event changes anything, but not so as floats
+    assert run["mean_stability"] == run["min_stability"] == 100 and run["below_99"] == 0 < len(odd)
     events = [(790, 700), (600, 513), (501, 499), (797, 311)]
-    runs = [analyze.summarize(run_of_counts(
-        tmp_path, "--target R", seed, [after for _, after in order],
-        {i: (before, 1) for i, (before, _) in enumerate(order)}))
-        for seed, order in enumerate([events, events[::-1], events[2:] + events[:2]], 1)]
-    assert len({run["mean_stability"] for run in runs}) == 1
+    assert len({summary(seed, order)["mean_stability"] for seed, order in enumerate(
+        [events, events[::-1], events[2:] + events[:2]], 2)}) == 1
     path = write_run(tmp_path, "", 1, [100 * 600 / 797], images=797)
     edit(path / "epochs.jsonl", '"train_acc": 90.0', '"train_acc": 0, "train_correct": 45000')
     assert analyze.summarize(path)["gap"] == 100 * (45000 * 797 - 600 * 50000) / (797 * 50000)
@@ -178,40 +165,36 @@ def test_logged_counts_are_used_and_an_accuracy_of_no_count_stays(tmp_path):
 
 def test_logs_without_the_finer_records_are_read(tmp_path):
     path = write_run(tmp_path / "logs", "--target S", 1, [60, 70], EVENT)
-    for name, fields in (("config.json", ("macs", "data")), ("epochs.jsonl", (
-            "test_loss", "test_loss_before", "churn", "parameters", "macs"))):
-        lines = [json.loads(line) for line in (path / name).read_text().splitlines()]
+    missing = {"macs", "data", "test_loss", "test_loss_before", "churn", "parameters"}
+    for name in ("config.json", "epochs.jsonl"):
+        lines = map(json.loads, (path / name).read_text().splitlines())
         (path / name).write_text("".join(json.dumps(
-            {k: v for k, v in line.items() if k not in fields}) + "\n" for line in lines))
+            {k: v for k, v in line.items() if k not in missing}) + "\n" for line in lines))
     edit(path / "config.json", '"noise_restore": null, ', "")  # an option of later
     run = analyze.summarize(path)
     assert run["problem"] is None and run["mean_stability"] == 75 and run["best_acc"] == 70
     assert run["loss_rise"] is run["churn"] is run["compute"] is None and run["below_99"] == 1
-    assert draw(tmp_path, "--figure", "2")["fig2"]["models"]["vgg11"]["methods"]["S-r40"]
+    assert draw_panel(tmp_path, "2")["methods"]["S-r40"]
 
 
 # +-- What is left out, by name ----------------------------------------------------------------+
 
-def cut(path):
-    path.write_text(path.read_text()[:-20])
-
-
-@pytest.mark.parametrize("damage, problem", [
-    (lambda d: cut(d / "epochs.jsonl"), "line 3 of epochs.jsonl is missing or damaged"),
-    (lambda d: (d / "epochs.jsonl").write_text("".join(reversed(
-        (d / "epochs.jsonl").read_text().splitlines(keepends=True)))),
+@pytest.mark.parametrize("name, change, problem", [
+    ("epochs.jsonl", lambda t: t[:-20], "line 3 of epochs.jsonl is missing or damaged"),
+    ("epochs.jsonl", lambda t: "\n".join(reversed(t.splitlines())),
      "line 1 of epochs.jsonl is of epoch 2"),
-    (lambda d: edit(d / "epochs.jsonl", "test_acc", "accuracy"), "damaged (KeyError)"),
-    (lambda d: edit(d / "epochs.jsonl", '"test_acc": 70', '"test_acc": NaN'),
+    ("epochs.jsonl", lambda t: t.replace("test_acc", "accuracy"), "damaged (KeyError)"),
+    ("epochs.jsonl", lambda t: t.replace('"test_acc": 70', '"test_acc": NaN'),
      "test_acc of epoch 1 is nan"),
-    (lambda d: (d / "epochs.jsonl").write_text(""), "epochs.jsonl is missing or damaged"),
-    (lambda d: (d / "epochs.jsonl").unlink(), "epochs.jsonl is missing"),
-    (lambda d: edit(d / "config.json", '"epochs": 3', '"epochs": 4'), "unfinished, 3 of 4 epochs"),
-    (lambda d: (d / "config.json").write_text("{"), "config.json is missing or damaged")])
-def test_a_bad_run_is_named_and_not_averaged_in(tmp_path, capsys, damage, problem):
+    ("epochs.jsonl", lambda t: "", "epochs.jsonl is missing or damaged"),
+    ("epochs.jsonl", None, "epochs.jsonl is missing"),
+    ("config.json", lambda t: t.replace('"epochs": 3', '"epochs": 4'), "unfinished, 3 of 4 epochs"),
+    ("config.json", lambda t: "{", "config.json is missing or damaged")])
+def test_a_bad_run_is_named_and_not_averaged_in(tmp_path, capsys, name, change, problem):
     for seed in (1, 2, 3):
         path = write_run(tmp_path / "logs", "--target S --r 4", seed, [60, 70, 80], EVENT)
-    damage(path)
+    file = path / name
+    file.write_text(change(file.read_text())) if change else file.unlink()
     numbers = draw(tmp_path, "--figure", "2")["fig2"]
     assert numbers["models"]["vgg11"]["methods"]["S-r4"]["seeds"] == [1, 2]
     assert problem in numbers["left_out"][str(path)]
@@ -224,43 +207,35 @@ def problems(log_dir):
             for run in analyze.find_runs(log_dir) if run["problem"]}
 
 
-def test_a_directory_whose_name_is_not_its_configs_is_left_out(tmp_path):
+def test_a_run_under_another_name_is_left_out(tmp_path):
     path = write_run(tmp_path, "--target S --r 4", 1, [60, 70], EVENT)
-    for name in ("S-r4.buggy/seed1", ".trash-S-r4/seed1", "S-r4/seed1.old", "AAA/seed1"):
-        copy = path.parent.parent / name
-        copy.mkdir(parents=True)
-        for file in path.iterdir():
-            (copy / file.name).write_bytes(file.read_bytes())
-    found = problems(tmp_path)
-    assert set(found) == {"S-r4.buggy/seed1", ".trash-S-r4/seed1", "S-r4/seed1.old", "AAA/seed1"}
-    assert set(found.values()) == {"its config.json is of cifar10/vgg11/S-r4/seed1"}
+    names = ("S-r4.buggy/seed1", ".trash-S-r4/seed1", "S-r4/seed1.old", "AAA/seed1")
+    for name in names:
+        shutil.copytree(path, path.parents[1] / name)
+    assert problems(tmp_path) == dict.fromkeys(
+        names, "its config.json is of cifar10/vgg11/S-r4/seed1")
 
 
 def test_a_method_under_two_names_is_one_and_its_second_run_is_left_out(tmp_path):
+    place = tmp_path / "logs/cifar10/vgg11"
     for score in ("l1", "l2"):
         for seed in (1, 2):
             path = write_run(tmp_path / score, "--target R", seed, [60 + seed, 70], EVENT,
                              method=f"R-r40-{score}", options={"score": score})
-            place = tmp_path / f"logs/cifar10/vgg11/R-r40-{score}/seed{seed}"
-            place.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(place)
+            shutil.copytree(path, place / f"R-r40-{score}/seed{seed}")
     assert problems(tmp_path / "logs") == {
-        f"R-r40-l2/seed{k}": f"is the same run as {place.parents[1]}/R-r40-l1/seed{k}"
-        for k in (1, 2)}
-    numbers = draw(tmp_path, "--figure", "stability")["figstability"]
-    assert numbers["models"]["vgg11"]["methods"]["R-r40"]["seeds"] == [1, 2]
+        f"R-r40-l2/seed{k}": f"is the same run as {place}/R-r40-l1/seed{k}" for k in (1, 2)}
+    assert draw_panel(tmp_path, "stability")["methods"]["R-r40"]["seeds"] == [1, 2]
 
 
 def test_runs_that_differ_in_more_than_the_method_are_left_out(tmp_path):
-    for seed in (1, 2, 3):
-        write_run(tmp_path, "--target S", seed, [60, 70], EVENT, data={"crc32": 1})
-    write_run(tmp_path, "--target S", 4, [60, 70], EVENT, data={"crc32": 1},
-              options={"test_batch_size": 64})
-    write_run(tmp_path, "--target S", 5, [60, 70], EVENT, data={"crc32": 2})
-    write_run(tmp_path, "--target S", 6, [60, 70], EVENT, data={"crc32": 1}, score_crc32=7)
-    write_run(tmp_path, "", 1, [60, 70], data={"crc32": 1}, options={"batch_size": 12, "lr": 0.02})
-    write_run(tmp_path, "--target L --noise zero --test-batch-size 256", 1, [60, 70], EVENT,
-              data={"crc32": 1})  # the method's own batches
+    for line, seed, more in (
+            *(("--target S", seed, {}) for seed in (1, 2, 3)),
+            ("--target S", 4, {"options": {"test_batch_size": 64}}),
+            ("--target S", 5, {"data": {"crc32": 2}}), ("--target S", 6, {"score_crc32": 7}),
+            ("", 1, {"options": {"batch_size": 12, "lr": 0.02}}),
+            ("--target L --noise zero --test-batch-size 256", 1, {})):  # the method's own batches
+        write_run(tmp_path, line, seed, [60, 70], EVENT, **{"data": {"crc32": 1}} | more)
     usual = f"differs from {tmp_path}/cifar10/vgg11/S-r40/seed1 in"
     assert problems(tmp_path) == {
         "S-r40/seed4": f"{usual} test_batch_size", "S-r40/seed5": f"{usual} crc32",
@@ -271,14 +246,13 @@ def test_a_run_that_removed_nothing_is_left_out_and_labels_have_what_goes(tmp_pa
     write_run(tmp_path, "--target L", 1, [60, 70])
     write_run(tmp_path, "--target S --scratch", 1, [60, 70], parameters=1000)
     write_run(tmp_path, "--target S --scratch", 2, [60, 70])
-    assert problems(tmp_path).keys() == {"L-r40/seed1", "scratch-S/seed1"}
-    assert "removed no filter" in problems(tmp_path)["L-r40/seed1"]
+    found = problems(tmp_path)
+    assert found.keys() == {"L-r40/seed1", "scratch-S/seed1"}
+    assert "removed no filter" in found["L-r40/seed1"]
     path = write_run(tmp_path, "--target S", 1, [60, 70], {0: (80, 2)}, iterative_rate=3.3,
-                     pruned_layers=[{"layer": 6, "filters": 16}, {"layer": 7, "filters": 16}])
+                     pruned_layers=[{"layer": layer, "filters": 16} for layer in (6, 7)])
     assert analyze.summarize(path)["label"] == "Prune_S, r = 40 (12%)"
 
-
-# +-- Methods and experiments ------------------------------------------------------------------+
 
 @pytest.mark.parametrize("line, label", [
     ("--target S --r 4", "Prune_S, r = 4 (1%)"), ("", "no pruning"),
@@ -302,13 +276,13 @@ def test_options_that_make_no_difference_are_no_part_of_a_method():
     assert key("--target S --scratch", r=4, e=[7]) == key("--target S --scratch")
     assert key("--target S --test-batch-size 64") == key("--target S")
     noise = "--target L --noise zero"
-    for a, b in (("--target S", "--target L"), ("--target S --r 4", "--target S --r 40"),
-                 ("--target S --score l1", "--target S --score l2"),
-                 (noise, f"{noise} --noise-batches 50"), (noise, f"{noise} --noise-restore"),
-                 (noise, f"{noise} --test-batch-size 256"), (noise, "--target L"),
-                 ("--model resnet18", "--model resnet18 --optimizer sgd"),
-                 ("--target S --prune-bn keep", "--target S")):
-        assert key(a) != key(b), (a, b)
+    for a, *others in (
+            ("--target S", "--target L", "--target S --prune-bn keep", "--target S --r 4",
+             "--target S --score l1"), ("--model resnet18", "--model resnet18 --optimizer sgd"),
+            (noise, f"{noise} --noise-batches 50", f"{noise} --noise-restore", "--target L",
+             f"{noise} --test-batch-size 256")):
+        for b in others:
+            assert key(a) != key(b), (a, b)
 
 
 def test_every_line_of_experiments_txt_is_an_own_method_of_its_block():
@@ -328,16 +302,15 @@ def test_a_bad_line_of_experiments_txt_is_named(tmp_path):
             analyze.read_experiments(path)
 
 
-def test_a_users_own_block_is_drawn_by_its_name(tmp_path, monkeypatch, capsys):
+def test_a_users_own_block_is_drawn_by_its_name(tmp_path, monkeypatch, capsys, refusal):
     path = tmp_path / "experiments.txt"
     path.write_text(analyze.EXPERIMENTS.read_text() + "\n[mystudy]\n--model vgg11 --target none\n"
                     "--model vgg11 --target S --r 10 --score l1\n")
     monkeypatch.setattr(analyze.read_experiments, "__defaults__", (path,))
     for seed in (1, 2, 3):
-        write_run(tmp_path / "logs", "--preset quick", seed, [60, 70])
-        write_run(tmp_path / "logs", "--preset quick --target S --r 10 --score l1", seed,
-                  [60 - seed, 70 + seed], EVENT)
-        write_run(tmp_path / "logs", "--preset quick --target S", seed, [60, 70], EVENT)
+        for line in ("", "--target S --r 10 --score l1", "--target S"):
+            write_run(tmp_path / "logs", f"--preset quick {line}", seed, [60 - seed, 70 + seed],
+                      EVENT if line else ())
     (tmp_path / "logs/digits/vgg11/none-quick/seed3/epochs.jsonl").unlink()
     drawn = draw(tmp_path, "--figure", "stability", "compute", "--experiment", "mystudy")
     assert set(drawn) == {f"fig{name}-mystudy-digits-quick" for name in ("stability", "compute")}
@@ -345,12 +318,11 @@ def test_a_users_own_block_is_drawn_by_its_name(tmp_path, monkeypatch, capsys):
         methods = numbers["models"]["vgg11"]["methods"]
         assert {name: m["seeds"] for name, m in methods.items()} == {
             "none": [1, 2], "S-r10-l1": [1, 2, 3]}
-    assert numbers["title"] == "VGG11, digits, preset quick, n = 2 to 3"
+        assert numbers["title"] == "VGG11, digits, preset quick, n = 2 to 3"
     assert "5 of 6 runs are there; the rest: bash runs.sh mystudy --seeds 1-3 --preset quick" in (
         capsys.readouterr().out)
-    assert analyze.main(["--figure", "2", "--experiment", "mystudy"]) == 2
-    assert analyze.main(["--figure", "compute", "--experiment", "nothing"]) == 2
-    assert capsys.readouterr().err.count("\n") == 2
+    refusal("--figure", "2", "--experiment", "mystudy")
+    refusal("--figure", "compute", "--experiment", "nothing")
 
 
 @pytest.mark.parametrize("experiment, options", [
@@ -392,44 +364,27 @@ def test_settings_and_data_sets_are_never_mixed(tmp_path):
     assert [list(n["models"]) for n in drawn.values()] == [["vgg11"]] * 3  # no r = 20
 
 
-def test_two_data_sets_are_never_one_file(tmp_path, capsys):
+def test_two_data_sets_are_never_one_file_and_nothing_to_draw_is_one_line(tmp_path, refusal):
     for name in ("my set", "my-set"):
         write_run(tmp_path / "logs", f"--target S --dataset '{name}'", 1, [60, 70], EVENT)
-    argv = ["--figure", "2", "--log-dir", str(tmp_path / "logs"), "--fig-dir", str(tmp_path)]
-    assert analyze.main(argv) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "would both be fig2-my-set: rename one" in error
+    write_run(tmp_path / "baselines", "", 1, [60, 70])
+    assert "would both be fig2-my-set: rename one" in refusal("--figure", "2")
+    assert "bash runs.sh fig2" in refusal("--figure", "2", log_dir="baselines")
+    for argv in ([], ["--figure", "99"], ["--live"]):
+        refusal(*argv)
+    refusal("--list", log_dir="nowhere")
 
 
-def test_nothing_to_draw_or_to_do_is_one_line(tmp_path, capsys):
-    write_run(tmp_path / "logs", "", 1, [60, 70])
-    assert analyze.main(["--figure", "2", "--log-dir", str(tmp_path / "logs")]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "bash runs.sh fig2" in error
-    for argv in ([], ["--figure", "99"], ["--live"], ["--list", "--log-dir", "nowhere"]):
-        assert analyze.main(argv) == 2
-    assert capsys.readouterr().err.count("\n") == 4
-
-
-def test_a_figure_that_cannot_be_written_is_one_line(tmp_path, capsys, real_files):
+def test_a_figure_that_cannot_be_written_is_one_line(tmp_path, refusal, monkeypatch, real_files):
     write_run(tmp_path / "logs", "--target S --r 4", 1, [60, 70], EVENT)
     (tmp_path / "file").write_text("")
-    argv = ["--figure", "2", "--log-dir", str(tmp_path / "logs"), "--fig-dir"]
-    for folder in (tmp_path / "file", "/dev/full"):
-        assert analyze.main([*argv, str(folder)]) == 1
-        assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch, real_files):
-    write_run(tmp_path / "logs", "--target S --r 4", 1, [60, 70], EVENT)
+    for folder in ("file", "/dev/full"):
+        refusal("--figure", "2", code=1, fig_dir=folder)
 
     def full(*_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "fsync", full)
-    assert analyze.main(["--figure", "2", "--log-dir", str(tmp_path / "logs"), "--fig-dir",
-                         str(tmp_path / "figures")]) == 1
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "No space left" in error
+    assert "No space left" in refusal("--figure", "2", code=1, fig_dir="figures")
     assert not list((tmp_path / "figures").iterdir())
 
 
@@ -444,9 +399,8 @@ def test_list_counts_the_runs(tmp_path, capsys):
 def test_a_name_that_cannot_be_printed_and_a_notebooks_backend_do_not_matter(tmp_path):
     path = write_run(tmp_path / "logs", "--target S --r 4 --dataset cost", 1, [60, 70], EVENT)
     name = os.fsdecode("cost$5_$é".encode("latin-1"))
+    edit(path / "config.json", '"dataset": "cost"', f'"dataset": {json.dumps(name)}')
     path.parents[2].rename(tmp_path / "logs" / name)
-    edit(next((tmp_path / "logs").rglob("config.json")), '"dataset": "cost"',
-         f'"dataset": {json.dumps(name)}')
     program = """import matplotlib, sys
 matplotlib.rcParams["font.size"] = 31
 matplotlib.use("svg")
@@ -455,14 +409,14 @@ import analyze
 assert dict(matplotlib.rcParams) == before
 assert matplotlib.get_backend(auto_select=False) == backend
 assert "matplotlib.pyplot" not in sys.modules"""
-    root = pathlib.Path(analyze.__file__).parent
-    subprocess.run([sys.executable, "-c", program], cwd=root, check=True)
-    command = [sys.executable, "analyze.py", "--figure", "2", "--log-dir", tmp_path / "logs",
-               "--fig-dir", tmp_path]
     environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline",
                                 "PYTHONIOENCODING": "ascii:strict"}
-    result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-    assert result.returncode == 0 and result.stderr == "", result.stderr
+    for argv, more in ((["-c", program], {}), (
+            ["analyze.py", "--figure", "2", "--log-dir", tmp_path / "logs", "--fig-dir", tmp_path],
+            {"env": environment})):
+        result = subprocess.run([sys.executable, *argv], cwd=pathlib.Path(analyze.__file__).parent,
+                                capture_output=True, text=True, **more)
+        assert result.returncode == 0 and result.stderr == "", result.stderr
     assert (tmp_path / f"fig2-{name}.png").stat().st_size > 10_000
 
 
@@ -470,23 +424,18 @@ def test_the_figure_holds_the_hand_computed_numbers(tmp_path):
     # (before the event, after it, last epoch): stability is 100 * after / before
     runs = {"S-r4": [(80, 80, 70), (80, 79.2, 71)], "S-r40": [(80, 76, 73), (80, 75.2, 72)],
             "L-r40": [(80, 60, 74), (80, 64, 75)]}
-    for method, values in runs.items():
-        for seed, (before, after, last) in enumerate(values, 1):
-            write_run(tmp_path / "logs", line_of(method), seed, [after, last], {0: (before, 1)})
     for seed in (1, 2):
+        for method, values in runs.items():
+            before, after, last = values[seed - 1]
+            write_run(tmp_path / "logs", line_of(method), seed, [after, last], {0: (before, 1)})
         write_run(tmp_path / "logs", "", seed, [50, 10 * seed])  # not in the correlation
-    panel = draw(tmp_path, "--figure", "2")["fig2"]["models"]["vgg11"]
-    x = np.array([100 * after / before for v in runs.values() for before, after, _ in v])
-    y = np.array([max(after, last) for v in runs.values() for _, after, last in v])
-    x, y = x - x.mean(), y - y.mean()
+    panel = draw_panel(tmp_path, "2")
+    x = [100 * after / before for v in runs.values() for before, after, _ in v]
+    y = [max(after, last) for v in runs.values() for _, after, last in v]
     statistics, = panel["scatters"]
     assert statistics["n"] == 6
-    assert statistics["pearson"][0] == pytest.approx((x @ y) / math.sqrt((x @ x) * (y @ y)))
-    pairs = [(i, j) for i in range(6) for j in range(i)]
-    concordance = sum(np.sign(x[i] - x[j]) * np.sign(y[i] - y[j]) for i, j in pairs)
-    distinct = sum(y[i] != y[j] for i, j in pairs)
-    tau = concordance / math.sqrt(len(pairs) * distinct)
-    assert statistics["kendall"][0] == pytest.approx(tau)
+    assert statistics["pearson"][0] == pytest.approx(scipy.stats.pearsonr(x, y)[0])
+    assert statistics["kendall"][0] == pytest.approx(scipy.stats.kendalltau(x, y)[0])
     small = panel["methods"]["S-r4"]
     assert small["label"] == "Prune_S, r = 4 (1%)"
     assert small["best_acc"]["mean"] == pytest.approx(79.6)
@@ -501,9 +450,9 @@ def test_the_figure_holds_the_hand_computed_numbers(tmp_path):
 
 def test_best_and_last_accuracy_that_disagree_are_noted_below(tmp_path, capsys, no_images):
     for seed in range(1, 7):  # less stable is better by the best accuracy, worse by the last
-        write_run(tmp_path / "logs", "--target S --r 4", seed, [65, 70 + seed, 60 + seed],
-                  {0: (66, 1)})
-        write_run(tmp_path / "logs", "--target L", seed, [60, 75 + seed, 50 + seed], EVENT)
+        for method, after, best, last in (("S-r4", 65, 70, 60), ("L", 60, 75, 50)):
+            write_run(tmp_path / "logs", line_of(method), seed, [after, best + seed, last + seed],
+                      {0: (66, 1)})
     numbers = draw(tmp_path, "--figure", "2")["fig2"]
     panel = numbers["models"]["vgg11"]
     assert panel["disagree"] == ["L-r40 minus S-r4"]

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import tiny_model
 from test_ext import DEVICES
 
 from gst_ext import errors, networks, ops
@@ -20,17 +21,14 @@ TOLERANCE = {torch.float64: dict(rtol=1e-10, atol=1e-11),
 
 def covering(**factors):
     """Cases (dicts) that hold every pair of levels of two factors, fewer than all products."""
-    def pairs(case):
-        return set(itertools.combinations(enumerate(case), 2))
     products = list(itertools.product(*(range(len(levels)) for levels in factors.values())))
     random.Random(0).shuffle(products)
-    left, cases = set().union(*map(pairs, products)), []
-    while left:
-        best = max(products[:4000], key=lambda case: len(left & pairs(case)))
-        if not left & pairs(best):
-            best = next(case for case in products if left & pairs(case))
-        left -= pairs(best)
-        cases.append(dict(zip(factors, (factors[k][i] for k, i in zip(factors, best)))))
+    held, cases = set(), []
+    for case in products:
+        pairs = set(itertools.combinations(enumerate(case), 2))
+        if not pairs <= held:
+            held |= pairs
+            cases.append({k: factors[k][i] for k, i in zip(factors, case)})
     return cases
 
 
@@ -48,6 +46,11 @@ def index(values, device="cpu"):
 def fresh(case):
     """Clones of a case's tensors, since statistics are updated in place."""
     return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in case.items()}
+
+
+def double(case):
+    return {k: v.double() if v is not None and v.is_floating_point() else v
+            for k, v in case.items()}
 
 
 def gradients(function, tensors, grad):
@@ -89,41 +92,12 @@ def test_masked_conv2d_agrees_with_its_reference(device, case):
     assert not got[2][pruned].any()
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_masked_conv2d_passes_gradcheck_and_opcheck(device):
-    live_out, live_in = index([0, 2], device), index([1, 2], device)
-    shapes = (2, 2, 5, 4), (3, 4, 3, 3), (3,)
-    tensors = [draw(i, *shape, device=device) for i, shape in enumerate(shapes)]
-    torch.autograd.gradcheck(lambda *t: ops.masked_conv2d(*t, live_out, live_in, 2, 1),
-                             [t.clone().requires_grad_() for t in tensors])
-    torch.library.opcheck(torch.ops.gst.masked_conv2d.default,
-                          (*tensors, live_out, live_in, 1, 1))
-    grad = draw(3, 2, 2, 5, 4, device=device)
-    torch.library.opcheck(torch.ops.gst.masked_conv2d_backward.default, (
-        grad, *tensors[:2], live_out, live_in, 1, 1, [True, False, True]))
-
-
-@pytest.mark.parametrize("change, words", [
-    (dict(x=torch.zeros(2, 3, 5)), "four dimensions"),
-    (dict(x=torch.zeros(2, 4, 5, 5)), r"weight must be Float \[4, 4, 3, 3\]"),
-    (dict(x=torch.zeros(2, 3, 5, 5).double()), "weight must be Double"),
-    (dict(x=torch.zeros(2, 3, 5, 5).int()), "floating type"), (dict(bias=torch.zeros(3)), "bias"),
-    (dict(live_out=torch.tensor([0.0])), "live_out must be Long"), (dict(stride=0), "stride"),
-    (dict(x=torch.zeros(2, 3, 1, 1), padding=0), "larger than the padded map")])
-def test_masked_conv2d_refuses_what_does_not_fit(change, words):
-    arguments = dict(x=torch.zeros(2, 3, 5, 5), weight=torch.zeros(4, 3, 3, 3), padding=1)
-    with pytest.raises(RuntimeError, match=words):
-        ops.masked_conv2d(**arguments | change)
-
-
-def whole_numbers(seed, *shape):
+def whole_numbers(*arguments):
     """Small ones, which Winograd's transforms turn into quarters at the least: no rounding."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randint(-4, 5, shape, generator=generator).float()
-    return values.contiguous(memory_format=CHANNELS_LAST) if len(shape) == 4 else values
+    return draw(*arguments, dtype=torch.float32).mul(2).round()
 
 
-def winograd_case(n, c_in, c_out, size, live_out, live_in, draw=whole_numbers):
+def winograd_case(n, c_in, c_out, size, live_out=None, live_in=None, draw=whole_numbers):
     """x, weight, live_out, live_in, grad; the live convolution and its gradients in float64."""
     live_out, live_in = (None if r is None else torch.arange(*r) for r in (live_out, live_in))
     x = draw(0, n, c_in if live_in is None else len(live_in), *size)
@@ -144,10 +118,9 @@ def winograd(x, weight, live_out, live_in, grad):
 
 
 @pytest.mark.parametrize("case", [
-    (1, 1, 1, (1, 1), None, None), (3, 5, 7, (2, 2), None, None), (2, 33, 50, (1, 2), None, None),
-    (1, 19, 33, (5, 7), None, None), (1, 16, 17, (3, 1), None, None),
-    (9, 70, 90, (2, 2), (1, 90, 2), (3, 70, 4)), (1, 70, 90, (6, 3), (40, 41), (0, 70, 3)),
-    (40, 80, 8, (16, 15), (0, 8, 3), (5, 80))], ids=str)
+    (1, 1, 1, (1, 1)), (3, 5, 7, (2, 2)), (2, 33, 50, (1, 2)), (1, 19, 33, (5, 7)),
+    (1, 16, 17, (3, 1)), (9, 70, 90, (2, 2), (1, 90, 2), (3, 70, 4)),
+    (1, 70, 90, (6, 3), (40, 41), (0, 70, 3)), (40, 80, 8, (16, 15), (0, 8, 3), (5, 80))], ids=str)
 def test_winograd_s_convolution_and_gradients_are_exact_in_whole_numbers(case):
     arguments, want = winograd_case(*case)
     for got, exact in zip(winograd(*arguments), want, strict=True):
@@ -155,7 +128,7 @@ def test_winograd_s_convolution_and_gradients_are_exact_in_whole_numbers(case):
 
 
 def test_winograd_s_convolution_adds_bias_and_shortcut_before_relu_in_any_memory_layout():
-    (x, weight, *live, _), (want, *_) = winograd_case(3, 21, 35, (5, 6), None, None)
+    (x, weight, *live, _), (want, *_) = winograd_case(3, 21, 35, (5, 6))
     bias, residual = whole_numbers(3, 35), whole_numbers(4, 3, 35, 5, 6)
     filters = torch.ops.gst.winograd_filters(weight.contiguous(), *live, 5, 6, False)
     convolve = torch.ops.gst.winograd_conv2d
@@ -169,11 +142,20 @@ def test_winograd_s_convolution_adds_bias_and_shortcut_before_relu_in_any_memory
         convolve(x[:, 1:], filters, 35, bias, residual, True)
 
 
+def with_threads(number, function):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        return function()
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("case", [
-    (64, 256, 256, (2, 2), None, None), (1, 39, 45, (31, 33), None, None),
-    (5, 90, 80, (10, 7), (0, 80, 2), (7, 90, 2))], ids=str)
+    (64, 256, 256, (2, 2)), (1, 39, 45, (31, 33)), (5, 90, 80, (10, 7), (0, 80, 2), (7, 90, 2))],
+    ids=str)
 def test_winograd_rounds_as_a_direct_sum_does_for_any_number_of_threads(case):
-    arguments, want = winograd_case(*case, lambda *a: draw(*a, dtype=torch.float32))
+    arguments, want = winograd_case(*case, draw=lambda *a: draw(*a, dtype=torch.float32))
     got = winograd(*arguments)
     assert all(map(torch.equal, got, with_threads(3, lambda: winograd(*arguments))))
     x, weight, *live, grad = arguments
@@ -188,15 +170,7 @@ def test_winograd_rounds_as_a_direct_sum_does_for_any_number_of_threads(case):
 
 # Batch norm, shortcut, ReLU and pool
 
-def with_threads(number, function):
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        return function()
-    finally:
-        torch.set_num_threads(before)
-
-
+LEAVES = "x", "weight", "bias", "gamma", "beta", "residual"
 RESIDUALS = {"none": None, "direct": None, "nested": [4, 2, 0, 5, 1], "unmapped": [-1] * 5,
              "mixed": [3, -1, 0, -1, 5]}
 
@@ -205,41 +179,42 @@ def bn_case(device, dtype, shape, residual="none", pruned=True, layout=CHANNELS_
     """bn_act's tensors: up to 5 live channels, of 4 more filters if pruned."""
     n, c, *size = shape
     like, c_out = dict(device=device, dtype=dtype), c + 4 * pruned
-    wide = like | dict(dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    wide = like | dict(dtype=torch.promote_types(dtype, torch.float32))
     case = dict(x=draw(0, *shape, **like), residual=None, residual_map=None)
     if residual != "none":
         case["residual"] = draw(1, n, c if residual == "direct" else 6, *size, **like)
-        mapped = RESIDUALS[residual]
-        case["residual_map"] = index(mapped if mapped is None else mapped[:c], device)
-    for i, name in enumerate(("gamma", "beta", "running_mean")):
+        case["residual_map"] = RESIDUALS[residual] and index(RESIDUALS[residual][:c], device)
+    for i, name in enumerate(("gamma", "beta", "running_mean", "running_var")):
         case[name] = draw(2 + i, c_out, **wide)
-    case["running_var"] = draw(5, c_out, **wide).abs() + 0.1
+    case["running_var"] = case["running_var"].abs() + 0.1
     case["act"] = draw(6, c_out, device=device, dtype=torch.float32).abs()
     case["live"] = index([0, 1, 4, 5, 8][:c], device) if pruned else None
     return {k: v.contiguous(memory_format=layout) if v is not None and v.dim() == 4 else v
             for k, v in case.items()}
 
 
-def run_bn(function, case, **options):
-    """Out, running_mean, running_var, act, gradients of x, gamma, beta and the residual."""
+def run(function, case, grad=None, **options):
+    """Out, running_mean, running_var, act, and the gradients of those of LEAVES there are."""
     case = fresh(case)
-    leaves = [case[k].requires_grad_() for k in ("x", "gamma", "beta", "residual")
-              if case[k] is not None]
+    leaves = [case[k].requires_grad_() for k in LEAVES if case.get(k) is not None]
     out = function(**case, **options)
-    grads = torch.autograd.grad(out, leaves, draw(9, *out.shape, device=out.device,
-                                                  dtype=out.dtype))
-    return [out.detach(), case["running_mean"], case["running_var"], case["act"], *grads]
+    if grad is None:
+        grad = draw(9, *out.shape, device=out.device, dtype=out.dtype)
+    return [out.detach(), *(case[k] for k in ("running_mean", "running_var", "act")),
+            *torch.autograd.grad(out, leaves, grad)]
 
 
 @pytest.mark.parametrize("case", covering(
     dtype=list(TOLERANCE), layout=LAYOUTS, pruned=[False, True], training=[False, True],
     relu=[False, True], pool=[False, True], residual=list(RESIDUALS), shape=[
-        (3, 5, 7, 9), (1, 5, 5, 3), (2, 1, 2, 2), (70, 5, 4, 2), (9, 5, 30, 32)]), ids=str)
+        (3, 5, 7, 9), (1, 5, 5, 3), (2, 1, 2, 2), (70, 5, 4, 2), (64, 5, 16, 18)]), ids=str)
 def test_bn_act_agrees_with_its_reference(device, case):
     dtype, options = case["dtype"], {k: case[k] for k in ("training", "relu", "pool")}
     tensors = bn_case(device, dtype, case["shape"], case["residual"], case["pruned"],
                       case["layout"])
-    got, want = (run_bn(f, tensors, **options) for f in (ops.bn_act, ops.bn_act_ref))
+    got, want = (run(f, tensors, **options) for f in (ops.bn_act, ops.bn_act_ref))
+    again = with_threads(2, lambda: run(ops.bn_act, tensors, **options))
+    assert all(map(torch.equal, got, again))
     assert got[0].is_contiguous(memory_format=CHANNELS_LAST)
     if dtype != torch.float64 and (case["relu"] or case["pool"]):
         got, want = got[:4], want[:4]  # rounding may flip what ReLU or the pool lets through
@@ -247,19 +222,11 @@ def test_bn_act_agrees_with_its_reference(device, case):
     assert_close(got, want, **TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("pool, residual", [(True, "none"), (False, "mixed")])
-def test_no_bit_of_bn_act_depends_on_the_number_of_threads(device, pool, residual):
-    case = bn_case(device, torch.float32, (64, 5, 16, 18), residual)
-    one, two = (with_threads(n, lambda: run_bn(ops.bn_act, case, pool=pool)) for n in (1, 2))
-    assert all(map(torch.equal, one, two))
-
-
-def test_bn_act_matches_pytorch_s_own_batch_norm_far_from_zero(device):
-    x = 100 + draw(0, 64, 20, 16, 16, device=device, dtype=torch.float32)
-    mean, var = torch.zeros(2, 20, device=device)
-    got = ops.bn_act(x, torch.ones_like(mean), mean, mean.clone(), var.clone())
-    want = F.relu(F.batch_norm(x.double(), mean.double(), var.double(), training=True))
-    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+def test_bn_act_keeps_its_digits_far_from_zero(device):
+    case = bn_case(device, torch.float32, (64, 5, 16, 16))
+    case["x"] += 100
+    want, got = ops.bn_act_ref(**double(case)), ops.bn_act(**case).double()
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -269,12 +236,10 @@ def test_of_zero_equal_values_and_nan_relu_and_pool_pass_what_pytorch_s_do(devic
     windows = torch.cartesian_prod(*[values] * 4).view(25, 25, 2, 2)
     x = windows.transpose(1, 2).reshape(1, 1, 50, 50).repeat(2, 3, 1, 1)
     one, zero = torch.ones(3, device=device), torch.zeros(3, device=device)
-
-    def evaluated(x):
-        return ops.bn_act(x, one, zero, zero.clone(), one.clone(), training=False, eps=0.0,
-                          pool=pool)
+    functions = (lambda x: ops.bn_act(x, one, zero, zero, one, training=False, eps=0.0, pool=pool),
+                 lambda x: F.max_pool2d(F.relu(x), 2) if pool else F.relu(x))
     got, want = (gradients(f, [x], lambda out: draw(0, *out.shape, device=device, dtype=dtype))
-                 for f in (evaluated, lambda x: F.max_pool2d(F.relu(x), 2) if pool else F.relu(x)))
+                 for f in functions)
     torch.testing.assert_close(got[0], want[0], rtol=0, atol=0, equal_nan=True)
     number = ~x.isnan()  # elsewhere the gradient is NaN too
     assert torch.equal(got[1][number], want[1][number])
@@ -282,15 +247,10 @@ def test_of_zero_equal_values_and_nan_relu_and_pool_pass_what_pytorch_s_do(devic
 
 
 def test_bn_act_of_a_layer_without_live_filters_only_lets_its_statistics_decay(device):
-    case = bn_case(device, torch.float32, (4, 5, 3, 3), "direct")
-    old = fresh(case)
-    for k in ("x", "residual", "live"):
-        case[k] = case[k][:, :0].requires_grad_() if k != "live" else case[k][:0]
-    out = ops.bn_act(**case)
-    out.sum().backward()
+    case = bn_case(device, torch.float32, (4, 0, 3, 3), "direct")
+    out, *statistics = run(ops.bn_act, case)[:4]
     assert out.shape == (4, 0, 3, 3)
-    torch.testing.assert_close(case["running_var"], 0.9 * old["running_var"])
-    torch.testing.assert_close(case["act"], 0.9 * old["act"])
+    assert_close(statistics, [0.9 * case[k] for k in ("running_mean", "running_var", "act")])
 
 
 NOT_FINITE = [(name, value) for name in ("x", "gamma", "beta", "running_mean", "running_var",
@@ -311,7 +271,7 @@ def test_bn_act_passes_on_what_is_not_finite_as_its_reference_does(device, resid
         # The reference on the CPU: max_pool2d's channels-last kernel of CUDA (PyTorch 2.11) sends
         # the gradients of all windows of -infinity to the map's first pixel.
         on_cpu = {k: v if v is None else v.cpu() for k, v in case.items()}
-        got, want = (run_bn(f, c, training=training, relu=relu, pool=pool)
+        got, want = (run(f, c, training=training, relu=relu, pool=pool)
                      for f, c in ((ops.bn_act, case), (ops.bn_act_ref, on_cpu)))
         for gradient in (got, want):  # infinite where sums of other terms are NaN, or NaN itself
             gradient[4:] = [g.nan_to_num(torch.nan, torch.nan, torch.nan) for g in gradient[4:]]
@@ -322,88 +282,106 @@ def test_bn_act_passes_on_what_is_not_finite_as_its_reference_does(device, resid
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("residual, training, pool", [
     ("none", True, True), ("direct", False, False), ("mixed", True, False)])
-def test_bn_act_passes_gradcheck_and_opcheck(device, residual, training, pool):
+def test_operators_pass_gradcheck(device, residual, training, pool):
     case = bn_case(device, torch.float64, (3, 5, 4, 2), residual)
-    leaves = [case[k] for k in ("x", "gamma", "beta")] + [case["residual"]] * (residual != "none")
-    names = "x", "gamma", "beta", "residual"
+    names = ["x", "gamma", "beta"] + ["residual"] * (residual != "none")
     torch.autograd.gradcheck(
         lambda *t: ops.bn_act(**fresh(case) | dict(zip(names, t)), training=training, pool=pool),
-        [t.clone().requires_grad_() for t in leaves])
-    tensors = [case[k] for k in ("x", "gamma", "beta", "running_mean", "running_var", "live",
-                                 "residual", "residual_map", "act")]
-    arguments = *tensors, training, True, pool, 0.1, 1e-5, 0.9
-    checks = "test_schema", "test_faketensor"
-    torch.library.opcheck(torch.ops.gst.bn_act.default, arguments, test_utils=checks)
-    out, mean, invstd, bits = torch.ops.gst.bn_act(*arguments)
-    channels = -1 if residual == "none" else tensors[6].shape[1]
+        [case[name].clone().requires_grad_() for name in names])
+    live_out, live_in = index([0, 2], device), index([1, 2], device)
+    shapes = (2, 2, 5, 4), (3, 4, 3, 3), (3,)
+    torch.autograd.gradcheck(
+        lambda *t: ops.masked_conv2d(*t, live_out, live_in, 2, 1),
+        [draw(i, *shape, device=device).requires_grad_() for i, shape in enumerate(shapes)])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("residual, training, pool", [
+    ("none", True, True), ("direct", False, False), ("mixed", True, False)])
+def test_operators_pass_opcheck(device, residual, training, pool):
+    case = bn_case(device, torch.float64, (3, 5, 4, 2), residual)
+    weight, rest = draw(1, 9, 9, 3, 3, device=device), (case["live"], case["live"], 1, 1)
+    for name, given in (("", (case["x"], weight, case["beta"], *rest)), ("_backward", (
+            case["x"], case["x"], weight, *rest, [True, pool, training]))):
+        torch.library.opcheck(getattr(torch.ops.gst, "masked_conv2d" + name).default, given)
+    x, shortcut, source, gamma, *_, live = case.values()
+    options = dict(training=training, relu=True, pool=pool, momentum=0.1, eps=1e-5, ema_decay=0.9)
+    bn, checks = torch.ops.gst.bn_act, ("test_schema", "test_faketensor")
+    torch.library.opcheck(bn.default, (), case | options, test_utils=checks)
+    out, mean, invstd, bits = bn(**case, **options)
+    channels = -1 if shortcut is None else shortcut.shape[1]
     torch.library.opcheck(torch.ops.gst.bn_act_backward.default, (
-        torch.ones_like(out), tensors[0], bits, tensors[1], mean, invstd, case["live"],
-        case["residual_map"], channels, training, pool), test_utils=checks)
+        torch.ones_like(out), x, bits, gamma, mean, invstd, live, source, channels, training,
+        pool), test_utils=checks)
 
 
-@pytest.mark.parametrize("size, residual", [((3, 4), False), ((4, 3), False), ((4, 4), True)])
-def test_the_operator_pools_no_map_of_odd_size_and_none_with_a_shortcut(device, size, residual):
-    x, v = torch.ones(2, 5, *size, device=device), torch.ones(5, device=device)
-    with pytest.raises(RuntimeError, match="pool needs maps of even size"):
-        torch.ops.gst.bn_act(x, v, v, v.clone(), v.clone(), None, x if residual else None, None,
-                             None, True, True, True, 0.1, 1e-5, 0.9)
+zeros = torch.zeros
+V = torch.ones(5)
+CONV = ops.masked_conv2d, dict(x=zeros(2, 3, 5, 5), weight=zeros(4, 3, 3, 3), padding=1)
+NORM = ops.bn_act, dict(x=zeros(2, 5, 3, 3), gamma=V, beta=V, running_mean=V, running_var=V)
+POOL = torch.ops.gst.bn_act, NORM[1] | dict(
+    live=None, residual=None, residual_map=None, act=None, training=True, relu=True, pool=True,
+    momentum=0.1, eps=1e-5, ema_decay=0.9)
+EBN = ops.ebn_score, dict(gamma=V[:3], beta=V[:3])
 
 
-@pytest.mark.parametrize("change, words", [
-    (dict(x=torch.zeros(2, 4, 3, 3)), "gamma must be"),
-    (dict(gamma=torch.zeros(5).double()), "gamma"),
-    (dict(running_var=torch.zeros(4)), "running_var"),
-    (dict(x=torch.zeros(2, 5, 3)), "four dimensions"),
-    (dict(residual=torch.zeros(2, 5, 4, 3)), "residual"), (dict(act=torch.zeros(3)), "act"),
-    (dict(residual_map=torch.zeros(5, dtype=torch.int64)), "needs a residual"),
-    (dict(x=torch.zeros(1, 5, 1, 1)), "more than one value"),
-    (dict(x=torch.zeros(2, 5, 3, 3).long()), "no kernel"),
-    (dict(x=torch.zeros(2, 5, 3, 3).half()), "no kernel"),
-    (dict(live=torch.tensor([0, 1, 2, 3, 5])), "live channel 5 of 5"),
-    (dict(residual=torch.zeros(2, 3, 3, 3), residual_map=torch.full((5,), 3)), "channel 3 of 3"),
-    (dict(residual=torch.zeros(2, 3, 3, 3), residual_map=torch.tensor([-1, 1, -1, 0, 1])),
-     "channel 1 twice")])
-def test_bn_act_refuses_what_does_not_fit(change, words):
-    v = torch.ones(5)
-    arguments = dict(x=torch.randn(2, 5, 3, 3), gamma=v, beta=v, running_mean=v.clone(),
-                     running_var=v.clone())
+@pytest.mark.parametrize("call, change, words", [
+    (EBN, dict(beta=V[:4]), r"beta must be Float \[3\]"),
+    (EBN, dict(gamma=zeros(3, 3), beta=zeros(3, 3)), r"gamma must be Float \[9\]"),
+    (EBN, dict(beta=V[:3].double()), "not Double"),
+    (EBN, dict(gamma=V[:3].long(), beta=V[:3].long()), "floating type"),
+    (CONV, dict(x=zeros(2, 3, 5)), "four dimensions"),
+    (CONV, dict(x=zeros(2, 4, 5, 5)), r"weight must be Float \[4, 4, 3, 3\]"),
+    (CONV, dict(x=zeros(2, 3, 5, 5).double()), "weight must be Double"),
+    (CONV, dict(x=zeros(2, 3, 5, 5).int()), "floating type"),
+    (CONV, dict(bias=zeros(3)), "bias"), (CONV, dict(stride=0), "stride"),
+    (CONV, dict(live_out=zeros(1)), "live_out must be Long"),
+    (CONV, dict(x=zeros(2, 3, 1, 1), padding=0), "larger than the padded map"),
+    (NORM, dict(x=zeros(2, 4, 3, 3)), "gamma must be"),
+    (NORM, dict(gamma=V.double()), "gamma"), (NORM, dict(running_var=zeros(4)), "running_var"),
+    (NORM, dict(x=zeros(2, 5, 3)), "four dimensions"), (NORM, dict(act=zeros(3)), "act"),
+    (NORM, dict(residual=zeros(2, 5, 4, 3)), "residual"),
+    (NORM, dict(residual_map=V.long()), "needs a residual"),
+    (NORM, dict(x=zeros(1, 5, 1, 1)), "more than one value"),
+    (NORM, dict(x=zeros(2, 5, 3, 3).half()), "no kernel"),
+    (NORM, dict(live=index([0, 1, 2, 3, 5])), "live channel 5 of 5"),
+    (NORM, dict(residual=zeros(2, 3, 3, 3), residual_map=index([3] * 5)), "channel 3 of 3"),
+    (NORM, dict(residual=zeros(2, 3, 3, 3), residual_map=index([-1, 1, -1, 0, 1])),
+     "channel 1 twice"), (POOL, dict(x=zeros(2, 5, 3, 4)), "maps of even size"),
+    (POOL, dict(x=zeros(2, 5, 4, 3)), "maps of even size"),
+    (POOL, dict(x=zeros(2, 5, 4, 4), residual=zeros(2, 5, 4, 4)), "no residual")])
+def test_operators_refuse_what_does_not_fit(call, change, words):
+    function, arguments = call
     with pytest.raises((RuntimeError, IndexError), match=words):
-        ops.bn_act(**arguments | change)
+        function(**arguments | change)
 
 
 # The fused block
 
 def block_case(device, dtype, n, c_in, c_out, size, pruned=False, residual=False):
-    """masked_conv_bn_act's tensors."""
+    """masked_conv_bn_act's tensors, either pruned or with a residual."""
     like = dict(device=device, dtype=dtype)
-    case = bn_case(device, dtype, (n, c_out, 1, 1), pruned=False)
-    live = [0, 2, c_out - 1] if pruned else None
-    shape = n, len(live) if pruned else c_out, size, size
-    return dict(x=draw(0, n, c_in, size, size, **like),
-                weight=torch.nn.Parameter(draw(1, c_out, c_in, 3, 3, **like) / 9),
-                bias=draw(7, c_out, **like), live_out=index(live, device),
-                residual=draw(8, *shape, **like) if residual else None,
-                **{k: case[k] for k in ("gamma", "beta", "running_mean", "running_var")})
+    case = bn_case(device, dtype, (n, c_out, size, size), "direct" if residual else "none", False)
+    del case["live"]
+    return case | dict(x=draw(0, n, c_in, size, size, **like), bias=draw(7, c_out, **like),
+                       live_out=index([0, 2, c_out - 1], device) if pruned else None,
+                       weight=torch.nn.Parameter(draw(1, c_out, c_in, 3, 3, **like) / 9))
+
+
+BLOCKS = ops.masked_conv_bn_act, ops.masked_conv_bn_act_ref
 
 
 @pytest.mark.parametrize("pruned, residual", [(False, True), (True, False)])
 def test_in_training_a_bias_shifts_the_running_mean_and_nothing_else(device, pruned, residual):
     case = block_case(device, torch.float64, 4, 3, 8, 6, pruned, residual)
-    found = []
-    for function in (ops.masked_conv_bn_act, ops.masked_conv_bn_act_ref):
-        tensors, act = fresh(case), torch.ones(8, device=device)
-        leaves = [tensors[k].detach_().requires_grad_()
-                  for k in ("x", "weight", "bias", "gamma", "beta")]
-        out = function(**tensors, act=act, momentum=0.3)
-        grads = torch.autograd.grad(out, leaves, draw(9, *out.shape, device=device))
-        found.append([out, tensors["running_mean"], tensors["running_var"], act, *grads])
-    assert_close(*found, rtol=1e-6, atol=1e-11)
-    assert not found[0][6].any()  # exactly 0, where the reference has what rounding leaves
-    without = ops.masked_conv_bn_act(**fresh(case) | dict(bias=None))
-    assert torch.equal(without, found[0][0])
+    case["weight"] = case["weight"].detach()
+    got, want = (run(f, case, momentum=0.3) for f in BLOCKS)
+    assert_close(got, want, rtol=1e-6, atol=1e-11)
+    assert not got[6].any()  # exactly 0, where the reference has what rounding leaves
+    assert torch.equal(ops.masked_conv_bn_act(**fresh(case) | dict(bias=None)), got[0])
     for value in (torch.nan, torch.inf):
         case["bias"][2] = value
-        got, want = (f(**fresh(case)) for f in (ops.masked_conv_bn_act, ops.masked_conv_bn_act_ref))
+        got, want = (f(**fresh(case)) for f in BLOCKS)
         torch.testing.assert_close(got, want, equal_nan=True)
 
 
@@ -413,110 +391,82 @@ def test_in_training_a_bias_shifts_the_running_mean_and_nothing_else(device, pru
 def test_an_evaluated_block_passes_on_what_is_not_finite(device, sizes, residual, pool):
     for name, value in [*NOT_FINITE, ("weight", torch.nan), ("weight", torch.inf),
                         ("bias", torch.nan), ("bias", -torch.inf)]:
-        case = block_case(device, torch.float32, *sizes, residual=residual)
+        case = block_case(device, torch.float32, *sizes, residual=residual) | dict(act=None)
         if case[name] is None:
             continue
         case[name][(1,) * case[name].dim()] = value
-        pays = torch.ops.gst.winograd_pays(case["x"], case["weight"], sizes[2], 1, 1) if (
-            device == "cpu") else False
-        got, want = (f(**case, training=False, pool=pool)
-                     for f in (ops.masked_conv_bn_act, ops.masked_conv_bn_act_ref))
+        pays = device == "cpu" and torch.ops.gst.winograd_pays(
+            case["x"], case["weight"], sizes[2], 1, 1)
+        got, want = (f(**case, training=False, pool=pool) for f in BLOCKS)
         if pays and name in ("x", "weight"):  # sums in another order: infinity may become NaN
             assert not (got.isfinite() & ~want.isfinite()).any() and got.isfinite().any()
         else:
             assert_close([got], [want], f"{name} {value}", rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
-@pytest.mark.parametrize("built", [True, False])
-def test_operators_are_their_references_without_the_build_too(built, monkeypatch):
-    monkeypatch.setattr(ops, "available", built)
-    case = bn_case("cpu", torch.float64, (4, 5, 6, 6), "direct")
-    norm = {k: v for k, v in case.items() if k != "x"}
-    torch.testing.assert_close(ops.bn_act(**fresh(case)), ops.bn_act_ref(**fresh(case)))
-    norm["live_out"], live_in = norm.pop("live"), torch.tensor([0, 3, 6])
-    x, weight, bias = draw(20, 4, 3, 6, 6), draw(21, 9, 7, 3, 3), draw(22, 9)
-    got, want = (f(x, weight, bias, live_in=live_in, **fresh(norm))
-                 for f in (ops.masked_conv_bn_act, ops.masked_conv_bn_act_ref))
-    torch.testing.assert_close(got, want)
-    got, want = (f(x, weight, bias, norm["live_out"], live_in)
-                 for f in (ops.masked_conv2d, ops.masked_conv2d_ref))
-    torch.testing.assert_close(got, want)
+def test_without_the_build_operators_are_their_references(monkeypatch):
+    norm = bn_case("cpu", torch.float64, (4, 5, 6, 6), "direct")
+    block = block_case("cpu", torch.float64, 4, 2, 8, 6, pruned=True)
+    block |= dict(weight=draw(1, 8, 7, 3, 3), live_in=torch.tensor([0, 6]))
+    conv = {k: block[k] for k in ("x", "weight", "bias", "live_out", "live_in")}
+    ebn = dict(gamma=norm["gamma"].float(), beta=norm["beta"].float())
+    monkeypatch.setattr(ops, "available", False)
+    monkeypatch.setattr(torch.ops, "gst", None)
+    for name, given in (("bn_act", norm), ("masked_conv2d", conv), ("masked_conv_bn_act", block),
+                        ("ebn_score", ebn)):
+        got, want = (getattr(ops, name + end)(**fresh(given)) for end in ("", "_ref"))
+        assert torch.equal(got, want.to(next(iter(given.values())).dtype))
 
 
 # Whole networks
 
-MASKS = {"unpruned": [0.0], "some": [0.0, 0.4, 0.0, 0.3], "most": [0.8],
-         "a whole layer": [0.5, 0.5, 1.0, 0.5], "batch norm kept": [0.4]}
+SOME, WHOLE_LAYER = [0, 0.4, 0, 0.3], [0.5, 0.5, 1, 0.5]
 
 
 def pair_of_networks(name, masks, device="cpu", dtype=torch.float64):
-    """A pruned network by both backends, with random batch norms, act updated."""
-    torch.manual_seed(3)
-    model = networks.build_model(name, 10, 0.15).to(device)
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-            torch.nn.init.normal_(module.bias, 0, 0.3)
+    """A network by both backends, act updated, of whose block i masks[i % len(masks)] is pruned."""
+    model = tiny_model(name, 0.15, 10).to(device, dtype)
     for i, block in enumerate(model.prunable):
         n = len(block.mask)
-        pruned = torch.randperm(n)[:int(MASKS[masks][i % len(MASKS[masks])] * n)]
-        train.prune_filters(block, pruned, keep_bn=masks == "batch norm kept")
-        block.update_act = True
-    model.to(dtype)
-    for block in model.prunable:
-        block.act = block.act.float()
-    other = copy.deepcopy(model)
-    return networks.set_backend(model, "eager"), networks.set_backend(other, "ext")
+        pruned = torch.randperm(n)[:int(masks[i % len(masks)] * n)]
+        train.prune_filters(block, pruned)
+        block.update_act, block.act = True, block.act.float()
+    return [networks.set_backend(copy.deepcopy(model), backend) for backend in ("eager", "ext")]
 
 
-def outcome(model, x, y):
+def outcome(model, x):
     """Logits in training and evaluation, gradients (d...) and buffers."""
-    model.train()
-    logits = model(x)
-    F.cross_entropy(logits, y).backward()
-    model.eval()
+    logits = model.train()(x)
+    F.cross_entropy(logits, torch.arange(len(x), device=x.device)).backward()
     with torch.no_grad():
-        evaluated = model(x)
-    return {"train": logits.detach(), "eval": evaluated,
-            **{f"d{k}": p.grad for k, p in model.named_parameters()},
-            **dict(model.named_buffers())}
+        evaluated = model.eval()(x)
+    return {"train": logits, "eval": evaluated, **dict(model.named_buffers()),
+            **{f"d{k}": p.grad for k, p in model.named_parameters()}}
 
 
-def assert_same_network(name, masks, n, device):
-    """Both backends have the same outcome in float64."""
-    x, y = draw(0, n, 3, 32, 32, device=device), torch.arange(n, device=device) % 10
-    want, got = (outcome(model, x, y) for model in pair_of_networks(name, masks, device))
+@pytest.mark.parametrize("name, masks", [
+    ("vgg11", [0]), ("vgg11", WHOLE_LAYER), ("resnet18", SOME), ("resnet20", WHOLE_LAYER),
+    ("resnet20", [0.8])])
+def test_both_backends_compute_the_same_network(device, name, masks):
+    x = draw(0, 8, 3, 32, 32, device=device)
+    want, got = (outcome(model, x) for model in pair_of_networks(name, masks, device))
     scale = max(v.abs().max() for k, v in want.items() if k.startswith("d"))
     for k, v in want.items():
         floor = 1e-10 * scale if k.startswith("d") else 0
         assert_close([got[k]], [v], k, rtol=1e-5, atol=max(1e-7, floor))
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name, masks", [
-    ("vgg11", "unpruned"), ("vgg11", "a whole layer"), ("vgg19", "some"), ("resnet18", "some"),
-    ("resnet18", "batch norm kept"), ("resnet20", "most"), ("resnet20", "a whole layer"),
-    ("resnet56", "some")])
-def test_both_backends_compute_the_same_network(device, name, masks):
-    assert_same_network(name, masks, 12, device)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["vgg11", "resnet20"])
 def test_evaluation_by_folded_weights_is_never_stale(name):
     x = draw(0, 32, 3, 32, 32, dtype=torch.float32)
-    models = [model.eval() for model in pair_of_networks(name, "some", dtype=torch.float32)]
+    models = [model.eval() for model in pair_of_networks(name, SOME, dtype=torch.float32)]
     for block in (block for model in models for block in model.prunable):
         block.update_act = False
-
-    def fused_step(block):
-        block.conv.weight.grad = torch.ones_like(block.conv.weight)
-        torch.optim.SGD([block.conv.weight], 1e-2, fused=True).step()
-    changes = [lambda block: None, lambda block: block.conv.weight.mul_(3),
-               lambda block: block.bn.bias.add_(1), lambda block: block.conv.weight.data.neg_(),
+    changes = [lambda block: None, lambda block: block.conv.weight.data.neg_(),
+               lambda block: block.bn.weight.data.mul_(0.5), lambda block: block.bn.bias.add_(1),
                lambda block: block.bn.running_var.data.mul_(2),
                lambda block: block.bn.running_mean.add_(1),
-               lambda block: block.bn.weight.data.mul_(0.5), fused_step,
                lambda block: train.prune_filters(block, block.mask.nonzero()[0])]
     before = None
     for change in changes:
@@ -529,30 +479,20 @@ def test_evaluation_by_folded_weights_is_never_stale(name):
         before = got
         assert models[1].prunable[0].conv.weight in ops.FOLDED_WEIGHTS
         assert torch.equal(got, models[1](x))
-    models[1].prunable[1].bn.weight[-1] = torch.nan
+    block = models[1].prunable[1]
+    block.bn.weight[block.mask.nonzero()[-1]] = torch.nan
     assert models[1](x).isnan().all()
 
 
-def test_the_maps_between_blocks_are_compact():
-    _, model = pair_of_networks("resnet18", "some")
-    shapes = []
-    for block in model.prunable:
-        block.register_forward_hook(
-            lambda block, _, out: shapes.append((out.shape[1], int(block.mask.sum()))))
-    model(draw(0, 4, 3, 32, 32))
-    assert len(shapes) == 16 and all(computed == live for computed, live in shapes)
-
-
-@pytest.mark.parametrize("missing", ("all", "for a GPU"))
-def test_without_the_build_auto_warns_once_and_ext_is_refused(monkeypatch, capsys, missing):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_without_the_build_auto_warns_once_and_ext_is_refused(monkeypatch, capsys, device):
     monkeypatch.setattr(errors, "WARNED", set())
-    device = torch.device("cpu" if missing == "all" else "cuda")
-    if missing == "all":
+    if device == "cpu":
         monkeypatch.setattr(ops, "available", False)
-        monkeypatch.setattr(ops, "unavailable_reason", "no such file")
     else:
         monkeypatch.delattr(torch._C, "_dispatch_has_kernel_for_dispatch_key")
         assert ops.choose_backend("auto", torch.device("cpu")) == "ext"
+    device = torch.device(device)
     assert [ops.choose_backend("auto", device) for _ in range(2)] == ["eager"] * 2
     assert capsys.readouterr().err.count("\n") == 1
     assert ops.choose_backend("eager", device) == "eager"

@@ -1,6 +1,5 @@
 """Every figure and table of logs written here: what is in it, how it looks, what it leaves out."""
 import json
-import pathlib
 import shlex
 import warnings
 
@@ -8,7 +7,9 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from test_analyze import EVENT, draw, edit, line_of, no_images, write_run  # noqa: F401
+import torchvision
+from test_analyze import (  # noqa: F401
+    EVENT, draw, draw_panel, edit, line_of, no_images, refusal, write_run)
 
 import analyze
 import appendix_figures
@@ -29,26 +30,30 @@ def write_flatness(directory, seed, k=12, **more):
              "trace_eigs": values.sum(), "trace": values.sum() * 1.1, "tr_c": 3 + seed,
              "tr_f": 4 + seed, "tic": (3 + seed) / values.sum(), "tic_trace": 0.2 + seed,
              "c_over_f": 0.7, "epsilon_min": None if seed == 2 else 0.1 * seed}
-    moved = plain | {"trace": plain["trace"] * 4, "tr_c": plain["tr_c"] * 4,
-                     "tr_f": plain["tr_f"] * 4, "trace_eigs": plain["trace_eigs"] * 1.04}
+    moved = plain | {"trace_eigs": plain["trace_eigs"] * 1.04, "adaptive": plain} | {
+        name: plain[name] * 4 for name in ("trace", "tr_c", "tr_f")}
     (directory / "flatness.json").write_text(json.dumps({
         "images": 512, "eig": "lanczos", "eigs": k, "epoch": 315, "split": "test", **plain,
-        "adaptive": plain, "control": {"1": plain | {"adaptive": plain},
-                                       "0.5": moved | {"adaptive": plain}},
+        "adaptive": plain, "control": {"1": plain | {"adaptive": plain}, "0.5": moved},
         "density": {"width": 0.1, "grid": [-1 - seed, 0, 9 + seed],
                     "density": [0, 1 / (5 + seed), 0]},
         "line": {"epsilon": [-0.4, 0, 0.4], "loss": [[1.0 + i, 0.5, None] for i in range(10)]},
         **more}))
 
 
-def write_all(log_dir, name, seeds=(1, 2, 3), more="", flat=True):
+def lines_of(name):
+    """The lines of an output's block."""
+    return BLOCKS.get(analyze.OUTPUTS[name][1], ALL)["lines"]
+
+
+def write_all(log_dir, name, seeds=(1, 2, 3), flat=True):
     """Writes runs of every line of an output's block, each with its own rate and accuracies."""
     random = np.random.default_rng(0)
-    for i, line in enumerate(BLOCKS.get(analyze.OUTPUTS[name][1], ALL)["lines"]):
+    for i, line in enumerate(lines_of(name)):
         pruned = "--target none" not in line and "--scratch" not in line
         for seed in seeds:
             path = write_run(
-                log_dir, f"{line} {more}", seed, 80 + 8 * random.random(9),
+                log_dir, line, seed, 80 + 8 * random.random(9),
                 {3: (85, 2), 5: (86 + i % 3, 4)} if pruned else {},
                 iterative_rate=0.5 * 2 ** (i // 3), parameters=11_173_962, data={"crc32": {}},
                 pruned_layers=[{"layer": layer, "filters": 64} for layer in (12, 13, 14, 15)])
@@ -58,29 +63,22 @@ def write_all(log_dir, name, seeds=(1, 2, 3), more="", flat=True):
                 write_flatness(path, seed)
 
 
-def file_of(name):
-    return f"fig{name}" if name in analyze.FIGURES else name.replace("table ", "tab")
-
-
-def option(name):
-    return ["--figure", name] if name in analyze.FIGURES else ["--table", name.split()[1]]
-
-
 @pytest.mark.parametrize("name", DRAWN)
 def test_every_output_is_complete_and_readable(tmp_path, no_images, name):  # noqa: F811
     write_all(tmp_path / "logs", name)
-    numbers = draw(tmp_path, *option(name))[file_of(name)]
-    lines = [train.parse_options(shlex.split(line))
-             for line in BLOCKS.get(analyze.OUTPUTS[name][1], ALL)["lines"]]
+    kind, number = ("figure", name) if name in analyze.FIGURES else name.split()
+    file = f"{kind[:3]}{number}"
+    numbers = draw(tmp_path, f"--{kind}", number)[file]
     wanted = {}
-    for o in lines:
-        wanted.setdefault(o.model, set()).add(train.run_name(o)[0])
+    for line in lines_of(name):
+        options = train.parse_options(shlex.split(line))
+        wanted.setdefault(options.model, set()).add(train.run_name(options)[0])
     assert not numbers["left_out"]
     assert {model: set(panel["methods"]) for model, panel in numbers["models"].items()} == wanted
     for panel in numbers["models"].values():
         for method in panel["methods"].values():
             assert method["best_acc"]["n"] == 3 == len(method["runs"])
-    figure = no_images[file_of(name)]
+    figure = no_images[file]
     with analyze.matplotlib.rc_context(analyze.plots.RC_PARAMS):
         figure.draw_without_rendering()
     edges = figure.get_window_extent()
@@ -110,26 +108,26 @@ def test_a_method_has_one_look_and_targets_differ():
 
 
 @pytest.mark.parametrize("p, percent", [
-    ((0.25, 0.4, 0.25, 0.95), 46), ((0.25, 0.8, 0.25, 0.95), 59), ((0, 0, 0, 0.7), 15)])
+    ((0.25, 0.4, 0.25, 0.95), 46), ((0.25, 0.8, 0.25, 0.95), 59), ((0, 0, 0, 0.7), 15),
+    ((0, 0, 0, 0), 0)])
 def test_total_pruning_percentages_are_the_papers(p, percent):
-    live = [64] * 12 + [train.num_filters_to_keep(512, fraction, 1)[0] for fraction in p]
-    run = {"options": train.parse_options(["--model", "resnet18"]), "live": live, "config": {
-        "data": {"classes": 10}, "parameters": 11_173_962,
-        "pruned_layers": [{"layer": layer} for layer in (12, 13, 14, 15)]}}
+    live = [train.num_filters_to_keep(512, fraction, 1)[0] for fraction in p]
+    run = {"options": train.parse_options(["--model", "resnet18"]), "live": [64] * 12 + live,
+           "config": {"data": {"classes": 10}, "parameters": 11_173_962,
+                      "pruned_layers": [{"layer": layer} for layer in (12, 13, 14, 15)]}}
     assert round(appendix_figures.total_pruned(run)) == percent
-    run["live"] = [64] * 4 + [128] * 4 + [256] * 4 + [512] * 4
-    assert appendix_figures.total_pruned(run) == 0
 
 
 def test_table_c1_tests_59_against_46_percent_as_the_paper_does(tmp_path):
     # C.2: of the changes from 46% (10 runs) to 59% (3 runs), the last two are below 10%
     paper, high = analyze.PAPER["table C1", "resnet18"], appendix_figures.HIGH
+    methods = ("S-r4", "S-r40", "L-r40")
     p = [scipy.stats.ttest_ind_from_stats(*paper[m][1:3], 10, *paper[m + high][1:3], 3).pvalue
-         for m in ("S-r4", "S-r40", "L-r40")]
+         for m in methods]
     assert p[0] > 0.1 > max(p[1:])
-    write_all(tmp_path / "logs", "table C1")
+    write_all(tmp_path / "logs", "table C1", flat=False)
     panel = draw(tmp_path, "--table", "C1")["tabC1"]["models"]["resnet18"]
-    assert set(panel["t_tests"]) == {f"{m}{high} against {m}" for m in ("S-r4", "S-r40", "L-r40")}
+    assert set(panel["t_tests"]) == {f"{m}{high} against {m}" for m in methods}
     a, b = (panel["methods"]["S-r4" + more]["best_acc"]["values"] for more in (high, ""))
     test = panel["t_tests"][f"S-r4{high} against S-r4"]
     assert test["student"][1] == pytest.approx(scipy.stats.ttest_ind(a, b).pvalue)
@@ -140,8 +138,8 @@ def test_rates_that_scaling_makes_equal_are_drawn_once(tmp_path):
     for r, rate in ((4, 8.0), (20, 8.0), (40, 16.0)):
         write_run(tmp_path / "logs", f"--target S --r {r}", 1, [60, 70], EVENT,
                   iterative_rate=rate)
-    panel = draw(tmp_path, "--figure", "3")["fig3"]["models"]["vgg11"]
-    assert {k: v["r"] for k, v in panel["by_rate"].items()} == {"8": 4, "16": 40}
+    rates = draw_panel(tmp_path, "3")["by_rate"]
+    assert {rate: numbers["r"] for rate, numbers in rates.items()} == {"8": 4, "16": 40}
 
 
 def test_scatters_have_the_right_runs_and_the_papers_numbers_their_own_figure(tmp_path):
@@ -154,9 +152,8 @@ def test_scatters_have_the_right_runs_and_the_papers_numbers_their_own_figure(tm
               for name, numbers in drawn.items()}
     # E3: the runs of seed 2 never reached the rise. 4 and C3: only runs that prune.
     assert counts == {"figE5": {18}, "figE3": {12}, "fig4": {6}, "figC3": {2}}
-    assert drawn["fig4"]["models"]["resnet18"]["paper"] is None
-    c3 = drawn["figC3"]["models"]["resnet18"]
-    assert set(c3["paper"]) == set(c3["methods"])
+    four, c3 = (drawn[name]["models"]["resnet18"] for name in ("fig4", "figC3"))
+    assert four["paper"] is None and set(c3["paper"]) == set(c3["methods"])
 
 
 def test_flatness_of_other_weights_settings_or_none_is_left_out(tmp_path, capsys):
@@ -169,36 +166,34 @@ def test_flatness_of_other_weights_settings_or_none_is_left_out(tmp_path, capsys
         (root / f"L-r40/seed{seed}/checkpoint.pt").write_bytes(b"hello")
         write_flatness(root / f"L-r40/seed{seed}", seed, checkpoint="checkpoint.pt", crc32=crc32)
     write_flatness(root / "L-r40/seed3", 3, converged=[False] * 12)
-    numbers = draw(tmp_path, "--figure", "E5")["figE5"]
-    left_out = {"/".join(pathlib.Path(k).parts[-2:]): v for k, v in numbers["left_out"].items()}
-    for run, word in {"S-r4/seed1": "in images", "S-r4/seed2": "is damaged",
-                      "S-r4/seed3": "is not finished: continue", "L-r40/seed2": "of other weights",
-                      "L-r40/seed3": "none of the eigenpairs"}.items():
-        assert word in left_out.pop(run)
-    assert not left_out
-    out = capsys.readouterr().out
-    assert "13 of 60 runs are there; the rest: bash runs.sh fig6 --seeds 1-10" in out
+    left_out = draw(tmp_path, "--figure", "E5")["figE5"]["left_out"]
+    words = {"S-r4/seed1": "in images", "S-r4/seed2": "is damaged",
+             "S-r4/seed3": "is not finished: continue", "L-r40/seed2": "of other weights",
+             "L-r40/seed3": "none of the eigenpairs"}
+    assert left_out.keys() == {str(root / run) for run in words}
+    assert all(word in left_out[str(root / run)] for run, word in words.items())
+    assert "13 of 60 runs are there; the rest: bash runs.sh fig6 --seeds 1-10" in (
+        capsys.readouterr().out)
     numbers = draw(tmp_path, "--figure", "E6")["figE6"]  # which needs no flatness
     assert numbers["left_out"] == {} and numbers["models"]["vgg11"]["scatters"][0]["n"] == 18
 
 
 def test_live_draws_unfinished_curves_and_stops_with_the_last_run(tmp_path, monkeypatch):
     write_run(tmp_path / "logs", "--target S --r 4", 1, [60, 70, 80], EVENT)
-    running = write_run(tmp_path / "logs", "--target S --r 4", 2, [62, 70], EVENT, epochs=3)
+    log = write_run(tmp_path / "logs", "--target S --r 4", 2, [62, 70], EVENT,
+                    epochs=3) / "epochs.jsonl"
     drawn = []
 
     def sleep(seconds):
         drawn.append(json.loads((tmp_path / "fig2.json").read_text())["models"]["vgg11"])
-        record = json.loads((running / "epochs.jsonl").read_text().splitlines()[-1])
-        with open(running / "epochs.jsonl", "a") as file:
-            file.write(json.dumps(record | {"epoch": 2, "test_acc": 82}) + "\n")
+        record = json.loads(log.read_text().splitlines()[-1])
+        log.write_text(log.read_text() + json.dumps(record | {"epoch": 2, "test_acc": 82}) + "\n")
 
     monkeypatch.setattr(analyze.time, "sleep", sleep)
-    last = draw(tmp_path, "--figure", "2", "--live")["fig2"]["models"]["vgg11"]
-    assert len(drawn) == 1 and drawn[0]["dynamics"]["S-r4"]["mean"] == [61, 70]
-    assert drawn[0]["methods"]["S-r4"]["best_acc"]["n"] == 1  # only finished runs have one
-    assert last["dynamics"]["S-r4"]["mean"] == [61, 70, 81]
-    assert last["methods"]["S-r4"]["best_acc"]["n"] == 2
+    drawn.append(draw_panel(tmp_path, "2", "--live"))
+    assert [panel["dynamics"]["S-r4"]["mean"] for panel in drawn] == [[61, 70], [61, 70, 81]]
+    # Only finished runs have a best accuracy.
+    assert [panel["methods"]["S-r4"]["best_acc"]["n"] for panel in drawn] == [1, 2]
 
 
 def test_all_draws_what_is_there_and_names_what_is_not(tmp_path, capsys, monkeypatch):
@@ -237,7 +232,8 @@ def test_normalised_activations_have_mean_0_and_variance_1_and_skip_dead_maps():
         assert abs(values.mean()) < 1e-6 and values.var() == pytest.approx(1, abs=1e-5)
 
 
-def test_figure_b1_from_a_vgg19_run_and_from_torchvision(tmp_path, tiny, monkeypatch, capsys):
+def test_figure_b1_from_a_vgg19_run_and_from_torchvision(
+        tmp_path, tiny, monkeypatch, refusal):  # noqa: F811
     options = "--model vgg19 --width 0.05 --device cpu --batch-size 32 --epochs 2 --lrs 2".split()
     assert train.main([*options, "--dataset", str(tiny), "--log-dir", str(tmp_path / "logs")]) == 0
     numbers, = draw(tmp_path, "--figure", "B1").values()
@@ -246,7 +242,6 @@ def test_figure_b1_from_a_vgg19_run_and_from_torchvision(tmp_path, tiny, monkeyp
         (when, 9 + i) for when in ("before training", "after training") for i in range(8)]
     assert all(0 < x["ks"] < 1 for x in layers)
 
-    import torchvision
     network = torchvision.models.VGG(torchvision.models.vgg.make_layers(
         [4, "M", 4, "M", *[4] * 4, "M", *[4] * 4, "M", *[4] * 4, "M"], batch_norm=True),
         init_weights=False)
@@ -260,22 +255,19 @@ def test_figure_b1_from_a_vgg19_run_and_from_torchvision(tmp_path, tiny, monkeyp
     def offline(weights):
         raise OSError("no route to host")
     monkeypatch.setattr(torchvision.models, "vgg19_bn", offline)
-    capsys.readouterr()
-    assert analyze.main(["--figure", "B1", "--log-dir", str(tmp_path / "none")]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "no route" in error and "bash runs.sh figB1" in error
+    error = refusal("--figure", "B1", log_dir="none")
+    assert "no route" in error and "bash runs.sh figB1" in error
 
 
 def test_depths_of_events_that_leave_the_panel_are_marked(tmp_path, no_images):  # noqa: F811
     for method, depth in (("S-r40", 12), ("L-r40", 21), ("S-r4", 5)):
         curve = [70 + i / 10 for i in range(60)]
-        curve[20] = 2  # a fluctuation without an event
-        curve[30] = depth
+        curve[20], curve[30] = 2, depth  # the first is a fluctuation without an event
         write_run(tmp_path / "logs", line_of(method), 1, curve, {30: (73, 1), 40: (75, 1)})
     draw(tmp_path, "--figure", "2")
-    marks = {text.get_text(): text.get_window_extent() for text in no_images["fig2"].axes[0].texts}
-    assert set(marks) == {"5%", "12%", "21%"}
-    boxes = sorted(marks.values(), key=lambda box: box.y0)
+    texts = no_images["fig2"].axes[0].texts
+    assert {text.get_text() for text in texts} == {"5%", "12%", "21%"}
+    boxes = sorted((text.get_window_extent() for text in texts), key=lambda box: box.y0)
     assert all(low.y1 <= high.y0 for low, high in zip(boxes, boxes[1:])), "they hide each other"
 
 
@@ -294,14 +286,13 @@ def test_the_stability_figure_holds_hand_computed_numbers(tmp_path):
             write_run(tmp_path / "logs", line_of(method), seed,
                       [80 - i - seed / 10] * events + [70 + i + seed, 70 + seed],
                       {e: (80, 1) for e in range(events)})
-    write_run(tmp_path / "logs", "", 1, [50, 60])
-    write_run(tmp_path / "logs", line_of("scratch-S"), 1, [50, 60])
-    write_run(tmp_path / "logs", line_of("zero-50"), 1, [50, 60], {0: (70, 1)})
+    for method, events in (("none", {}), ("scratch-S", {}), ("zero-50", {0: (70, 1)})):
+        write_run(tmp_path / "logs", line_of(method), 1, [50, 60], events)
     drawn = draw(tmp_path, "--figure", "stability", "compute")
     panel = drawn["figstability"]["models"]["vgg11"]
-    assert [(s["x"], s["y"]) for s in panel["scatters"]] == [
-        (x, y) for y in ("best_acc", "last_acc") for x in (
-            "mean_stability", "loss_rise", "churn", "min_stability", "below_99")]
+    scatters = {(s["x"], s["y"]): s for s in panel["scatters"]}
+    assert list(scatters) == [(x, y) for y in ("best_acc", "last_acc") for x in (
+        "mean_stability", "loss_rise", "churn", "min_stability", "below_99")]
     assert {s["n"] for s in panel["scatters"]} == {8}  # neither noise nor pruning before training
     assert list(panel["methods"]) == ["none", "S-r4", "S-r40", "L-r40", "R-r40", "scratch-S"]
     drop = panel["methods"]["R-r40"]
@@ -309,7 +300,7 @@ def test_the_stability_figure_holds_hand_computed_numbers(tmp_path):
     assert drop["churn"]["values"] == pytest.approx([6.2, 6.4])
     assert drop["mean_stability"]["values"] == drop["min_stability"]["values"] == [96.125, 96.0]
     assert [panel["methods"][m]["below_99"]["mean"] for m, _ in methods] == [0, 1, 1, 2]
-    numbers = {(s["x"], s["y"]): s for s in panel["scatters"]}["below_99", "last_acc"]
+    numbers = scatters["below_99", "last_acc"]
     x, y = [0, 0, 1, 1, 1, 1, 2, 2], [71, 72] * 4
     assert numbers["kendall"] == pytest.approx(scipy.stats.kendalltau(x, y))
     assert numbers["given events"]["pearson"][0] == pytest.approx(0, abs=1e-12)
@@ -324,8 +315,7 @@ def test_panels_note_what_rescaling_moved_and_what_has_not_converged(
         tmp_path, no_images):  # noqa: F811
     write_all(tmp_path / "logs", "flatness")
     numbers = draw(tmp_path, "--figure", "flatness", "6")["figflatness"]
-    assert "12 eigenpairs (100 asked)" in numbers["title"]
-    assert "512 test images" in numbers["title"]
+    assert "12 eigenpairs (100 asked)" in numbers["title"] and "512 test images" in numbers["title"]
     panel = numbers["models"]["vgg11"]
     converged = panel["methods"]["S-r4"]["converged"]["values"]
     assert converged == pytest.approx([1, 11 / 12, 1])
@@ -333,40 +323,42 @@ def test_panels_note_what_rescaling_moved_and_what_has_not_converged(
     assert len(scatters) == 14 and scatters["tr_f"]["kendall_ci95"]
     assert scatters["tr_f"]["moved_by_rescaling"] == pytest.approx([3] * 18)
     assert scatters["trace_eigs"]["moved_by_rescaling"] == pytest.approx([0.04] * 18)
-    notes = {}
-    for axis in no_images["figflatness"].axes:
-        label, *lines = axis.get_xlabel().split("\n")
-        notes[label] = " ".join(lines)
+
+    def noted(sign):
+        labels = [axis.get_xlabel().split("\n") for axis in no_images["figflatness"].axes]
+        return {label for label, *notes in labels if sign in " ".join(notes)}
+
     labels = analyze.LABELS
-    assert {k for k, v in notes.items() if "†" in v} == {labels["tr_f"], labels["tr_c"]}
-    assert {k for k, v in notes.items() if "white dot" in v} == {
+    assert noted("†") == {labels["tr_f"], labels["tr_c"]}
+    assert noted("white dot") == {
         labels[form + k] for form in analyze.FORMS for k in ("trace_eigs", "tic")}
     marked = {axis.get_ylabel() for axis in no_images["fig6"].axes if "†" in axis.get_xlabel()}
     assert labels["tr_c"] in marked, "a measure may be the y of a panel"
 
 
-def test_spectra_are_drawn_on_one_grid_and_narrow_ones_are_not_lost(tmp_path, capsys):
+def test_spectra_are_drawn_on_one_grid_and_narrow_ones_are_not_lost(
+        tmp_path, refusal):  # noqa: F811
+    def curves():
+        (tmp_path / "figdensity.json").unlink(missing_ok=True)
+        found = [*draw_panel(tmp_path, "density")["density"].values()]
+        for curve in found:
+            assert np.trapezoid(curve["mean"], curve["lambda"]) == pytest.approx(1, abs=0.01)
+        return found
+
     write_all(tmp_path / "logs", "density")
-    curves = draw(tmp_path, "--figure", "density")["figdensity"]["models"]["vgg11"]["density"]
-    for curve in curves.values():
+    for curve in curves():
         assert (curve["lambda"][0], curve["lambda"][-1]) == (-4, 12) and curve["n"] == 3
-        assert np.trapezoid(curve["mean"], curve["lambda"]) == pytest.approx(1, abs=0.01)
-    (tmp_path / "figdensity.json").unlink()
-    grid = np.linspace(0, 10, 2001)
-    for path in (tmp_path / "logs").glob("*/*/*/*/flatness.json"):
-        scale = 1 if "S-r4/" in str(path) else 100
-        write_flatness(path.parent, 1, density={
+    grid, runs = np.linspace(0, 10, 2001), [*(tmp_path / "logs").glob("*/*/*/seed*")]
+    for path in runs:
+        scale = 1 if path.parent.name == "S-r4" else 100
+        write_flatness(path, 1, density={
             "width": 0.1 * scale, "grid": list(grid * scale),
             "density": list(scipy.stats.norm.pdf(grid, 5, 0.1) / scale)})
-    curves = draw(tmp_path, "--figure", "density")["figdensity"]["models"]["vgg11"]["density"]
-    for curve in curves.values():
-        assert np.trapezoid(curve["mean"], curve["lambda"]) == pytest.approx(1, abs=0.01)
-    for path in (tmp_path / "logs").glob("*/*/*/*/flatness.json"):
-        write_flatness(path.parent, 1, density=None, adaptive={}, control={})
-    argv = ["--log-dir", str(tmp_path / "logs"), "--fig-dir", str(tmp_path)]
-    assert analyze.main(["--figure", "density", *argv]) == 2
-    assert capsys.readouterr().err == (
-        "analyze.py: a flatness.json without density: delete it to measure again\n")
+    assert curves()
+    for path in runs:
+        write_flatness(path, 1, density=None, adaptive={}, control={})
+    assert refusal("--figure", "density") == (
+        "analyze.py: a flatness.json without density: delete it to measure again")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # panels without points must not break the layout
-        assert analyze.main(["--figure", "flatness", *argv]) == 0
+        draw(tmp_path, "--figure", "flatness")

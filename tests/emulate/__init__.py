@@ -17,9 +17,10 @@ import torch
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
-BUILD = ROOT / "build" / "emulated"
+BUILD = ROOT / "build/emulated"
 TORCH = pathlib.Path(torch.__file__).parent
-TORCH_HEADERS = [f"c10/cuda/CUDA{name}.h" for name in ("Exception", "Guard", "Stream")]
+HEADERS = {"emulate": ["cuda_runtime_api.h", "cuda_bf16.h"],
+           "ops": [f"c10/cuda/CUDA{name}.h" for name in ("Exception", "Guard", "Stream")]}
 OPERATORS = "ebn_score", "bn_act", "bn_act_backward"
 
 
@@ -33,26 +34,27 @@ def as_cpp(text):
 
 
 def sources(faults=()):
-    """{path: text} of the two libraries; with faults, pairs (text, the same with FAULT in it), the
-    kernels are of float alone, to compile fast, and have the fault number emulate::fault."""
+    """{path: text} of the two libraries; with faults, texts of kernels.cu with FAULT between two @,
+    the kernels are of float alone, to compile fast, and have the fault number emulate::fault."""
     files = {f"cuda/{p.name}": p.read_text() for p in (CSRC / "cuda").glob("*.h")}
     files |= {f"emulate/{p.name}": p.read_text() for p in HERE.glob("*.h")}
-    files |= {f"include/{name}": '#include "emulate.h"\n'
-              for name in ("cuda_runtime_api.h", "cuda_bf16.h")}
-    files |= {f"include/{name}": '#include "ops.h"\n' for name in TORCH_HEADERS}
+    files |= {f"include/{name}": f'#include "{ours}.h"\n' for ours, theirs in HEADERS.items()
+              for name in theirs}
     files |= {p.name: p.read_text().replace("x.is_cuda()", "true") for p in CSRC.glob("*.h")}
     kernels = (CSRC / "cuda/kernels.cu").read_text()
-    for number, (text, changed) in enumerate(faults, 1):
+    for number, fault in enumerate(faults, 1):
+        text = re.sub("@.*?@", "", fault, flags=re.S)
         assert kernels.count(text) == 1, f"not there once: {text}"
-        kernels = kernels.replace(text, changed.replace("FAULT", f"(emulate::fault == {number})"))
+        changed = fault.replace("@", "").replace("FAULT", f"(emulate::fault == {number})")
+        kernels = kernels.replace(text, changed)
     if faults:
         kernels = re.sub(r"    case Type::k(Double|BFloat16): .*\n", "", kernels)
     files["cuda/kernels.cpp"] = as_cpp(kernels) + '#include "emulated_kernels.h"\n'
     schemas = re.findall(rf'  m\.def\(\s*"(?:{"|".join(OPERATORS)})\(.*?\);',
                          (CSRC / "ops.cpp").read_text(), flags=re.S)
     assert len(schemas) == len(OPERATORS)
-    operators = (CSRC / "cuda/ops_cuda.cpp").read_text()
-    operators = operators.replace("(gst, CUDA, m)", "(gst_emulated, CPU, m)")
+    operators = (CSRC / "cuda/ops_cuda.cpp").read_text().replace("(gst, CUDA, m)",
+                                                                 "(gst_emulated, CPU, m)")
     files["cuda/ops.cpp"] = "\n".join([operators, "TORCH_LIBRARY(gst_emulated, m) {", *schemas,
                                        "}\n"])
     return files
@@ -64,20 +66,20 @@ def compiled(files, name, *flags):
     libraries = [f"-L{TORCH}/lib", "-ltorch_cpu", "-lc10"] if name == "ops" else []
     command = ["g++", "-std=c++20", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", "-fvisibility=hidden",
                "-fno-gnu-unique", "-w", "-Iinclude", "-Iemulate", "-Icuda",
-               f"-isystem{TORCH}/include", *flags,
-               f"cuda/{name}.cpp", *libraries]
+               f"-isystem{TORCH}/include", *flags, f"cuda/{name}.cpp", *libraries]
     made_of = repr([sorted(files.items()), command, torch.__version__])
     target = BUILD / hashlib.sha256(made_of.encode()).hexdigest()[:16] / f"{name}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=BUILD) as folder:
             for path, text in files.items():
-                (pathlib.Path(folder) / path).parent.mkdir(parents=True, exist_ok=True)
-                (pathlib.Path(folder) / path).write_text(text)
+                path = pathlib.Path(folder, path)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
             done = subprocess.run([*command, "-o", "made"], cwd=folder, capture_output=True,
                                   text=True)
             assert done.returncode == 0, done.stderr[:4000]
-            os.replace(pathlib.Path(folder) / "made", target)
+            os.replace(f"{folder}/made", target)
     return str(target)
 
 

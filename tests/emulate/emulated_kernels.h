@@ -13,8 +13,7 @@ namespace emulate {
 
 inline void on_fault(int, siginfo_t*, void*) {
   complain("memory past the end of a buffer");
-  running->started = false;
-  running->state = Fiber::kIdle;
+  running->started = false, running->state = Fiber::kIdle;
   _longjmp(scheduler, 1);
 }
 
@@ -72,10 +71,8 @@ EMULATED const char* emulated_bn_act(gst::BnAct p, bool backward) {
   emulate::complaint.clear();
   {
     emulate::Buffers buffers;
-    const size_t T = p.type == gst::Type::kDouble ? 8
-        : p.type == gst::Type::kFloat             ? 4
-                                                  : 2,
-                 A = T == 8 ? 8 : 4;
+    const size_t A = p.type == gst::Type::kDouble ? 8 : 4;
+    const size_t T = p.type == gst::Type::kBFloat16 ? 2 : A;
     const size_t map = T * p.rows * p.c, pooled = map / (p.pool_width ? 4 : 1);
     const size_t residual = p.residual_channels > 0 ? T * p.rows * p.residual_channels : 0;
     for (const int64_t** v : {&p.live, &p.residual_map}) buffers.take(*v, 8 * p.c);
