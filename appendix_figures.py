@@ -76,10 +76,7 @@ def load_network(directory, data_dir="data", device="cpu", checkpoint=None):
 
     Returns:
         The network in eval mode, train.prepare_data's tensors, and {"checkpoint", "crc32",
-        "epoch"}, which says what the weights are.
-
-    Raises:
-        UserError: A file is missing or damaged, or the data are not those of the run.
+        "epoch"} of the weights.
     """
     directory = pathlib.Path(directory)
     config = read_config(directory)
@@ -120,30 +117,20 @@ def flatness_path(directory, split):
 
 def measure_flatness(directory, split="test", images=512, num_eigs=100, eigensolver="lanczos",
                      memory_gb=4, control=False, data_dir="data", checkpoint=None):
-    """Measures a run's checkpoint on the first images of a split, in float32.
-
-    Args:
-        control: Measure the network rescaled, too (flatness.rescaling_control).
-        checkpoint: As for load_network.
-
-    Returns:
-        What it writes to flatness_path (docs/flatness.md). A file that holds this measurement
-        already is only read.
-    """
+    """Measures a run's checkpoint on the first images of a split, in float32, and returns what it
+    writes to flatness_path (docs/flatness.md), unless the file holds this measurement already."""
     path, seconds, device = flatness_path(directory, split), {}, train.setup_device()
     label = "/".join(path.absolute().parts[-4:-1])
     model, data, source = load_network(directory, data_dir, device, checkpoint)
-    settings = {"version": 3, **source, "mode": "eval", "split": split,
-                "images": images, "dtype": "float32", "seed": 0, "eig": eigensolver,
-                "eigs": num_eigs}
+    settings = {"version": 3, **source, "mode": "eval", "split": split, "images": images,
+                "dtype": "float32", "seed": 0, "eig": eigensolver, "eigs": num_eigs}
     with contextlib.suppress(OSError, ValueError, AttributeError):  # damaged: measure again
         old = json.loads(path.read_text())
         if {k: old.get(k) for k in settings} == settings and (not control or old.get("control")):
             print_line(f"{path}: measured already")
             return old
     x, y = (tensor[:images] for tensor in data[split])
-    check(len(x) == images,
-          f"--images {images}, but there are {len(x)} {split} images: give fewer")
+    check(len(x) == images, f"--images {images}, but there are {len(x)} {split} images: give fewer")
     x = train.normalise(x, data)
     bar = tqdm(desc=label, unit=" Hessian-vector products", disable=None)
 
@@ -182,12 +169,8 @@ def measure_flatness(directory, split="test", images=512, num_eigs=100, eigensol
 
 
 def read_flatness(directory, split, measure, images=None):
-    """Returns what a run's flatness adds to its dict, or {"problem": why it is not drawn}.
-
-    Args:
-        images: How many images a file must have been measured on; None: any number.
-        measure: A function of the directory, for a run without a file.
-    """
+    """Returns what a run's flatness adds to its dict, or {"problem": why it is not drawn}; a run
+    without a file is measured by measure(directory). Any number of images will do for None."""
     path = flatness_path(directory, split)
     try:
         flat = json.loads(path.read_text()) if path.exists() else measure(directory)
@@ -198,9 +181,9 @@ def read_flatness(directory, split, measure, images=None):
               f"images, not {images}: measure it again, or leave --images out")
         check(any(flat["converged"]),
               f"none of the eigenpairs in {path.name} converged: measure it again")
-        names = [form + name for name in MEASURES for form in FORMS]
-        return {"flat": flat, "converged": sum(flat["converged"]) / len(flat["converged"]),
-                **{name: flatness.measure_of(flat, name) for name in names}}
+        return {"flat": flat, "converged": float(np.mean(flat["converged"])), **{
+            form + name: flatness.measure_of(flat, form + name)
+            for name in MEASURES for form in FORMS}}
     except UserError as error:
         return {"problem": str(error)}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -208,17 +191,13 @@ def read_flatness(directory, split, measure, images=None):
 
 
 def flatness_notes(axis, points, x, y):
-    """Marks runs whose eigenpairs have not all converged.
-
-    Returns:
-        How far rescaling the network moves x or y in each run, and notes for the axis.
-    """
+    """Marks runs whose eigenpairs have not all converged; returns how far rescaling the network
+    moves x or y in each run, and notes for the axis."""
     measured, notes = [run for run in points if "flat" in run], []
-    doubtful = [run for run in measured if any(
+    doubtful = [(run[x], run[y]) for run in measured if any(
         flatness.share_converged(run["flat"], name) < 1 for name in (x, y))]
     if doubtful:
-        axis.plot([run[x] for run in doubtful], [run[y] for run in doubtful], "o", color="white",
-                  ms=1.5, mew=0)
+        axis.plot(*zip(*doubtful), "o", color="white", ms=1.5, mew=0)
         notes.append("white dot: some pairs not converged")
     moved = [flatness.moved_by_rescaling(run["flat"], x, y) for run in measured]
     largest = max(filter(None, moved), default=0)
@@ -232,18 +211,17 @@ def eigenvalues(models, first_ten):
     groups, numbers = models["vgg11"], {}
     figure, (axis,) = plots.subplots(1, height=3.6, width=5.0)
     for i, (method, runs) in enumerate(groups.items()):
-        count = min(len(run["flat"]["eigenvalues"]) for run in runs)
-        count = min(10, count) if first_ten else count
-        values = np.array([run["flat"]["eigenvalues"][:count] for run in runs])
+        count = min(10 if first_ten else math.inf,
+                    *(len(run["flat"]["eigenvalues"]) for run in runs))
+        values, converged = (np.array([run["flat"][name][:count] for run in runs])
+                             for name in ("eigenvalues", "converged"))
         x = np.arange(1, count + 1) + first_ten * 0.12 * (i - (len(groups) - 1) / 2)
-        bounds = mean_ci(values if first_ten else np.abs(values))
-        line = {"ls": ""} if first_ten else {}
-        converged = np.mean([run["flat"]["converged"][:count] for run in runs], 0)
         numbers[method] = {
-            **plots.plot_means(axis, x, bounds, runs[0]["style"], len(runs), first_ten,
-                               label=runs[0]["label"], **line),
+            **plots.plot_means(
+                axis, x, mean_ci(values if first_ten else np.abs(values)), runs[0]["style"],
+                len(runs), first_ten, label=runs[0]["label"], **{"ls": ""} if first_ten else {}),
             "n": len(runs), "negative": (values < 0).sum(0).tolist(),  # in how many runs
-            "converged": converged.tolist()}
+            "converged": converged.mean(0).tolist()}
     axis.set(xlabel="Eigenvalue, ordered by magnitude",
              ylabel="Eigenvalue" if first_ten else "|Eigenvalue|",
              yscale="linear" if first_ten else "log")
@@ -257,16 +235,16 @@ def loss_along_eigenvectors(models):
     figure, axes = plots.subplots(len(groups), 3, 2.3, 6.75 / min(3, len(groups)), sharex=True,
                                   sharey=True)
     for axis, (method, runs) in zip(axes, groups.items()):
-        lines = [run["flat"]["line"] for run in runs]
-        epsilon, losses = lines[0]["epsilon"], np.array([line["loss"] for line in lines], float)
-        for i, loss in enumerate(losses.mean(0)):
+        epsilon = runs[0]["flat"]["line"]["epsilon"]
+        losses = np.mean(np.array([run["flat"]["line"]["loss"] for run in runs], float), 0)
+        for i, loss in enumerate(losses):
             axis.plot(epsilon, loss, color=colours(i / 10), lw=0.9)
         split = runs[0]["flat"].get("split", "test").title()
         axis.set(title=f"{runs[0]['label']}, n = {len(runs)}", yscale="log", xlabel="ε",
                  ylabel=f"{split} loss")
         axis.label_outer()
         numbers[method] = {"n": len(runs), "epsilon": epsilon,
-                           "loss": [nan_to_none(loss) for loss in losses.mean(0)]}
+                           "loss": [nan_to_none(loss) for loss in losses]}
     norm = matplotlib.colors.BoundaryNorm(np.arange(0.5, 11), 256)
     figure.colorbar(matplotlib.cm.ScalarMappable(norm, colours), ax=figure.axes,
                     label="Eigenvector, by magnitude", ticks=range(1, 11), shrink=0.8)
@@ -277,18 +255,16 @@ def spectra(models):
     """Draws the density of the Hessian's eigenvalues, means over runs on one grid."""
     groups, numbers = models["vgg11"], {}
     figure, (axis,) = plots.subplots(1, height=3.6, width=5.0)
-    densities = {method: [run["flat"].get("density") for run in runs]
-                 for method, runs in groups.items()}
-    every = sum(densities.values(), [])
+    every = [run["flat"].get("density") for runs in groups.values() for run in runs]
     check(all(every), "a flatness.json without density: delete it to measure again")
     low, high = min(d["grid"][0] for d in every), max(d["grid"][-1] for d in every)
     step = min(d["width"] for d in every) / 2
     grid = np.linspace(low, high, max(400, math.ceil((high - low) / step)))
     for method, runs in groups.items():
-        values = [np.interp(grid, d["grid"], d["density"], 0, 0) for d in densities[method]]
+        densities = [run["flat"]["density"] for run in runs]
+        values = [np.interp(grid, d["grid"], d["density"], 0, 0) for d in densities]
         numbers[method] = {
-            "n": len(runs), "lambda": nan_to_none(grid),
-            "width": [d["width"] for d in densities[method]],
+            "n": len(runs), "lambda": nan_to_none(grid), "width": [d["width"] for d in densities],
             **plots.plot_means(axis, grid, mean_ci(values), runs[0]["style"], len(runs),
                                label=runs[0]["label"])}
     top = 3 * max(max(d["density"]) for d in every)
@@ -301,14 +277,8 @@ def spectra(models):
 
 @torch.no_grad()
 def normalised_activations(model, layers, images):
-    """Returns each layer's convolution outputs as batch norm normalises them in training.
-
-    Args:
-        layers: Modules of the model, Block or nn.Conv2d.
-
-    Returns:
-        A flat array for each layer, without feature maps that are constant.
-    """
+    """Returns the convolution outputs of each layer, a Block or nn.Conv2d, as batch norm normalises
+    them in training: flat arrays, without feature maps that are constant."""
     result = []
 
     def append(layer, inputs, output):
@@ -336,10 +306,9 @@ def imagenet_networks(log_dir, data_dir):
     torch.manual_seed(0)
     x = torch.from_numpy(train.load_arrays("cifar10", data_dir)[0]["test_x"][:32])
     x = F.interpolate(x.permute(0, 3, 1, 2).float() / 255, 224, mode="bilinear")
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (
-        (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    x = torchvision.transforms.functional.normalize(x, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     untrained = torchvision.models.vgg19_bn(weights=None)
-    return (untrained, trained), nn.Conv2d, (x - mean) / std, "torchvision's ImageNet weights"
+    return (untrained, trained), nn.Conv2d, x, "torchvision's ImageNet weights"
 
 
 def run_networks(run, data_dir):
@@ -353,10 +322,8 @@ def run_networks(run, data_dir):
 
 def activation_histograms(models, log_dir, data_dir):
     """Draws Figure B1 of a finished VGG19 run, or else of ImageNet's weights."""
-    if models:
-        networks, kind, images, source = run_networks(models["vgg19"]["none"][0], data_dir)
-    else:
-        networks, kind, images, source = imagenet_networks(log_dir, data_dir)
+    networks, kind, images, source = (run_networks(models["vgg19"]["none"][0], data_dir) if models
+                                      else imagenet_networks(log_dir, data_dir))
     figure, axes = plots.subplots(16, 2, 1.0, sharex=True)
     grid, layers = np.linspace(-4, 4, 81), []
     for column, when in enumerate(("before training", "after training")):
@@ -381,29 +348,23 @@ def activation_histograms(models, log_dir, data_dir):
 # +-- Figure D1: one weight through pruning and noise ---------------------------------------------+
 
 def weight_path(kind):
-    """Trains VGG11 on digits shortly and follows a weight that the event in the middle changes.
-
-    Args:
-        kind: "prune", "zero" or "gauss", done to the largest quarter of the last layer's filters
-            after the first of two epochs.
-
-    Returns:
-        The weight's value in the forward pass of every training batch.
-    """
+    """Trains VGG11 on digits for two epochs, after the first of which the largest quarter of the
+    last layer's filters is changed (kind: "prune", "zero" or "gauss"); returns the value of a
+    weight of these in the forward pass of every training batch."""
     weights, blocks = [], []
 
     def append(block, inputs):
         if isinstance(block, Block) and block.training:
             blocks.append(block)
-            if len(set(blocks)) == 8 and block is blocks[7]:  # VGG11's last convolution
+            if len(blocks) > 7 and block is blocks[7]:  # VGG11's last convolution
                 weights.append(block.conv.weight.detach()[:, 0, 1, 1].clone())
 
     hook = nn.modules.module.register_module_forward_pre_hook(append)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         options = train.parse_options((
             "--dataset digits --width 0.0625 --target L --s 0 --e 0 --r 1 --p 0.25 --epochs 2 "
-            "--lrs 2 --batch-size 25 --device cpu --no-cuda-graphs" + (
-                f" --noise {kind} --noise-batches 15" if kind != "prune" else "")).split())
+            "--lrs 2 --batch-size 25 --device cpu --no-cuda-graphs"
+            + f" --noise {kind} --noise-batches 15" * (kind != "prune")).split())
         options.log_dir = folder
         try:
             train.train(options)
@@ -415,7 +376,7 @@ def weight_path(kind):
 
 
 def one_weight(models):
-    """Draws Figure D1: with the same seed, all three paths are the same up to the event."""
+    """Draws Figure D1: the three paths are the same up to the event."""
     figure, axes = plots.subplots(3, 3, 2.4, 2.25, sharey=True)
     numbers = {"run": "VGG11, width 0.0625, digits, seed 1, 2 epochs of 40 batches, noise for 15 "
                       "batches"}
@@ -436,11 +397,8 @@ def one_weight(models):
 # +-- Tables C1 and F1 ----------------------------------------------------------------------------+
 
 def total_pruned(run):
-    """Returns the percentage of all parameters that went with a run's filters.
-
-    Counted are filters' weights, and the slices of following pruned convolutions that read them:
-    this gives the paper's 46, 59 and 15% (C.2, F).
-    """
+    """Returns the percentage of all parameters that went with a run's filters: their weights, and
+    the slices of following pruned convolutions that read them, as in the paper (C.2, F)."""
     options, config, live = run["options"], run["config"], run["live"]
     pruned, total = {layer["layer"] for layer in config["pruned_layers"]}, 0
     with torch.device("meta"):
@@ -455,7 +413,7 @@ def total_pruned(run):
 def draw_table(rows):
     """Draws a table; rows are dicts, their keys the head."""
     cells = [list(row.values()) for row in rows]
-    letters = sum(max(len(str(cell)) for cell in column) for column in zip(list(rows[0]), *cells))
+    letters = sum(max(len(str(cell)) for cell in column) for column in zip(rows[0], *cells))
     figure, (axis,) = plots.subplots(1, height=0.6 + 0.22 * (len(rows) + 1),
                                      width=0.5 + 0.075 * letters)
     axis.axis("off")
@@ -475,8 +433,7 @@ def table(models, papers, columns, compared):
     Args:
         papers: {method: what the paper has}, or None away from the paper's setting.
         columns: {measure: (title, digits)}.
-        compared: A function of two methods' options, whether the first is tested against the
-            second.
+        compared: Whether the first of two methods is tested against the second, by their options.
     """
     groups, rows, t_tests, totals = models["resnet18"], [], {}, {}
     for method, runs in groups.items():
@@ -487,18 +444,17 @@ def table(models, papers, columns, compared):
             best, last = (t_test([run[name] for run in runs], [run[name] for run in others])
                           for name in ("best_acc", "last_acc"))
             t_tests[f"{method} against {other}"] = {**best, "by last_acc": last}
-            gaps = best["difference"], last["difference"]
             if best["student"]:
-                opposite = " ({:+.2f}; last epoch {:+.2f})".format(*gaps)
+                now, later = best["difference"], last["difference"]
                 cells.append(f"{others[0]['label']}: {best['student'][1]:.2g}"
-                             + opposite * (gaps[0] * gaps[1] < 0))
+                             + f" ({now:+.2f}; last epoch {later:+.2f})" * (now * later < 0))
         row = {"method": runs[0]["label"], "pruned": f"{totals[method]['mean']:.0f}%",
                "n": len(runs)}
         row |= {title: format_mean(summary_stats([run[name] for run in runs]), digits)
                 for name, (title, digits) in columns.items()}
         row["p, two-tailed, against"] = "\n".join(cells) or "–"
         if papers:
-            there = method in papers
-            row["paper's"] = "{1:.2f} ± {2}; {3:g}".format(*papers[method]) if there else "–"
+            row["paper's"] = ("{1:.2f} ± {2}; {3:g}".format(*papers[method]) if method in papers
+                              else "–")
         rows.append(row)
     return draw_table(rows), {"resnet18": {"t_tests": t_tests, "total_pruned": totals}}

@@ -1,9 +1,9 @@
 """Flatness (E): Hessian, gradient covariance, Fisher information, loss along directions.
 
 The functions take a torch module in eval mode whose output is logits, images x and int64 labels y.
-H is the Hessian of the mean cross-entropy (nats) over all n parameters. Vectors are flat, (n,):
-model.parameters() in order, each in NCHW order. The adaptive form of a measure is of D H D,
-D = diag(|w|) (docs/flatness.md). ValueErrors say what the user can change.
+H is the Hessian of the mean cross-entropy (nats) over all n parameters. Vectors are flat, (n,), in
+the order of model.parameters(). The adaptive form of a measure is of D H D, D = diag(|w|)
+(docs/flatness.md). ValueErrors say what the user can change.
 """
 import contextlib
 import copy
@@ -27,12 +27,6 @@ FARTHEST = 10.0  # the largest |ε| tried: a third or more of a trained network'
 PROBES, STEPS, WIDTH, GRID = 3, 30, 0.01, 256  # of the spectral density
 TRACE_SAMPLES = 30
 NO_DERIVATIVE = "Error", "DelayedError", "NotImplemented", "WarnNotImplemented"  # autograd nodes
-STATEFUL = nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.RReLU, nn.RNNBase
-
-
-class Estimate(NamedTuple):
-    value: float
-    standard_error: float
 
 
 class Eigenpairs(NamedTuple):
@@ -55,8 +49,8 @@ def weight_scale(model):
 
 
 class AffineBatchNorm(torch.overrides.TorchFunctionMode):
-    """Computes batch norm as a scale and a shift, which takes a quarter off the time of a
-    Hessian-vector product; raises ValueError for functions in training mode."""
+    """Computes batch norm as a scale and a shift, which makes Hessian-vector products a quarter
+    faster; raises ValueError for functions in training mode."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -73,7 +67,8 @@ class AffineBatchNorm(torch.overrides.TorchFunctionMode):
 
 def logits_of(model, x):
     """Returns the logits of a network; raises ValueError if it is not ready to be measured."""
-    if any(module.training and isinstance(module, STATEFUL) for module in model.modules()):
+    # a forward pass in training mode would change batch norm's counters
+    if any(m.training for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)):
         raise ValueError("the network is in training mode: call model.eval()")
     if not all(p.requires_grad for p in model.parameters()):
         raise ValueError("some parameters are frozen: call model.requires_grad_(True)")
@@ -88,23 +83,21 @@ def loss_gradient(model, x, y, divisor):
 
 
 def images_that_fit(model, x, y, memory_gb):
-    """Returns for how many images the graph of the gradient takes half of memory_gb: each takes
-    what the graph of two holds more than that of one."""
-    def graph_bytes(images):
+    """Returns for how many images the gradient's graph takes half of memory_gb."""
+    def pack(tensor):
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor.detach()
+    sizes = []
+    for images in (1, 2):
         held = {}
-
-        def pack(tensor):
-            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor.detach()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss_gradient(model, x[:images], y[:images], images)
-        return sum(held.values())
-    return max(1, int(memory_gb * 2**29 / max(1, graph_bytes(2) - graph_bytes(1))))
+        sizes.append(sum(held.values()))
+    return max(1, int(memory_gb * 2**29 / max(1, sizes[1] - sizes[0])))
 
 
 def check_second_derivatives(gradients):
-    """Raises ValueError unless autograd can differentiate the gradients: a backward pass that it
-    cannot differentiate leaves a node of that name in their graph, or no graph."""
+    """Raises ValueError where a backward pass left a NO_DERIVATIVE node, or no graph."""
     nodes, seen = [g.grad_fn for g in gradients if g is not None], set()
     while nodes:
         node = nodes.pop()
@@ -119,10 +112,8 @@ def check_second_derivatives(gradients):
 class HessianOperator:
     """Products with the Hessian H of the mean loss, or with D H D, D = diag(scale).
 
-    The gradient's graph is kept if it fits memory_gb, else built for each part of the images in
-    each product. (Several vectors at once are no faster, as measured on a CPU.) `scale` may be
-    replaced; `products` counts them, and on_product() is called after each. Raises ValueError in
-    training mode, for frozen parameters, and for layers without second derivatives.
+    The gradient's graph is kept if it fits memory_gb, else built anew in each product, for one part
+    of the images after another. `scale` may be replaced; on_product() is called after each product.
     """
 
     def __init__(self, model, x, y, scale=None, memory_gb=4, on_product=None):
@@ -167,37 +158,33 @@ def inner_products(a, b):
 def remove_span(w, basis):
     """Makes the rows of w (b, n) orthogonal to blocks of orthonormal rows, in place; returns the
     components (b, m) that were removed."""
-    removed = 0
-    for _ in range(2):  # the second time removes what rounding left
-        parts = []
-        for rows in basis:
-            parts.append(inner_products(w, rows))
-            w.addmm_(parts[-1], rows, alpha=-1)
-        removed = removed + torch.cat(parts, 1)
-    return removed.double().cpu().numpy()
+    removed = []
+    for rows in basis:
+        removed.append(inner_products(w, rows))
+        w.addmm_(removed[-1], rows, alpha=-1)
+    return torch.cat(removed, 1).double().cpu().numpy()
 
 
 def orthonormal(w):
-    """Returns orthonormal rows that span those of w (b, n), and the norms (b,) that the rows of w
-    have without what those before them span."""
-    q, r = torch.linalg.qr(w.T)
-    correction = inner_products(q.T, q.T) - torch.eye(q.shape[1]).to(q)
-    return q.T - correction / 2 @ q.T, r.diagonal().abs()
+    """Returns orthonormal rows that span those of w (b, n), and the norms (b,) of the rows of w
+    without what those before them span."""
+    q, r = torch.linalg.qr(w.T.double())
+    return q.T.to(w), r.diagonal().abs()
 
 
 def block_lanczos(operator, k, generator, tolerance, block, steps):
     """Finds the k eigenpairs of largest magnitude by the block Lanczos method.
 
     It starts from `block` vectors of random signs, so it sees as many copies of a multiple
-    eigenvalue, and it ends when `steps` steps are done and k pairs have converged, or after
-    6 k + 100 products. It keeps one vector for each product, on the parameters' device.
+    eigenvalue, and ends after at least `steps` steps, when k pairs have converged or 6 k + 100
+    products are done. It keeps one vector for each product, on the parameters' device.
 
     Returns:
         values (k,), vectors (k, n), residuals (k,), and a quadrature: nodes (m,) and weights
         (block, m); weights[i] @ f(nodes) approximates z'f(H)z / n for the i-th starting vector z.
     """
     n, m, basis, projected = operator.shape[0], 0, [], np.zeros((0, 0))
-    k, least = min(k, n), block * steps
+    k = min(k, n)
     start = operator.random_signs(generator, min(block, n))
     q, _ = orthonormal(start)
     start = inner_products(start, q).double().cpu().numpy()
@@ -211,21 +198,19 @@ def block_lanczos(operator, k, generator, tolerance, block, steps):
         outside = inner_products(images, images).double().cpu().numpy()
         rounding = 100 * torch.finfo(q.dtype).eps * np.abs(projected).max()
         images = images[:n - m]
-        q, norms = orthonormal(images)
-        if (norms <= max(rounding, 0.1 * outside.max() ** 0.5)).any():
-            # some rows depend on others, or are rounding errors: random ones replace these
-            lost = norms <= rounding
+        lost = orthonormal(images)[1] <= rounding
+        if lost.any():  # random rows replace those that depend on others
             images[lost] = operator.random_signs(generator, len(images))[lost]
-            q, _ = orthonormal(images)
-            remove_span(q, basis)
-            q, _ = orthonormal(q)
+        q, _ = orthonormal(images)
+        remove_span(q, basis)  # the second time removes what rounding left
+        q, _ = orthonormal(q)
         if m < k:
             continue
         values, vectors = np.linalg.eigh(projected)
         leading, last = np.argsort(-np.abs(values), kind="stable")[:k], vectors[old:]
         residuals = np.sqrt(((outside @ last) * last).sum(0).clip(0))[leading] * (m < n)
         done = (residuals <= tolerance * np.abs(values).max()).all() or m >= 6 * k + 100
-        if m == n or done and m >= least:
+        if m == n or done and m >= block * steps:
             turn = torch.from_numpy(vectors[:, leading].T).to(q)
             ritz = q.new_empty(k, n)  # filled by columns, without a second copy of the basis
             for *part, columns in zip(*(rows.split(2 ** 16, 1) for rows in (*basis, ritz))):
@@ -235,10 +220,8 @@ def block_lanczos(operator, k, generator, tolerance, block, steps):
 
 
 def power_method(operator, k, generator):
-    """Finds k eigenpairs by the power method with deflation, as pytorch-hessian-eigenthings (E.2).
-
-    Returns values (k,), vectors (k, n) and residuals (k,).
-    """
+    """Finds k eigenpairs by the power method with deflation, as pytorch-hessian-eigenthings (E.2);
+    returns values (k,), vectors (k, n) and residuals (k,)."""
     n, like = operator.shape[0], operator.params[0]
     values, vectors = np.zeros(0), like.new_empty(0, n)
     for _ in range(min(k, n)):
@@ -259,11 +242,8 @@ def power_method(operator, k, generator):
 
 def eigenpairs(operator, k=100, eigensolver="lanczos", tolerance=EIGEN_TOLERANCE, seed=0,
                block=PROBES, steps=0):
-    """Returns the min(k, n) Eigenpairs of a HessianOperator of largest magnitude (E.2).
-
-    A pair has converged if its residual is at most tolerance |λ_1|. The eigensolver is "lanczos",
-    see `block_lanczos` for block and steps, or "power", the paper's.
-    """
+    """Returns the min(k, n) Eigenpairs of largest magnitude, by "lanczos", see `block_lanczos`, or
+    by "power", the paper's method (E.2)."""
     generator, before = torch.Generator().manual_seed(seed), operator.products
     if eigensolver == "power":
         found, quadrature = power_method(operator, k, generator), None
@@ -276,23 +256,22 @@ def eigenpairs(operator, k=100, eigensolver="lanczos", tolerance=EIGEN_TOLERANCE
 def spectral_density(quadrature, width=WIDTH):
     """Returns the density of all eigenvalues of H by stochastic Lanczos quadrature, for JSON.
 
-    The Gaussian that smooths has a deviation of `width` times the distance of the outermost nodes;
-    the field width is in units of λ, se the standard error over the probes.
+    The smoothing Gaussian has a deviation of `width` times the distance of the outermost nodes; the
+    field width is in units of λ, se the standard error over the probes.
     """
     nodes, weights = quadrature
     sigma = width * float(nodes[-1] - nodes[0]) or 1.0
     grid = np.linspace(nodes[0] - 5 * sigma, nodes[-1] + 5 * sigma, GRID)
     each = weights @ scipy.stats.norm.pdf(grid, nodes[:, None], sigma)
-    error = each.std(0, ddof=1) / math.sqrt(len(each))
     return {"probes": len(each), "steps": len(nodes) // len(each), "width": sigma,
-            "grid": grid.tolist(), "density": each.mean(0).tolist(), "se": error.tolist()}
+            "grid": grid.tolist(), "density": each.mean(0).tolist(),
+            "se": scipy.stats.sem(each).tolist()}
 
 
 def squared_gradients(model, x, directions, memory_gb):
-    """Returns the mean over images of the summed squares (n,) of the rows of directions @ J.
+    """Returns the mean over images of the summed squares (n,) of the rows of directions(i, p) @ J.
 
-    J (classes, n) is the Jacobian of an image's logits; directions(i, p) (m, classes) are those of
-    image i, which has the probabilities p.
+    J (classes, n) is the Jacobian of the logits of image i, p are its probabilities.
     """
     params, total = list(model.parameters()), torch.zeros_like(weight_scale(model))
     size = max(1, int(memory_gb * 2**28 / (len(total) * total.element_size())))
@@ -308,25 +287,19 @@ def squared_gradients(model, x, directions, memory_gb):
 
 def covariance_diagonal(model, x, y, memory_gb=4):
     """Returns the diagonal (n,) of C, the uncentred covariance of images' gradients (E.1)."""
-    def direction(i, p):
-        return (p - F.one_hot(y[i], len(p)))[None]
-    return squared_gradients(model, x, direction, memory_gb)
+    return squared_gradients(
+        model, x, lambda i, p: (p - F.one_hot(y[i], len(p)))[None], memory_gb)
 
 
 def fisher_diagonal(model, x, memory_gb=4):
-    """Returns the diagonal (n,) of F, the Fisher information under the model's own labels (E.3):
-    the mean over images of the sum over labels of p_c times the squared gradient under label c."""
-    def directions(_, p):
-        return p.sqrt()[:, None] * (p - torch.eye(len(p)).to(p))
-    return squared_gradients(model, x, directions, memory_gb)
+    """Returns the diagonal (n,) of F, the Fisher information under the model's own labels (E.3)."""
+    return squared_gradients(
+        model, x, lambda i, p: p.sqrt()[:, None] * (p - torch.eye(len(p)).to(p)), memory_gb)
 
 
 def linear_in_each_weight(model, x):
-    """Tells whether logits are linear in each single weight, so that diag(H) = diag(F).
-
-    Compares the two on two images, for one weight of every layer. The images get their least likely
-    labels, for which a difference is largest.
-    """
+    """Tells whether logits are linear in each single weight, so that diag(H) = diag(F), by one
+    weight of every layer and two images with their least likely labels."""
     x, y, end = x[:2], logits_of(model, x[:2]).argmin(1), 0
     operator, generator = HessianOperator(model, x, y), torch.Generator().manual_seed(0)
     fisher, squares = fisher_diagonal(model, x), covariance_diagonal(model, x, y)
@@ -343,7 +316,7 @@ def linear_in_each_weight(model, x):
 
 
 def hessian_diagonal(model, x, memory_gb=4):
-    """Returns diag(H) (n,), exact, where the logits are linear in each single weight."""
+    """Returns diag(H) (n,) of a network with logits linear in each single weight."""
     if not linear_in_each_weight(model, x):
         raise ValueError("the diagonal is known only where logits are linear in each single "
                          "weight: use ReLU in place of smooth activations")
@@ -352,16 +325,16 @@ def hessian_diagonal(model, x, memory_gb=4):
 
 def estimate_trace(operator, pairs, samples=TRACE_SAMPLES, seed=0):
     """Estimates the trace of a HessianOperator: Hutch++ (Meyer et al. 2021) with its Eigenpairs in
-    the place of a random sketch. No library here has an estimate with its error."""
+    the place of a random sketch. Returns the estimate and its standard error."""
     signs = operator.random_signs(torch.Generator().manual_seed(seed), samples)
     basis = torch.linalg.qr(pairs.vectors.T)[0].T
     remove_span(signs, [basis])
     exact, found = ([float(v @ operator.matvec(v)) for v in rows] for rows in (basis, signs))
-    return Estimate(sum(exact) + np.mean(found), np.std(found, ddof=1) / math.sqrt(samples))
+    return sum(exact) + np.mean(found), scipy.stats.sem(found)
 
 
 def line_loss(model, x, y, direction, batch_size=128):
-    """Returns the function ε → mean loss at w + ε direction; it computes each value once."""
+    """Returns the function ε → mean loss at w + ε direction."""
     params = dict(model.named_parameters())
     pieces = direction.split([p.numel() for p in params.values()])
 
@@ -379,17 +352,17 @@ def first_rise(loss, rise=RISE, step=0.01, tolerance=1e-6):
     """Returns the smallest |ε| where loss(ε) exceeds loss(0) by `rise`, or None (E.3).
 
     The loss need not be monotone, so both sides are searched outward together in steps of `step`,
-    later of ε / 20, up to 10; then Brent's method finds ε to `tolerance`.
+    later of ε / 20, up to FARTHEST; then Brent's method finds ε to `tolerance`.
     """
     def excess(epsilon):  # bounded, because Brent's method cannot interpolate infinities
         return float(np.clip(np.nan_to_num(loss(epsilon) - loss(0.0), nan=np.inf) - rise, -9, 9))
     inner = 0.0
     while inner < FARTHEST:
         outer = min(FARTHEST, round(inner + max(step, inner / 20), 10))
-        crossed = [side for side in (1, -1) if excess(side * outer) > 0]
+        crossed = [abs(scipy.optimize.brentq(excess, side * inner, side * outer, xtol=tolerance))
+                   for side in (1, -1) if excess(side * outer) > 0]
         if crossed:
-            return min(scipy.optimize.brentq(lambda e: excess(side * e), inner, outer,
-                                             xtol=tolerance) for side in crossed)
+            return min(crossed)
         inner = outer
     return None
 
@@ -398,8 +371,7 @@ def measure(model, x, y, num_eigs=100, eigensolver="lanczos", seed=0, memory_gb=
             stage=contextlib.nullcontext):
     """Returns every measure of a network as a dict for JSON; docs/flatness.md explains the fields.
 
-    on_product() is called after each Hessian-vector product; stage(name) is a context manager
-    that is entered around each part of the work.
+    stage(name) is a context manager that is entered around each part of the work.
     """
     operator, result = HessianOperator(model, x, y, None, memory_gb, on_product), {}
     with stage("traces"):
@@ -413,7 +385,7 @@ def measure(model, x, y, num_eigs=100, eigensolver="lanczos", seed=0, memory_gb=
                                block=2 if form else PROBES, steps=0 if form else STEPS)
         tr_c, tr_f = (float((d * scale ** 2).sum(dtype=torch.float64)) for d in diagonals)
         with stage(f"{form}trace"):
-            trace = Estimate(tr_f, 0.0) if linear else estimate_trace(operator, pairs, seed=seed)
+            trace, error = (tr_f, 0.0) if linear else estimate_trace(operator, pairs, seed=seed)
         with stage(f"{form}line"):
             losses = [line_loss(model, x, y, v * scale) for v in pairs.vectors[:DIRECTIONS]]
             # the grid's step, or a quarter of where a parabola of this curvature has risen so far
@@ -425,12 +397,11 @@ def measure(model, x, y, num_eigs=100, eigensolver="lanczos", seed=0, memory_gb=
                 quadrature = pairs.quadrature or eigenpairs(operator, 0, steps=STEPS).quadrature
                 result["density"] = spectral_density(quadrature)
         trace_eigs = float(pairs.values.sum())
-        ratios = {"tic": trace_eigs, "tic_trace": trace.value, "c_over_f": tr_f}
+        ratios = {"tic": trace_eigs, "tic_trace": trace, "c_over_f": tr_f}
         fields = {"eigenvalues": pairs.values.tolist(), "residuals": pairs.residuals.tolist(),
                   "converged": pairs.converged.tolist(), "eig_products": pairs.products,
-                  "trace_eigs": trace_eigs, "trace": float(trace.value),
-                  "trace_se": float(trace.standard_error), "trace_exact": linear,
-                  "tr_c": tr_c, "tr_f": tr_f, "tr_f_se": 0.0,
+                  "trace_eigs": trace_eigs, "trace": float(trace), "trace_se": float(error),
+                  "trace_exact": linear, "tr_c": tr_c, "tr_f": tr_f, "tr_f_se": 0.0,
                   **{name: tr_c / by if by else None for name, by in ratios.items()},
                   "epsilon": epsilon, "epsilon_min": min(filter(None, epsilon), default=None)}
         result |= {"adaptive": fields} if form else fields
@@ -438,12 +409,10 @@ def measure(model, x, y, num_eigs=100, eigensolver="lanczos", seed=0, memory_gb=
 
 
 def rescaled(model, x, a):
-    """Returns a copy that computes the same function with other weight norms: the filters and
-    biases of each convolution that batch norm follows, and its running mean, are multiplied by a,
-    its running variance and epsilon by a². Raises ValueError if the logits of an image change."""
-    twin = copy.deepcopy(model)
-    modules, pairs = list(twin.modules()), 0
-    for conv, norm in zip(modules, modules[1:]):
+    """Returns a copy that computes the same function, with each convolution that batch norm follows
+    multiplied by a. Raises ValueError if the logits of an image change."""
+    twin, pairs = copy.deepcopy(model), 0
+    for conv, norm in itertools.pairwise(twin.modules()):
         if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
             for tensor in (*conv.parameters(), norm.running_mean):
                 tensor.data *= a
@@ -458,7 +427,7 @@ def rescaled(model, x, a):
 
 def rescaling_control(model, x, y, num_eigs=5, images=32, **options):
     """Returns {"1": ..., "0.5": ..., "2": ...}: `measure` of the network rescaled by each factor,
-    on the first images; compare them with "1", which is the network as it is."""
+    on the first images."""
     return {f"{a:g}": measure(rescaled(model, x, a), x[:images], y[:images], num_eigs, **options)
             for a in (1, 0.5, 2)}
 
@@ -476,19 +445,18 @@ def measure_of(flat, name):
 
 
 def num_pairs_asked(flat):
-    """Returns how many eigenpairs were asked for, at most as many as there are parameters."""
+    """Returns how many of the existing eigenpairs were asked for."""
     return min(flat.get("eigs", len(flat["converged"])), flat.get("parameters", math.inf))
 
 
 def share_converged(flat, name):
-    """Returns the share of converged pairs among the eigenpairs that a measure is made of, 1 if it
-    is made of none. Pairs that were asked for and not found have not converged."""
+    """Returns the share of converged pairs among the eigenpairs asked for that a measure is made
+    of, 1 if it is made of none."""
     kind = name.removeprefix("adaptive_")
     if kind not in PAIRS_USED:
         return 1.0
-    converged = (flat if kind == name else flat["adaptive"])["converged"]
     used = min(num_pairs_asked(flat), PAIRS_USED[kind])
-    return sum(converged[:used]) / max(1, used)
+    return sum(measure_of(flat, name.replace(kind, "converged"))[:used]) / max(1, used)
 
 
 def moved_by_rescaling(flat, *names):
@@ -501,7 +469,7 @@ def moved_by_rescaling(flat, *names):
 
 
 def describe(found, asked):
-    """Returns a line on the dicts of several networks; `asked` pairs are wanted of each."""
+    """Describes the dicts of several networks, of each of which `asked` pairs are wanted."""
     first, k = found[0], min(len(flat["eigenvalues"]) for flat in found)
     share = sum(sum(flat["converged"]) for flat in found) / max(1, sum(map(num_pairs_asked, found)))
     method = " by the power method" * (first.get("eig") == "power")
