@@ -124,7 +124,7 @@ def read_experiments(path=EXPERIMENTS):
     return blocks
 
 
-def experiment_options(block, preset):
+def block_options(block, preset):
     """Returns the options of each line of a block, under a preset or None."""
     more = f" --preset {preset} {block.get(preset, '')}" if preset else ""
     return [parse(line + more) for line in block["lines"]]
@@ -360,7 +360,7 @@ def select_runs(block, runs, live=False):
             if block is ALL_RUNS:
                 lines = [run["options"]] * (run["options"].noise == "none")
             else:
-                lines = experiment_options(block, run["options"].preset)
+                lines = block_options(block, run["options"].preset)
             if run["key"] not in map(method_key, lines):
                 continue
             place = run["dataset"], setting_in(lines, run["setting"]) if block else run["setting"]
@@ -374,7 +374,7 @@ def select_runs(block, runs, live=False):
             order = [run["options"] for run in members]
             order.sort(key=lambda o: (o.scratch, "none S L R".index(o.target), o.r or 0))
         else:
-            order = experiment_options(block, members[0]["options"].preset)
+            order = block_options(block, members[0]["options"].preset)
         by_key = {method_key(options): [] for options in order}
         for run in members:
             by_key[run["key"]].append(run)
@@ -399,9 +399,9 @@ def finished(groups):
             if (done := [run for run in runs if not run["problem"]])}
 
 
-def is_papers(block, place):
+def is_paper_setting(block, place):
     """Returns whether this (dataset, setting) is the paper's."""
-    lines = experiment_options(block, None) if block else [parse("")]
+    lines = block_options(block, None) if block else [parse("")]
     return place == (lines[0].dataset, setting_in(lines, train.run_name(lines[0])[1]))
 
 
@@ -412,9 +412,9 @@ def missing_runs(experiment, block, place, runs, log_dir="logs"):
         How many there are, how many there should be, and the command that trains the rest.
     """
     options, seeds = runs[0]["options"], sorted({run["seed"] for run in runs})
-    if is_papers(block, place):
+    if is_paper_setting(block, place):
         seeds = seed_list(block.get("seeds", "1-10"))
-    lines = {method_key(line): line for line in experiment_options(block, options.preset)}
+    lines = {method_key(line): line for line in block_options(block, options.preset)}
     wanted = set(itertools.product(lines, seeds))
     missing = wanted - {(run["key"], run["seed"]) for run in runs}
     others = {"log_dir": log_dir} if log_dir != "logs" else {}
@@ -758,7 +758,7 @@ def draw(name, runs, arguments, read):
           f"'bash runs.sh {experiment or 'fig2'}', or name another --log-dir")
     files = {}
     for place, models in selection.items():
-        papers, members = bool(models) and is_papers(block, place), runs_in(models)
+        papers, members = bool(models) and is_paper_setting(block, place), runs_in(models)
         file = "-".join(filter(None, [
             f"fig{name}" if name in FIGURES else name.replace("table ", "tab"), own,
             *([] if papers or name == "D1" else " ".join(place).split()),

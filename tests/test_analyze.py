@@ -288,7 +288,7 @@ def test_options_that_make_no_difference_are_no_part_of_a_method():
 def test_every_line_of_experiments_txt_is_an_own_method_of_its_block():
     for name, block in analyze.read_experiments().items():
         for preset in (None, "quick", "small"):
-            keys = [analyze.method_key(o) for o in analyze.experiment_options(block, preset)]
+            keys = [analyze.method_key(o) for o in analyze.block_options(block, preset)]
             assert len(set(keys)) == len(keys), name
     used = {experiment for _, experiment in analyze.OUTPUTS.values()} - {None}
     assert used == set(analyze.read_experiments())
