@@ -4,7 +4,6 @@ docs/data.md describes what is accepted. What was converted, resized, left out o
 one line on stderr; data that cannot be used are a UserError.
 """
 import collections
-import fcntl
 import io
 import math
 import os
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from .errors import UserError, check, first_line, warn_once
-from .rundir import write_atomically
+from .rundir import lock_directory, write_atomically
 
 CIFAR = ("cifar10", "cifar100")
 BUILT_IN = (*CIFAR, "digits")
@@ -175,9 +174,7 @@ def download_once(name, path):
     """Downloads CIFAR to `path` unless it is there; other processes wait for the same download."""
     if path.exists():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.parent / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock_directory(path.parent, wait=True):
         if not path.exists():
             buffer = io.BytesIO()
             np.savez(buffer, **download_cifar(name, path.parent))

@@ -194,24 +194,24 @@ def seconds_per_epoch(path):
 
 # +-- A run's directory while the run is trained --------------------------------------------------+
 
-def lock_directory(path):
+def lock_directory(path, wait=False):
     """Creates a directory if needed and locks it for this process; returns the open lock file.
 
     Raises:
-        UserError: Another process holds it.
+        UserError: Another process holds it, and `wait` is false.
     """
     with readable_write_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         lock = open(path / ".lock", "w")
     for _ in range(10):
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             return lock
         except BlockingIOError:
             time.sleep(0.05)  # is_locked of another process holds the lock for a moment
         except OSError as error:
             warn_once(f"the file system has no locks ({first_line(error)}): make sure that no two "
-                      "processes train the same run")
+                      "processes work on the same files")
             return lock
     lock.close()
     raise UserError(f"{path} is in use by another process: wait for it, or choose another --seed",
@@ -254,7 +254,8 @@ class RunDirectory:
                 with contextlib.suppress(UserError):  # a full disk
                     known = isinstance(error, (UserError, OSError))
                     reason = str(error) if known else f"{kind.__name__}: {error}"
-                    write_atomically(self.path / "failed.txt", f"{reason.strip()}\n".encode())
+                    write_atomically(self.path / "failed.txt",
+                                     f"{reason.strip()}\n".encode(errors="replace"))
             if self.pending:
                 save_checkpoint(self.path / "checkpoint.pt", self.pending)
 

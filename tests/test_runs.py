@@ -48,11 +48,14 @@ def fail(error):
     return action
 
 
+def kill_before(patch, module, name, call):
+    act_before(patch, module, name, fail(Killed), call)
+
+
 def half_done(run, monkeypatch, *options, at=(train, "train_epoch", 3)):
     """Kills a run before a call, given as module, name and number: as it is, after two epochs."""
-    module, name, call = at
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        act_before(patch, module, name, fail(Killed), call)
+        kill_before(patch, *at)
         run(*options)
 
 
@@ -61,34 +64,6 @@ def error_line(capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("train.py: "), lines
     return lines[0]
-
-
-@pytest.fixture
-def refusal(run, capsys):
-    """Runs a command line that is refused, and returns the one line on stderr."""
-    def refuse(*options, code=2):
-        capsys.readouterr()
-        assert run(*options) == code
-        return error_line(capsys)
-    return refuse
-
-
-@pytest.fixture
-def ends_as_undisturbed(run, directory):
-    """Finishes a run, and checks that it computed what one does that was not stopped."""
-    def check(*options):
-        assert run(*options) == run(*options, logs="whole") == 0
-        assert result(directory(*options)) == result(directory(*options, logs="whole"))
-    return check
-
-
-@pytest.fixture
-def listed(tmp_path, options):
-    """Writes a list of runs, each given by its options, and returns its path."""
-    def write(*runs):
-        (tmp_path / "list").write_text("".join(shlex.join(options(*more)) + "\n" for more in runs))
-        return str(tmp_path / "list")
-    return write
 
 
 def read_json(path):
@@ -132,6 +107,7 @@ def test_names_are_readable():
 @pytest.mark.parametrize("line, same", [
     ("--target none --score ebn --s 3 4 5 6 --r 2", ""), ("--target R --score act", "--target R"),
     ("--target R --noise zero --score ebn", "--target R --noise zero"),
+    ("--target R --scratch --score ebn", "--target R --scratch"),
     ("--target S --scratch --r 4 --s 1 --e 2", "--target S --scratch"),
     ("--target L --noise zero --noise-batches 1", "--target L --noise zero")])
 def test_an_option_that_a_run_does_not_use_is_no_part_of_it(line, same):
@@ -142,43 +118,47 @@ def test_an_option_that_a_run_does_not_use_is_no_part_of_it(line, same):
 
 
 VARIATIONS = (
-    "|--seed 2|--model vgg19|--model resnet18|--width 0.5|--width 0.25|--lrs|--dataset cifar100|"
-    "--val-split 500|--augment|--optimizer sgd|--lr 0.01|--weight-decay 0.0001|--batch-size 64|"
-    "--epochs 326|--lrs 150|--lrs 150 299|--precision bf16|--scale-epochs 0.5|--deterministic|"
-    "--preset quick|--preset small|--train-images 500|--test-images 500|--label-noise 0.1|"
-    "--lr 0.0012345678|--lr 0.0012345679|S|L|R|S --r 4|S --p 0.5 --s 3 --e 9|S --s 3 3 3 3|"
-    "S --e 90 90 90 90|S --p 0.1x4|S --p 0.1 0.1 0.1 0.2|S --p 0.3333333x4|S --p 0.3333334x4|"
-    "S --score l1|S --score act|S --score ebn|S --score ebn-signed|S --prune-bn keep|S --scratch|"
-    "L --scratch|L --scratch --p 0.1x4|L --scratch --score l1|N|S --noise gauss|S --noise zero|"
-    "R --noise zero|N --noise-batches 50|N --noise-batches 50 --noise-filters all|N --r 4|"
-    "N --noise-batches 50 --noise-restore|N --score l1|N --test-batch-size 256|N --p 0.1x4")
+    "|--seed 2|--model vgg19|--model resnet18|--model resnet20|--width 0.5|--width 0.25|--lrs|"
+    "--dataset cifar100|--dataset digits|--val-split 500|--augment|--optimizer sgd|--lr 0.01|"
+    "--weight-decay 0.0001|--batch-size 64|--epochs 326|--lrs 150|--lrs 150 299|--precision bf16|"
+    "--scale-epochs 0.5|--deterministic|--preset quick|--preset small|--train-images 500|"
+    "--test-images 500|--label-noise 0.1|--lr 0.0012345678|--lr 0.0012345679|S|L|R|S --r 4|"
+    "S --p 0.5 --s 3 --e 9|S --s 3 3 3 3|S --s 2 2 2 2|S --e 90 90 90 90|S --p 0.1x4|"
+    "S --p 0.1 0.1 0.1 0.2|S --p 0.3333333x4|S --p 0.3333334x4|S --score l1|S --score act|"
+    "S --score ebn|S --score ebn-signed|S --prune-bn keep|S --scratch|L --scratch|"
+    "L --scratch --p 0.1x4|L --scratch --score l1|N|S --noise gauss|S --noise zero|R --noise zero|"
+    "N --noise-batches 50|N --noise-batches 50 --noise-filters all|N --r 4|N --score l1|"
+    "N --noise-batches 50 --noise-restore|N --noise-batches 50 --noise-filters all --noise-restore|"
+    "N --test-batch-size 256|N --p 0.1x4|N --lr 0.01 --epochs 400")
 
 
 def test_different_options_give_different_directories():
     lines = collections.defaultdict(list)
     for line in VARIATIONS.replace("N", "L --noise zero").split("|"):
         lines[path_of("--target " * (line[:1] in ("S", "L", "R")) + line)].append(line)
-    assert [same for same in lines.values() if len(same) > 1] == []
+    assert [same for same in lines.values() if len(same) > 1] == [] and len(lines) > 60
 
 
 def test_a_name_that_would_be_too_long_is_cut_and_has_a_checksum(tmp_path):
-    paths = [path_of(f"--model resnet56 --target S --log-dir {tmp_path} --p 0.1x53 {last}")
-             for last in (0.5, 0.6)]
-    for path in paths:
-        rundir.lock_directory(path).close()
-    names = [path.parts[-2] for path in paths]
+    names = []
+    for last in (0.5, 0.6):
+        fractions = [0.1 + i / 1000 for i in range(53)] + [last]
+        options = train.parse_options(["--model", "resnet56", "--target", "S", "--log-dir",
+                                       str(tmp_path), "--p", *map(str, fractions)])
+        rundir.lock_directory(train.run_path(options)).close()
+        assert train.experiment_options(options)["p"] == fractions
+        names.append(train.run_path(options).parts[-2])
     assert len(set(names)) == 2 and names[0][:-8] == names[1][:-8], "only the checksum differs"
-    assert all(re.fullmatch(r"S-r30-p0\.1,0\.1,.*-[0-9a-f]{8}", name) for name in names)
+    assert all(re.fullmatch(r"S-r30-p0\.1,0\.101,.*-[0-9a-f]{8}", name) for name in names)
 
 
 def test_names_of_data_stay_whole_and_within_the_log_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {name: path_of(f"--dataset {name}").parts[1] for name in (
-        "cifar10", "digits.npz", "x/digits", "./cifar10", "x/CIFAR100/", "birds/cub.v1",
-        "birds/cub", "birds/noise-0.2", "cub.npz")}
-    assert len({*names.values()}) == len(names)
-    assert [names[n] for n in ("cub.npz", "cifar10", "birds/noise-0.2")] == [
-        "cub.npz", "cifar10", "noise-0.2"]
+        "cifar10", "digits", "digits.npz", "x/digits", "./cifar10", "x/CIFAR100/", "birds/cub.v1",
+        "birds/cub.v2", "birds/cub", "birds/noise-0.2", "cub.npz")}
+    assert len({*names.values()}) == len(names) and names["cub.npz"] == "cub.npz"
+    assert names["cifar10"] == "cifar10" and names["birds/noise-0.2"] == "noise-0.2"
     assert names["x/CIFAR100/"].lower() not in datasets.BUILT_IN
     for name in ("..", ".", "../..", "x/..", "/", "//", "x/../..", ""):
         parts = train.run_path(train.parse_options(["--dataset", name])).parts
@@ -193,51 +173,62 @@ def test_defaults_are_the_papers(line, score):
     expected = {"adam": dict(lr=0.001, weight_decay=0, epochs=325, lrs=[150, 300], augment=False),
                 "sgd": dict(lr=0.1, weight_decay=1e-4, epochs=165, lrs=[83, 125], augment=True)}
     name = "sgd" if score == "l1" else "adam"  # A.3, B.1; Figures 4 and C.3
-    expected = dict(optimizer=name, score=score, batch_size=128, test_batch_size=128,
-                    **expected[name])
+    expected = expected[name] | dict(score=score, batch_size=128, test_batch_size=128)
     assert expected.items() <= vars(options).items()
     made = train.make_optimizer(torch.nn.Linear(1, 1), name, options.lr, options.weight_decay)
-    assert type(made).__name__.lower() == name
+    assert type(made).__name__.lower() == options.optimizer == name
     assert made.defaults.get("momentum", 0.9) == 0.9 and not made.defaults.get("nesterov")
+
+
+def test_help_goes_to_stdout_and_lists_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    out, err = capsys.readouterr()
+    assert not stop.value.code and not err
+    assert all(f"--{name.replace('_', '-')}" in out for name in vars(train.parse_options([])))
 
 
 # --- Mistakes: one line on stderr, exit code 2, nothing written ---
 
-MISTAKES = """--model vgg12|--target M|--score l3|--x|--r|--seed -1|--seed 4294967296|--width 0
---width nan|--lr 0|--lr inf|--lr 1e7|--epochs 0|--r 0|--batch-size 0|--test-batch-size 0|--lrs -3
---val-split -1|--val-split 96|--train-images 97|--test-images 65|--label-noise 1.5|--label-noise nan
---scale-epochs 0|--scale-epochs nan|--scratch|--weight-decay -1|--target S --s 1 2 --e 3 --p 0.5
---r 4|--target S --s 1 --e 3 --p 0.5 0.5|--target S --s 1 --e 3 --p 1|--target S --s 1 --e 3 --p nan
---target S --s 1 --e 3 --p -0.2|--target S --s 0x19 --e 3x19 --p 0.5x19|--noise zero
+MISTAKES = """--model vgg12|--target M|--score l3|--noise pink|--optimizer lion|--device tpu|--x|--r
+--seed x|--seed -1|--seed 4294967296|--width 0|--width nan|--lr 0|--lr inf|--lr 1e7|--epochs 0|--r 0
+--batch-size 0|--test-batch-size 0|--val-split -1|--val-split 96|--lrs -3|--train-images 97
+--test-images 65|--label-noise 1.5|--label-noise nan|--scale-epochs 0|--scale-epochs nan|--scratch
+--weight-decay -1|--target S --s 1 2 --e 3 --p 0.5|--target S --s 1 --e 3 --p 0.5 0.5|--r 4
+--target S --s 1 --e 3 --p 1.2|--target S --s 1 --e 3 --p -0.2|--target S --s 1 --e 3 --p nan
+--target S --s 1 --e 3 --p 1|--target S --s 0x19 --e 3x19 --p 0.5x19|--noise zero|--noise-batches 3
 --target S --s 0 --e 5 --p 0.5 = --e|--target S --p 0.5x0|--target S --p 0.5xx|--noise-filters all
 --target S --s 3 --e 1 --p 0.5 = ends at 1|--target S --s -1 --e 1 --p 0.5 = -1|--noise-restore
 P --noise zero --noise-batches 0|P --noise gauss --noise-restore|P --noise zero --scratch
-P --noise zero --prune-bn keep|--prune-bn keep|--save-epoch 6|--noise-batches 3
+P --noise zero --prune-bn keep|--prune-bn keep|--save-epoch 6|--precision tf32|--dataset nowhere
 --dataset nowhere.npz = nowhere.npz|--score l1 = --score does nothing without --target|--seeds x
 --runs list --seed 2|--status list --width=0.5|--plan list --target S|--runs list --seeds 1-2
---seeds 1-2 --seed=9|--retry-failed|--seeds 3-1|--seeds 1-2,4-3|--seeds ,|--seeds 1-|--seeds 1--2
---seeds 1-99999999"""
+--seeds 1-2 --seed 9|--seeds 1-2 --seed=9|--retry-failed|--seeds 3-1|--seeds 1-2,4-3|--seeds ,
+--seeds 1-|--seeds -3|--seeds 1--2|--seeds 1,,2|--seeds 1-2-3|--seeds 1-99999999"""
 
 
 @pytest.mark.parametrize("mistake", re.split(r"[|\n]", MISTAKES))
-def test_a_mistake_is_one_line_that_names_it(refusal, tiny, mistake):
+def test_a_mistake_is_one_line_that_names_it(run, tiny, capsys, mistake):
     options, _, named = mistake.replace("P ", "--target S --s 0 --e 3 --p 0.5 ").partition(" = ")
-    assert (named or re.findall(r"--[\w-]+", options)[-1]) in refusal(*options.split())
+    assert run(*options.split()) == 2
+    assert (named or re.findall(r"--[\w-]+", options)[-1]) in error_line(capsys)
     assert not list(tiny.parent.glob("logs/**/*.json*"))
 
 
-def test_cuda_is_refused_where_there_is_none(refusal, monkeypatch):
+def test_cuda_is_refused_where_there_is_none(run, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "--device cuda" in refusal("--device", "cuda")
+    assert run("--device", "cuda") == 2
+    assert "--device cuda" in error_line(capsys)
 
 
+@pytest.mark.parametrize("content", [None, b"--model vgg12\n", b"--dataset 'open quote\n",
+                                     b"\xff\xfe\x00\n"])
 @pytest.mark.parametrize("option", ("--plan", "--runs", "--status"))
-def test_a_bad_list_is_one_line(tmp_path, capsys, option):
-    for content in (None, b"--model vgg12\n", b"--dataset 'open quote\n", b"\xff\xfe\n"):
-        if content:
-            (tmp_path / "list").write_bytes(content)
-        assert train.main([option, str(tmp_path / "list")]) == 2
-        error_line(capsys)
+def test_a_bad_list_is_one_line(tmp_path, capsys, option, content):
+    if content is not None:
+        (tmp_path / "list").write_bytes(content)
+    assert train.main([option, str(tmp_path / "list")]) == 2
+    error_line(capsys)
 
 
 @pytest.mark.parametrize("line", ("--plan a --runs b", "--status a --plan b",
@@ -251,7 +242,7 @@ def test_options_of_lists_that_exclude_each_other_are_refused(capsys, line):
 @pytest.mark.parametrize("line, named", [
     ("", ""), ("--lrs", ""), ("--epochs 350 --lrs 350 --scale-epochs 0.0375", ""),
     ("--scale-epochs 0.5 --epochs 100 --lrs 0 50", ""), ("--epochs 300", "--lrs 150,300"),
-    ("--scale-epochs 0.01 --lrs 40 300", "0,3 of 3"),
+    ("--epochs 3 --lrs 2 4", "--lrs 2,4"), ("--scale-epochs 0.01 --lrs 40 300", "0,3 of 3"),
     ("--scale-epochs 0.004", "150,300 of 325 epochs 1x2 of 1")])
 def test_falls_of_the_learning_rate_that_are_lost_are_named(line, named):
     options = train.parse_options(line.split())
@@ -271,39 +262,44 @@ RESUMED = {  # 96 images in batches of 16: six steps an epoch, so act's tenth ba
     "restore": (*NOISE, "zero", "--noise-restore", "--noise-filters", "all"),
     "scratch": ("--target", "L", "--scratch", "--p", 0.5),
 }
-MACHINES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
+FIRST_KILL = dict(zip(RESUMED, [  # os.replace ends a write of config.json, log, epoch 1, epoch2.pt
+    (rundir, "save_checkpoint", 1), (rundir, "append_line", 2), (os, "replace", 1),
+    (os, "replace", 4), (rundir, "append_line", 1), (rundir, "save_checkpoint", 3),
+    (os, "replace", 2), (train, "epoch_metrics", 2)]))
 
 
-@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("machine", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 @pytest.mark.parametrize("kind", RESUMED)
-def test_a_killed_run_ends_as_if_it_had_not_been(
-        run, directory, monkeypatch, ends_as_undisturbed, kind, machine):
+def test_a_killed_run_ends_as_if_it_had_not_been(run, directory, monkeypatch, kind, machine):
     options = ("--batch-size", 16, "--test-batch-size", 32, *RESUMED[kind], "--save-epoch", 2)
     if machine == "cuda":
         monkeypatch.setitem(train.CHECKPOINT_SECONDS, "cuda", 0)
         options += ("--device", "cuda", "--deterministic")
+    assert run(*options, logs="whole") == 0
     path, whole = directory(*options), directory(*options, logs="whole")
-    # Killed while it writes epoch2.pt, after three more epochs, and before done.json.
-    for at in ((os, "replace", 4), (train, "train_epoch", 3), (rundir, "write_json", 2)):
+    # The last kill is before done.json; then nothing is left to train.
+    for at in (FIRST_KILL[kind], (train, "train_epoch", 3), (rundir, "write_json", 2)):
         half_done(run, monkeypatch, *options, at=at)
         assert rundir.run_status(path) == "waiting", "the lock went with its owner"
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train_epoch", lambda *_: pytest.fail("trained again"))
-        assert run(*options) == 0
-    ends_as_undisturbed(*options)
+    monkeypatch.setattr(train, "train_epoch", lambda *_: pytest.fail("trained again"))
+    assert run(*options) == 0
+    assert result(path) == result(whole)
     weights = [rundir.load_checkpoint(p / "epoch2.pt")["model"] for p in (path, whole)]
-    assert plain(weights[0]) == plain(weights[1])
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_save_epoch_keeps_the_weights_of_that_epoch_and_may_be_asked_for_later(
         run, directory, monkeypatch):
     seen = []
+
+    def spy(model, *_):
+        seen.extend(tensor.clone() for tensor in model.state_dict().values())
+
     half_done(run, monkeypatch)
-    act_before(monkeypatch, train, "evaluate",
-               lambda model, *_: seen.append(plain(model.state_dict())), 2)
+    act_before(monkeypatch, train, "evaluate", spy, 2)
     assert run("--save-epoch", 4) == 0
     state = rundir.load_checkpoint(directory() / "epoch4.pt")
-    assert state["epoch"] == 4 and plain(state["model"]) == seen[0]
+    assert state["epoch"] == 4 and all(map(torch.equal, seen, state["model"].values()))
 
 
 @pytest.mark.parametrize("damage", ("cut", "missing"))
@@ -311,34 +307,38 @@ def test_the_log_is_repaired_from_the_checkpoint(run, directory, monkeypatch, ca
     def break_log():
         content = log.read_bytes()
         log.write_bytes(content[:-20]) if damage == "cut" else log.unlink()
+        capsys.readouterr()
         return content
 
-    half_done(run, monkeypatch)
-    path = directory()
-    log = path / "epochs.jsonl"
+    assert run(*PRUNE, logs="whole") == 0
+    half_done(run, monkeypatch, *PRUNE)
+    log = directory(*PRUNE) / "epochs.jsonl"
     content = break_log()
-    half_done(run, monkeypatch, at=(train, "train_epoch", 1))
+    half_done(run, monkeypatch, *PRUNE, at=(train, "train_epoch", 1))
     assert log.read_bytes() == content, "at once, not only at the end"
-    assert run() == 0
-    content = break_log()
-    assert run() == 0
+    break_log()
+    assert run(*PRUNE) == 0
+    assert result(directory(*PRUNE)) == result(directory(*PRUNE, logs="whole"))
+    content = break_log()  # of a run that is finished
+    assert run(*PRUNE) == 0
     assert "epochs.jsonl was cut; it is written again" in capsys.readouterr().out
     assert log.read_bytes() == content
     break_log()
-    (path / "checkpoint.pt").unlink()
-    before = contents(path)
-    assert run() == 2 and run("--seeds", "1-1") == 1
-    assert f"{path}: epochs.jsonl was cut" in capsys.readouterr().err
-    assert contents(path) == before and not (path / "failed.txt").exists(), "it is finished"
+    (directory(*PRUNE) / "checkpoint.pt").unlink()
+    before = contents(directory(*PRUNE))
+    assert run(*PRUNE) == 2 and run(*PRUNE, "--seeds", "1-1") == 1
+    assert f"{directory(*PRUNE)}: epochs.jsonl was cut" in capsys.readouterr().err
+    assert contents(directory(*PRUNE)) == before
+    assert not (directory(*PRUNE) / "failed.txt").exists(), "it is finished"
 
 
 def test_a_half_done_run_without_its_checkpoint_says_that_it_starts_again(
-        records, run, directory, monkeypatch, capsys):
+        run, directory, monkeypatch, capsys):
     half_done(run, monkeypatch)
     (directory() / "checkpoint.pt").unlink()
-    assert len(records()) == 5
+    assert run() == 0
     message = "2 epochs are logged, but checkpoint.pt is missing: the run starts again"
-    assert message in capsys.readouterr().out
+    assert message in capsys.readouterr().out and len(read_lines(directory())) == 5
 
 
 def test_a_finished_run_is_left_alone_and_a_run_says_what_it_lacks(
@@ -347,34 +347,41 @@ def test_a_finished_run_is_left_alone_and_a_run_says_what_it_lacks(
     half_done(run, monkeypatch, "--save-epoch", 3, at=(train, "train_epoch", 1))
     assert "epoch3.pt" not in capsys.readouterr().out, "that is still to come"
     assert run("--save-epoch", 2) == 0
-    out, before = capsys.readouterr().out, contents(directory())
+    out = capsys.readouterr().out
     assert "trained without epoch2.pt: move it" in out and "continues after epoch 2 of 5" in out
+    before = contents(directory())
     assert {*before} == {"config.json", "epochs.jsonl", "checkpoint.pt", "done.json"}
-    for more, lacks in (((), ()), (("--save-epoch", 2), ["epoch2.pt"]),
-                        (("--tensorboard",), ["tensorboard"])):
+    monkeypatch.setattr(train, "train_epoch", lambda *_: pytest.fail("trained again"))
+    for more, lacks in (((), ""), (("--save-epoch", 2), "epoch2.pt"),
+                        (("--tensorboard",), "tensorboard")):
         assert run(*more) == 0
         *said, finished = capsys.readouterr().out.splitlines()
         assert finished == f"{directory()}: finished already"
-        assert [line.split(": ")[1] for line in said] == [f"trained without {x}" for x in lacks]
+        assert [f"trained without {lacks}: " in line for line in said] == [True] * bool(lacks)
     assert contents(directory()) == before
 
 
 def test_a_run_keeps_the_number_of_threads_it_began_with(
         run, listed, directory, monkeypatch, capsys):
-    runs, threads = ((), (*SHORT, "--seed", 2)), []
-    half_done(run, monkeypatch)
+    threads = []
+    monkeypatch.setattr(train, "THREADS", 1)
+    assert run(*PRUNE, logs="whole") == 0
+    half_done(run, monkeypatch, *PRUNE)
     monkeypatch.setattr(train, "THREADS", 2)  # as in a process that may use two
     for call in range(1, 5):
         act_before(monkeypatch, train, "train_epoch",
                    lambda *_: threads.append(torch.get_num_threads()), call)
     capsys.readouterr()
     try:
-        assert train.main(["--runs", listed(*runs)]) == 0
+        assert train.main(["--runs", listed(PRUNE, (*SHORT, "--seed", 2))]) == 0
     finally:
         torch.set_num_threads(1)
     assert threads == [1, 1, 1, 2], "the second run is a new one"
-    assert "another" not in "".join(capsys.readouterr())
-    assert [read_json(directory(*more) / "config.json")["threads"] for more in runs] == [1, 2]
+    out, err = capsys.readouterr()
+    assert "another" not in out and not err
+    assert result(directory(*PRUNE)) == result(directory(*PRUNE, logs="whole"))
+    for more, number in ((PRUNE, 1), ((*SHORT, "--seed", 2), 2)):
+        assert read_json(directory(*more) / "config.json")["threads"] == number
 
 
 def test_a_run_that_continues_elsewhere_says_so_and_records_it(
@@ -382,6 +389,7 @@ def test_a_run_that_continues_elsewhere_says_so_and_records_it(
     half_done(run, monkeypatch, "--backend", "eager")
     config = read_json(directory() / "config.json")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another set")
+    capsys.readouterr()
     assert run("--backend", "eager") == 0
     line, = (line for line in capsys.readouterr().out.splitlines() if "another" in line)
     assert "instruction_set" in line and "backend" not in line
@@ -394,87 +402,115 @@ def test_config_says_what_was_run(run, directory, monkeypatch):
     more = (*PRUNE, "--epochs", 4, "--lrs", 2, "--target", "R", "--val-split", 8)
     assert run(*more) == 0
     config = read_json(directory(*more) / "config.json")
-    assert {"p": [0.3, 0.5], "seed": 1, "score": None}.items() <= config["options"].items()
-    assert {"train": 88, "val": 8, "test": 64}.items() <= config["data"].items()
+    assert config["options"]["p"] == [0.3, 0.5] and config["options"]["seed"] == 1
+    assert config["options"]["score"] is None and config["git"] is None
     assert config["schedule"]["epochs"] == 4 and config["iterative_rate"] == 25  # 50% in two events
     assert [layer["filters"] for layer in config["pruned_layers"]] == [8, 8]
-    assert config["versions"]["torch"] == torch.__version__ and config["git"] is None
-    assert config["threads"] == train.THREADS
+    assert [config["data"][split] for split in ("train", "val", "test")] == [88, 8, 64]
+    assert config["versions"]["torch"] == torch.__version__ and config["threads"] == train.THREADS
     assert config["instruction_set"] == torch.backends.cpu.get_cpu_capability()
 
 
-def test_the_learning_rate_is_divided_by_ten_at_each_of_lrs(records):
-    logged = [r["lr"] for r in records("--epochs", 6, "--lrs", 2, 3, 5, "--lr", 0.02)]
-    assert logged == pytest.approx([0.02, 0.02, 2e-3, 2e-4, 2e-4, 2e-5], rel=1e-12)
+def test_the_learning_rate_is_divided_by_ten_at_each_of_lrs(run, directory, monkeypatch):
+    used, options = [], ("--epochs", 6, "--lrs", 2, 3, 5, "--lr", 0.02)
+    for call in range(1, 7):
+        act_before(monkeypatch, train, "train_epoch", lambda model, data, optimizer, *_:
+                   used.append(optimizer.param_groups[0]["lr"]), call)
+    assert run(*options) == 0
+    logged = [record["lr"] for record in read_lines(directory(*options))]
+    assert logged == used == pytest.approx([0.02, 0.02, 2e-3, 2e-4, 2e-4, 2e-5], rel=1e-12)
+
+
+def test_runs_of_one_seed_are_alike_until_they_prune(run, directory):
+    def records(*more):
+        more = ("--epochs", 2, "--lrs", 1, "--augment", "--batch-size", 8, *more)
+        assert run(*more) == 0
+        return read_lines(directory(*more))
+
+    def first_epoch(lines):
+        return lines[0]["train_loss"], lines[0]["train_acc"], lines[0]["test_acc_before"]
+
+    baseline = records()
+    late = ("--s", 0, "--e", 1, "--p", 0.5, "--r", 1)
+    methods = [records("--target", *method, *late) for method in (
+        "S", "L", "R", ("S", "--score", "act"), ("L", "--noise", "gauss", "--noise-batches", 2))]
+    assert all(first_epoch(lines) == first_epoch(baseline) for lines in methods)
+    assert all(sum(lines[0]["removed"]) for lines in methods), "they part after epoch 0"
+    assert len({lines[1]["train_loss"] for lines in (baseline, *methods)}) > 3
+    assert first_epoch(records("--seed", 2)) != first_epoch(baseline)
 
 
 # --- Other data, other options, own scores ---
 
 @pytest.fixture
-def two_places(tmp_path):
+def two_places(tmp_path, options):
     """Options of two data sets with one name; the second one's test labels are in reverse."""
-    arrays = make_arrays()
     for place, step in (("a", 1), ("b", -1)):
         (tmp_path / place).mkdir()
-        np.savez(tmp_path / place / "x.npz", **arrays | {"test_y": arrays["test_y"][::step]})
-    return [(*SHORT, "--dataset", tmp_path / place / "x.npz") for place in "ab"]
+        np.savez(tmp_path / place / "x.npz",
+                 **{**make_arrays(), "test_y": make_arrays()["test_y"][::step]})
+    return [options(*SHORT, "--dataset", tmp_path / place / "x.npz") for place in "ab"]
 
 
-def test_a_finished_run_on_other_data_is_refused(
-        two_places, run, directory, listed, options, tmp_path, capsys):
+def test_a_finished_run_on_other_data_is_refused(two_places, tmp_path, capsys):
     first, second = two_places
-    path = directory(*first)
-    assert run(*first) == 0
+    path = train.run_path(train.parse_options(first))
+    assert train.main(first) == 0
     before = contents(path)
-    for argv, code in ((options(*second), 2), (["--runs", listed(second)], 1),
-                       (["--plan", listed(second)], 2)):
+    (tmp_path / "list").write_text(shlex.join(second) + "\n")
+    for argv, code in ((second, 2), (["--runs", str(tmp_path / "list")], 1),
+                       (["--plan", str(tmp_path / "list")], 2)):
         capsys.readouterr()
         assert train.main(argv) == code
         out, err = capsys.readouterr()
         assert str(path) in err and "data set" in err and "finished already" not in out
     assert contents(path) == before and not (path / "failed.txt").exists()
-    (tmp_path / "b/x.npz").write_bytes((tmp_path / "a/x.npz").read_bytes())
-    assert run(*second) == 0
+    (tmp_path / "b" / "x.npz").write_bytes((tmp_path / "a" / "x.npz").read_bytes())
+    assert train.main(second) == 0
     assert "finished already\n" in capsys.readouterr().out, "a copy elsewhere is the same data"
     arrays = make_arrays()
-    np.savez(tmp_path / "b/x.npz", **arrays | {"classes": np.append(arrays["classes"], "e")})
-    assert run(*second) == 2
+    np.savez(tmp_path / "b" / "x.npz", **arrays | {"classes": np.append(arrays["classes"], "e")})
+    assert train.main(second) == 2
 
 
 @pytest.mark.parametrize("change", ("data", "--save-epoch 1", "--tensorboard"))
-def test_two_runs_that_would_share_a_directory_are_refused(
-        two_places, directory, listed, capsys, change):
+def test_two_runs_that_would_share_a_directory_are_refused(two_places, tmp_path, capsys, change):
     first, second = two_places
-    path = listed(first, second if change == "data" else (*first, *change.split()))
+    lines = [first, second if change == "data" else [*first, *change.split()]]
+    (tmp_path / "list").write_text("".join(shlex.join(line) + "\n" for line in lines))
     for action in ("--runs", "--plan", "--status"):
-        assert train.main([action, path]) == 2
-        assert str(directory(*first)) in error_line(capsys)
+        assert train.main([action, str(tmp_path / "list")]) == 2
+        assert str(train.run_path(train.parse_options(first))) in error_line(capsys)
+    assert len(train.unique_runs([first, first])) == 1
 
 
-def test_a_finished_run_on_a_built_in_data_set_downloads_nothing(tmp_path, run, monkeypatch):
-    more, file = (*SHORT, "--dataset", "cifar10", "--data-dir", tmp_path), tmp_path / "cifar10.npz"
-    np.savez(file, **make_arrays())
-    assert run(*more) == 0
-    file.unlink()
+def test_a_finished_run_on_a_built_in_data_set_downloads_nothing(tmp_path, options, monkeypatch):
+    argv = options(*SHORT, "--dataset", "cifar10", "--data-dir", tmp_path)
+    np.savez(tmp_path / "cifar10.npz", **make_arrays())
+    assert train.main(argv) == 0
+    (tmp_path / "cifar10.npz").unlink()
     monkeypatch.setattr(datasets, "download_cifar", lambda *_: pytest.fail("downloaded"))
-    assert run(*more) == 0
-    np.savez(file, **make_arrays(64))
-    assert run(*more) == 2
+    assert train.main(argv) == 0
+    np.savez(tmp_path / "cifar10.npz", **make_arrays(64))
+    assert train.main(argv) == 2
 
 
 @pytest.mark.parametrize("damage", ("cut", "missing", "list", "another data set", "another lr"))
 def test_a_config_that_does_not_match_is_refused_in_one_line(
-        run, refusal, directory, tiny, monkeypatch, damage):
+        run, directory, tiny, monkeypatch, capsys, damage):
     half_done(run, monkeypatch)
     path = directory() / "config.json"
+    config = read_json(path)
+    config["options"]["lr"] = 0.7
+    texts = {"cut": '{"options": ', "list": '["options"]', "another lr": json.dumps(config)}
     if damage == "another data set":
         np.savez(tiny, **{**make_arrays(), "train_y": make_arrays()["train_y"][::-1]})
-    elif damage == "missing":
-        path.unlink()
     else:
-        path.write_text({"cut": '{"options": ', "list": '["options"]'}.get(
-            damage, path.read_text().replace('"lr": 0.1', '"lr": 0.7')))
-    before, line = contents(directory()), refusal()
+        path.write_text(texts[damage]) if damage in texts else path.unlink()
+    before = contents(directory())
+    capsys.readouterr()
+    assert run() == 2
+    line = error_line(capsys)
     assert str(directory()) in line and ("another" not in damage or damage in line)
     assert contents(directory()) == before
 
@@ -490,34 +526,35 @@ def own(tmp_path, monkeypatch):
     return write
 
 
-def test_an_own_score_that_was_edited_is_refused(run, refusal, own, directory, monkeypatch):
+def test_an_own_score_that_was_edited_is_refused(run, own, directory, monkeypatch, capsys):
     code = "block.conv.weight.flatten(1).std(1)"
     options = (*PRUNE, "--score", own(code))
-    path = directory(*options)
-    assert path.parts[-2].startswith("S-r1-own-")
+    assert directory(*options).parts[-2].startswith("S-r1-own-")
     half_done(run, monkeypatch, *options)
     for done in (False, True):
-        before = contents(path)
-        assert ("done.json" in before) == done
+        assert (directory(*options) / "done.json").exists() == done
+        before = contents(directory(*options))
         own(f"-{code}")
-        assert "source of the score own" in refusal(*options)
-        assert contents(path) == before
+        capsys.readouterr()
+        assert run(*options) == 2
+        assert "source of the score own" in error_line(capsys)
+        assert contents(directory(*options)) == before
         own(code)
         assert run(*options) == 0
 
 
 def test_an_own_score_that_reads_act_gets_its_moving_average(run, own, directory):
-    paths = []
-    for score in (own("block.act.clone()"), "act"):
-        more = (*PRUNE, "--batch-size", 8, "--score", score)
-        assert run(*more) == 0
-        paths.append(directory(*more))
-    assert paths[0] != paths[1] and result(paths[0]) == result(paths[1])
+    own, act = ((*PRUNE, "--batch-size", 8, "--score", score)
+                for score in (own("block.act.clone()"), "act"))
+    assert run(*own) == run(*act) == 0
+    assert directory(*own) != directory(*act)
+    assert result(directory(*own)) == result(directory(*act))
 
 
 def test_lists_know_own_scores_and_keep_those_of_two_files_apart(own, listed, capsys):
-    runs = [(*SHORT, "--target", "S", "--scratch", "--p", 0.5, "--score",
-             own(f"block.conv.weight.flatten(1).{code}(1)", code)) for code in ("std", "sum")]
+    runs = [(*SHORT, "--target", "S", "--scratch", "--p", 0.5, "--score", own(code, name))
+            for code, name in (("block.conv.weight.flatten(1).std(1)", "a"),
+                               ("block.conv.weight.flatten(1).sum(1)", "b"))]
     for action in ("--plan", "--status", "--runs"):
         assert train.main([action, listed(runs[0])]) == 0
     capsys.readouterr()
@@ -529,17 +566,18 @@ def test_lists_know_own_scores_and_keep_those_of_two_files_apart(own, listed, ca
 @pytest.mark.parametrize("code", [
     "block.conv.weight.flatten(1).sum(1).tolist()", "block.conv.weight.flatten(1)", "None",
     "block.conv.weight.sum((0, 2, 3))", "block.conv.weight[block.mask].flatten(1).sum(1)"])
-def test_a_score_of_another_shape_is_one_line(refusal, own, code):
+def test_a_score_of_another_shape_is_one_line(run, own, capsys, code):
     # The first of the last six layers has 4 input channels and 8 filters.
-    line = refusal("--target", "S", "--score", own(code), "--s", "0x6", "--e", "3x6",
-                   "--p", "0.5x6", "--r", 1)
-    assert re.search(r"score own gives .* return a tensor of shape \(8,\)", line)
+    assert run("--target", "S", "--score", own(code), "--s", "0x6", "--e", "3x6", "--p", "0.5x6",
+               "--r", 1) == 2
+    assert re.search(r"score own gives .* return a tensor of shape \(8,\)", error_line(capsys))
 
 
-def test_a_score_that_is_no_function_is_one_line(refusal, tmp_path):
+def test_a_score_that_is_no_function_is_one_line(run, tmp_path, capsys):
     (tmp_path / "own.py").write_text("own = 3\n")
     for score in ("nowhere.py:own", f"{tmp_path}/own.py:other", f"{tmp_path}/own.py:own"):
-        assert "--score" in refusal("--target", "S", "--score", score)
+        assert run(*SHORT, "--target", "S", "--scratch", "--p", 0.5, "--score", score) == 2
+        assert "--score" in error_line(capsys)
 
 
 # --- Lists of runs ---
@@ -554,11 +592,20 @@ LISTED = {  # what a run could leave behind for the next: networks, precisions, 
 }
 
 
+@pytest.fixture
+def listed(tmp_path, options):
+    """Writes a list of runs, each given by its options, and returns its path."""
+    def write(*runs):
+        (tmp_path / "list").write_text("".join(shlex.join(options(*more)) + "\n" for more in runs))
+        return str(tmp_path / "list")
+    return write
+
+
 def diverge(model, data, optimizer, *_):
     optimizer.param_groups[0]["lr"] = 1e30
 
 
-@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("machine", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 def test_each_run_of_a_list_is_what_it_would_be_alone_even_if_one_fails(
         run, listed, directory, monkeypatch, capsys, machine):
     more = ("--device", "cuda", "--deterministic") if machine == "cuda" else ()
@@ -570,18 +617,19 @@ def test_each_run_of_a_list_is_what_it_would_be_alone_even_if_one_fails(
     with monkeypatch.context() as patch:
         act_before(patch, train, "train_epoch", diverge, 3)
         assert train.main(["--runs", listed(*runs.values())]) == 1
-    error, failed = capsys.readouterr().err, directory(*runs["random"])
+    error = capsys.readouterr().err
     assert error.count("lower --lr") == 1 and "1 of 6 runs failed" in error
     assert "failed: train.py --model resnet20" in error and "Traceback" not in error
+    failed = directory(*runs["random"])
     assert rundir.run_status(failed) == "failed" and len(read_lines(failed)) == 2
     assert "lower --lr" in rundir.failure_reason(failed)
     state = rundir.load_checkpoint(failed / "checkpoint.pt")
     assert state["epoch"] == 2 and all(x.isfinite().all() for x in state["model"].values())
+    for name in set(runs) - {"random"}:
+        assert result(directory(*runs[name])) == alone[name], name
     assert train.main(["--runs", listed(*runs.values())]) == 0, "it continues where it stopped"
+    assert result(failed) == alone["random"] and not (failed / "failed.txt").exists()
     assert capsys.readouterr().out.count("finished already") == 5
-    for name, options in runs.items():
-        assert result(directory(*options)) == alone[name], name
-    assert not (failed / "failed.txt").exists()
 
 
 def test_seeds_are_runs_of_their_own_share_their_data_and_say_things_once(
@@ -597,61 +645,58 @@ def test_seeds_are_runs_of_their_own_share_their_data_and_say_things_once(
 def test_a_bug_in_one_run_is_reported_and_noted_and_the_others_are_trained(
         run, listed, directory, monkeypatch, capsys):
     runs = [(*SHORT, "--seed", seed) for seed in (1, 2, 3)]
-    paths, seeds = [directory(*more) for more in runs], listed((*SHORT, "--seeds", "1-3"))
     with monkeypatch.context() as patch:
         act_before(patch, train, "make_optimizer", fail(ZeroDivisionError("by zero")), 2)
         assert run(*SHORT, "--seeds", "1-3") == 1
     err = capsys.readouterr().err
     assert "Traceback" in err and "ZeroDivisionError" in err and "1 of 3 runs failed" in err
-    assert [*map(rundir.run_status, paths)] == ["done", "failed", "done"]
-    assert rundir.failure_reason(paths[1]) == "ZeroDivisionError: by zero"
-    assert train.main(["--status", seeds]) == 0
+    assert [rundir.run_status(directory(*more)) for more in runs] == ["done", "failed", "done"]
+    assert rundir.failure_reason(directory(*runs[1])) == "ZeroDivisionError: by zero"
+    assert train.main(["--status", listed((*SHORT, "--seeds", "1-3"))]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[1].split()[:6] == ["list", "3", "2", "0", "1", "0"] and "ZeroDivision" in out[2]
-
-    def check_plan(*more, left, notes):
-        assert train.main(["--plan", seeds, *more]) == 0
+    for more, left in (((), 0), (("--retry-failed",), 1)):
+        assert train.main(["--plan", listed(*runs), *more]) == 0
         out, err = capsys.readouterr()
         assert len(out.splitlines()) == left
-        assert ["1 runs that failed before are left alone" in err,
-                "1 runs are being trained by another process" in err] == notes
-
-    check_plan(left=0, notes=[True, False])
-    check_plan("--retry-failed", left=1, notes=[False, False])
-    with rundir.lock_directory(paths[1]):
-        check_plan("--retry-failed", left=0, notes=[False, True])
-    assert run(*runs[1]) == 0 and not (paths[1] / "failed.txt").exists()
+        assert ("1 runs that failed before are left alone" in err) == (not left)
+    with rundir.lock_directory(directory(*runs[1])):
+        assert train.main(["--plan", listed(*runs), "--retry-failed"]) == 0
+    out, err = capsys.readouterr()
+    assert not out and "1 runs are being trained by another process" in err
+    assert run(*runs[1]) == 0
+    assert not (directory(*runs[1]) / "failed.txt").exists()
 
 
 def test_plan_counts_what_is_left_and_prints_each_line_once(
         run, options, tmp_path, capsys, monkeypatch):
     finished, half, to_do = ("--epochs", 2, "--lrs", 1), ("--seed", 2), ("--seed", 3, *PRUNE)
-    lines = [" ".join(options(*more)) for more in (half, finished, to_do, half, to_do)]
-    (tmp_path / "plan").write_text("\n\n".join(lines) + f"\n  {lines[0]} --optimizer sgd\n")
-
-    def plan():
-        capsys.readouterr()
-        assert train.main(["--plan", str(tmp_path / "plan")]) == 0
-        return [text.splitlines() for text in capsys.readouterr()]
-
     assert run(*finished) == 0
     half_done(run, monkeypatch, *half)
-    out, err = plan()
-    assert out == [lines[0], lines[2]]
-    assert [int(n) for n in re.findall(r"\d+", " ".join(err))] == [3, 1, 1, 2, (5 - 2) + 5], err
+    lines = [" ".join(options(*more)) for more in (half, finished, to_do, half, to_do)]
+    plan = tmp_path / "plan"
+    plan.write_text("\n\n".join(lines) + "\n  " + lines[0] + " --optimizer sgd\n")
+    capsys.readouterr()
+    assert train.main(["--plan", str(plan)]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [lines[0], lines[2]]
+    assert [int(n) for n in re.findall(r"\d+", err)] == [3, 1, 1, 2, (5 - 2) + 5], err
     assert run(*half) == run(*to_do) == 0
-    out, err = plan()
-    assert not out and len(err) == 1
+    capsys.readouterr()
+    assert train.main(["--plan", str(plan)]) == 0
+    out, err = capsys.readouterr()
+    assert not out and len(err.splitlines()) == 1
 
 
 # --- Locks, signals, pipes, disks, packages ---
 
-def test_a_directory_in_use_is_one_line_and_no_failure_of_a_list(run, refusal, directory):
-    path = directory(*SHORT)
-    with rundir.lock_directory(path):
-        assert rundir.run_status(path) == "running"
-        assert f"{path} is in use by another process" in refusal(*SHORT, code=1)
-        assert not contents(path)
+def test_a_directory_in_use_is_one_line_and_no_failure_of_a_list(run, directory, capsys):
+    with rundir.lock_directory(directory(*SHORT)):
+        assert rundir.run_status(directory(*SHORT)) == "running"
+        assert run(*SHORT) == 1
+        line = error_line(capsys)
+        assert str(directory(*SHORT)) in line and "in use by another process" in line
+        assert not contents(directory(*SHORT))
         assert run(*SHORT, "--seeds", "1-2") == 0
     assert (directory(*SHORT, "--seed", 2) / "done.json").exists()
     assert run(*SHORT) == 0, "the lock went with its owner"
@@ -681,35 +726,53 @@ def test_whoever_stops_reading_ends_the_printing_and_not_the_training(options, d
 
 @pytest.mark.parametrize("disk", ("full at a checkpoint", "full at a log line", "read-only"))
 def test_a_disk_that_cannot_be_written_is_one_line_and_loses_nothing(
-        refusal, ends_as_undisturbed, directory, monkeypatch, disk):
+        run, directory, monkeypatch, capsys, disk):
+    assert run(*PRUNE, logs="whole") == 0
+    capsys.readouterr()
     code = errno.EROFS if disk == "read-only" else errno.ENOSPC
+    error = OSError(code, os.strerror(code))
     with monkeypatch.context() as patch:  # config.json, the log, and a checkpoint an epoch
+        act_before(patch, os, "replace" if disk == "read-only" else "fsync", fail(error), 5)
         if "line" in disk:
+            patch.undo()
             patch.setattr(rundir, "open", lambda path, mode="r": open(
                 "/dev/full" if mode == "a" else path, mode), raising=False)
-        else:
-            act_before(patch, os, "replace" if disk == "read-only" else "fsync",
-                       fail(OSError(code, os.strerror(code))), 5)
-        line, path = refusal(*PRUNE, code=1), directory(*PRUNE)
+        assert run(*PRUNE) == 1
+    line = error_line(capsys)
     assert os.strerror(code) in line and "the same command again" in line
-    assert rundir.load_checkpoint(path / "checkpoint.pt")["epoch"] == (1 if "line" in disk else 2)
-    assert not list(path.glob("*.partial"))
-    ends_as_undisturbed(*PRUNE)
+    state = rundir.load_checkpoint(directory(*PRUNE) / "checkpoint.pt")
+    assert state["epoch"] == (1 if "line" in disk else 2)
+    assert not list(directory(*PRUNE).glob("*.partial"))
+    assert run(*PRUNE) == 0
+    assert result(directory(*PRUNE)) == result(directory(*PRUNE, logs="whole"))
 
 
-def test_a_log_directory_below_a_file_is_one_line(refusal, tiny):
-    assert str(tiny) in refusal("--log-dir", tiny / "logs", code=1)
+def test_a_log_directory_below_a_file_is_one_line(run, tiny, capsys):
+    assert run("--log-dir", tiny / "logs") == 1
+    assert str(tiny) in error_line(capsys)
+
+
+def test_a_huge_learning_rate_is_one_line_and_a_finite_log(run, directory, capsys):
+    assert run("--lr", 9e5) == 1
+    assert "lower --lr" in error_line(capsys)
+    assert all(np.isfinite(record["test_loss"]) for record in read_lines(directory("--lr", 9e5)))
 
 
 @pytest.mark.parametrize("error, code", [(KeyboardInterrupt(), 130),
                                          (errors.UserError("a failure", 1), 1), (Killed(), None)])
-@pytest.mark.parametrize("kind", ("act", "restore"))
+@pytest.mark.parametrize("more", [("--batch-size", 16, *RESUMED["act"]), RESUMED["restore"]],
+                         ids=("act", "restore"))
 def test_a_checkpoint_is_written_when_it_is_due_and_when_the_run_stops(
-        run, directory, monkeypatch, ends_as_undisturbed, error, code, kind):
-    more, written, save = (*RESUMED[kind], "--batch-size", 16), [], rundir.save_checkpoint
+        run, directory, monkeypatch, error, code, more):
+    assert run(*more, logs="whole") == 0
+    written, save = [], rundir.save_checkpoint
+
+    def spy(path, state):
+        written.append(state["epoch"])
+        save(path, state)
+
     monkeypatch.setitem(train.CHECKPOINT_SECONDS, "cpu", 1e9)
-    monkeypatch.setattr(rundir, "save_checkpoint", lambda path, state: (
-        written.append(state["epoch"]), save(path, state)))
+    monkeypatch.setattr(rundir, "save_checkpoint", spy)
     with monkeypatch.context() as patch:
         if code:
             act_before(patch, train, "train_epoch", fail(error), 4)
@@ -720,25 +783,29 @@ def test_a_checkpoint_is_written_when_it_is_due_and_when_the_run_stops(
     assert written == ([1, 3] if code else [1]) and len(read_lines(directory(*more))) == 3
     assert run(*more) == 0
     assert written == ([1, 3, 4, 5] if code else [1, 2, 5])
-    ends_as_undisturbed(*more)
+    assert result(directory(*more)) == result(directory(*more, logs="whole"))
 
 
-def test_tensorboard_shows_the_epochs_of_a_continued_run_once(run, records, directory, monkeypatch):
+def test_tensorboard_shows_the_epochs_of_a_continued_run_once(run, directory, monkeypatch):
     pytest.importorskip("tensorboard", reason="pip install tensorboard, then this test runs")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    more = (*PRUNE, "--tensorboard")
-    half_done(run, monkeypatch, *more)
-    log = [record | {"live_filters": sum(record["live"])} for record in records(*more)]
+    half_done(run, monkeypatch, *PRUNE, "--tensorboard")
+    assert run(*PRUNE, "--tensorboard") == 0
     events = EventAccumulator(str(directory(*PRUNE) / "tensorboard"))
     events.Reload()
-    for name in ("train_loss", "test_acc", "stability", "live_filters"):
-        assert [(e.step, e.value) for e in events.Scalars(name)] == [
-            (r["epoch"], pytest.approx(r[name], rel=1e-6)) for r in log if r[name] is not None]
+    records = read_lines(directory(*PRUNE))
+    for name in ("train_loss", "test_acc", "stability"):
+        expected = [(r["epoch"], r[name]) for r in records if r[name] is not None]
+        shown = [(e.step, pytest.approx(e.value, rel=1e-6)) for e in events.Scalars(name)]
+        assert shown == expected
+    live = [e.value for e in events.Scalars("live_filters")]
+    assert live == [sum(record["live"]) for record in records]
 
 
-def test_tensorboard_that_is_not_installed_is_one_line(refusal, monkeypatch):
+def test_tensorboard_that_is_not_installed_is_one_line(run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert "pip install tensorboard" in refusal("--tensorboard")
+    assert run("--tensorboard") == 2
+    assert "pip install tensorboard" in error_line(capsys)
 
 
 # --- No needless work ---
@@ -747,6 +814,10 @@ class ReadBacks(TorchDispatchMode):
     """Lists operations that make a GPU wait: values, or sizes that depend on them, for the CPU."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -760,7 +831,6 @@ class ReadBacks(TorchDispatchMode):
 def read_backs(monkeypatch):
     """A ReadBacks that also sees the methods which, on a CPU tensor, dispatch nothing."""
     mode = ReadBacks()
-    mode.seen = []
     for name in ("tolist", "cpu", "numpy", "__array__"):
         def counted(tensor, *args, function=getattr(torch.Tensor, name), name=name, **kwargs):
             mode.seen.append(name)
@@ -772,8 +842,9 @@ def read_backs(monkeypatch):
 
 def test_the_read_back_counter_sees_every_way_to_wait(read_backs):
     x = torch.arange(3.0)
-    for i, wait in enumerate((x.sum().item, lambda: bool(x[0] > 1), x.tolist, x.cpu, x.numpy,
-                              x.nonzero, lambda: x[x > 1], lambda: x.__setitem__(x > 1, x[:1])), 1):
+    waits = [x.sum().item, lambda: bool(x[0] > 1), x.tolist, x.cpu, x.numpy, x.nonzero,
+             lambda: x[x > 1], lambda: x.__setitem__(x > 1, 0)]
+    for i, wait in enumerate(waits, 1):
         with read_backs:
             wait()
         assert len(read_backs.seen) == i, f"wait {i}: {read_backs.seen}"
@@ -797,7 +868,8 @@ def test_no_batch_waits_for_the_device(run, monkeypatch, read_backs, kind):
 
 
 @pytest.mark.parametrize("more, splits", [
-    (("--val-split", 10), ["test", "val"] * 5), ((*NOISE, "zero"), ["test"] * 10),
+    ((), ["test"] * 5), (("--val-split", 10), ["test", "val"] * 5),
+    ((*NOISE, "zero"), ["test"] * 10),
     (PRUNE, ["test"] * 7),  # 8 filters: 8, 7, 6 and 6, 4 after epochs 1, 2, 3 and 2, 3; two events
     (("--target", "S", "--s", 1, "--e", 4, "--p", 0.2, "--r", 1), ["test"] * 6),  # 8, 8, 8, 7
     (("--target", "S", "--s", 1, "--e", 4, "--p", 0, "--r", 1), ["test"] * 5)])
