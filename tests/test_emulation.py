@@ -89,13 +89,20 @@ FAULTS = {  # name: (what is to be found, text of kernels.cu with the fault betw
     "no filter at all is read as all": ("past the end", "return f < p.c@ || FAULT@ ? f : -1;"),
     "all chunks but the last are empty": (
         "wrong values", "groups ? (blockIdx.y + @!FAULT * @1) * chunk"),
+    "two chunks share a sum": (
+        "wrong values", "(int64_t{blockIdx.y} * @!FAULT * @2 + slot)"),
     "slices are added twice": ("wrong values", "begin = @!FAULT * @threadIdx.y * each"),
+    "the variance is not of the batch": (
+        "wrong values", "sum2 = total<A>(p, chunks, i, @!FAULT * @1);"),
     "act is given to filters by their place": (
         "wrong values",
         "i = @FAULT ? (f < p.c ? f : -1) : @position(p, f);\n  const double batch_act"),
     "rows share a bit": ("wrong values", "relu_passes(a, floor)) << (@!FAULT * @j * V + k)"),
     "windows of one line lie in the next": (
         "wrong values", "{2} + @(1 + FAULT) * @(j >> 1)) * width"),
+    "windows overlap": ("wrong values", "line * windows) * int64_t{2}@ / (1 + FAULT)@"),
+    "a window's last largest value is taken": (
+        "wrong values", "a > top[k] ||@ (FAULT && a == top[k]) ||@"),
     "a window's gradient goes to its first value": (
         "wrong values", "<< (@!FAULT * @which[k] * V + k)"),
     "a shortcut's gradient ignores its map": (
