@@ -85,7 +85,7 @@ MACHINE = ("backend", "device", "threads", "instruction_set", "versions")  # dec
 
 TARGET_STYLES = {  # (colour, line, marker)
     "none": (BLACK, "-", "o"), "S": (BLUE, "--", "^"), "L": (RED, "-.", "D"),
-    "R": (GREEN, (0, (4, 1, 1, 1, 1, 1)), "v")}
+    "R": (GREEN, (0, (4, 1, 1, 1, 1, 1)), "v"), "Q": (ORANGE, ":", "P")}
 NOISE_STYLES = {  # by number of batches
     1: (ORANGE, ":", "s"), 89: (ORANGE, ":", "s"), 50: (SKY, "--", "^"), 630: (SKY, "--", "^"),
     1105: (BLUE, "-", "D"), 1220: (BLUE, "-", "D")}
@@ -184,7 +184,7 @@ def method_style(options):
         return SKY, "-", "s"
     if options.target == "S" and set(options.p) == {0.06}:  # of Figure C.3
         return ORANGE, "-", "s"
-    return TARGET_STYLES[options.target]
+    return TARGET_STYLES[options.target if options.target == "none" else options.target[0]]
 
 
 # +-- Runs: what their logs say, and which of them belong together --------------------------------+
@@ -372,7 +372,7 @@ def select_runs(block, runs, live=False):
     for place, members in settings.items():
         if block is ALL_RUNS:
             order = [run["options"] for run in members]
-            order.sort(key=lambda o: (o.scratch, "none S L R".index(o.target), o.r or 0))
+            order.sort(key=lambda o: (o.scratch, "none S Q L R".find(o.target[0]), o.target, o.r or 0))
         else:
             order = block_options(block, members[0]["options"].preset)
         by_key = {method_key(options): [] for options in order}

@@ -133,6 +133,20 @@ def score_name(text):
     return name
 
 
+def target_name(text):
+    """An argparse type: "none", "S", "L", "R", or "Q" and a quantile above 0 and below 1."""
+    if text in ("none", "S", "L", "R"):
+        return text
+    try:
+        quantile = float(text.removeprefix("Q"))
+        if text[0] == "Q" and 0 <= quantile <= 1:
+            return {0: "S", 1: "L"}.get(quantile, f"Q{format_value(quantile)}")
+    except (ValueError, IndexError):
+        pass
+    raise argparse.ArgumentTypeError(
+        f"no target {text}: give none, S, L, R, or Q and a quantile from 0 to 1, as in Q0.75")
+
+
 def make_parser():
     lines = ["the paper's settings, used for every option that is not given:"]
     for model, optimizer in [("vgg11", "adam"), ("resnet18", "adam"), ("resnet20", "sgd")]:
@@ -158,8 +172,9 @@ def make_parser():
     add("--augment", action=flag, help="random crop and flip (default: the paper's)")
 
     add = parser.add_argument_group("pruning (defaults: the paper's, listed below)").add_argument
-    add("--target", choices=("none", "S", "L", "R"), help="prune the filters with the Smallest or "
-        "the Largest scores, or Random ones (default: none)")
+    add("--target", type=target_name, metavar="T", help="none, or the filters to prune: S, those "
+        "with the smallest scores, L, the largest, R, random ones, or Q0.75, those around the 0.75 "
+        "quantile of the scores, where Q0 is S and Q1 is L (default: none)")
     add("--r", type=int, help="retrain period: epochs between pruning events")
     for name, kind, what in (("s", int, "first epochs"), ("e", int, "last epochs"),
                              ("p", float, "fractions of filters")):
@@ -288,9 +303,9 @@ def check_combinations(options, given, argv):
               "the lines of the list")
     check(options.seeds is None or not any(arg.split("=")[0] == "--seed" for arg in argv),
           "--seed and --seeds exclude each other: choose one")
-    pruning, noise = options.target in ("S", "L", "R"), options.noise != "none"
+    pruning, noise = options.target not in (None, "none"), options.noise != "none"
     check(pruning or not (options.scratch or noise),
-          "--scratch and --noise need filters: give --target S, L or R too")
+          "--scratch and --noise need filters: give --target S, L, R or Q0.5 too")
     check(not (noise and options.scratch), "--noise and --scratch exclude each other: choose one")
     check(options.prune_bn == "drop" or pruning and not noise,
           "--prune-bn keep needs a --target, and no --noise")
@@ -300,7 +315,8 @@ def check_combinations(options, given, argv):
     check(not options.noise_restore or options.noise == "zero",
           "--noise-restore is for --noise zero")
     for name in {"s", "e", "p", "r", "score"} & given:  # a given --target none ignores them
-        check("target" in given, f"--{name} does nothing without --target: add --target S, L or R")
+        check("target" in given, f"--{name} does nothing without --target: add --target S, L, R or "
+              "Q0.5")
 
 
 def check_schedule(options, given):
@@ -473,17 +489,25 @@ def select_filters(scores, mask, k, target, generator=None):
     Args:
         scores: (c,); not used for target R. Of equal scores the lower index is selected.
         mask: (c,) bool, True for a live filter.
-        target: "S" smallest scores, "L" largest, "R" uniformly random (by `generator`).
+        target: "R" uniformly random (by `generator`). Otherwise k filters that are next to each
+            other in the order of their scores: "S" the smallest, "L" the largest, "Q0.75" those
+            with three quarters of the remaining filters below them.
     """
-    check(target in ("S", "L", "R"), f"no target {target}: choose S, L or R")
     live = mask.cpu().nonzero().flatten()
     check(k <= len(live), f"cannot prune {k} of {len(live)} live filters")
     if target == "R":
         return live[torch.randperm(len(live), generator=generator)[:k]].sort().values
     scores = scores.detach().cpu()[live]
     check(not scores.isnan().any(), "a filter's score is NaN: lower --lr", code=1)
-    order = torch.sort(scores, stable=True, descending=target == "L").indices
-    return live[order[:k]].sort().values
+    quantile = {"S": 0, "L": 1}[target] if target in "SL" else float(target[1:])
+    scores, order = torch.sort(scores, stable=True)
+    first = math.floor(quantile * (len(live) - k) + 0.5)
+    selected = order[first:first + k]
+    if k:  # the sort puts the higher of equal indices last, where L would take them
+        tied = (scores == scores[first]).nonzero().flatten()
+        num = min(k, int((tied >= first).sum()))
+        selected = torch.cat([order[tied[:num]], selected[num:]])
+    return live[selected].sort().values
 
 
 def count_ties(scores, mask, indices):

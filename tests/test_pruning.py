@@ -163,6 +163,36 @@ def test_targets_take_the_extremes_of_the_live_filters_and_of_equal_ones_the_low
             assert len(set(drawn)) == k and drawn == sorted(drawn) and set(drawn) <= set(live)
 
 
+def test_a_quantile_takes_neighbours_in_the_order_of_scores_and_of_equal_ones_the_lower_index():
+    generator = torch.Generator().manual_seed(0)
+    for n in range(1, 60):
+        mask = torch.rand(n, generator=generator) < 0.8
+        live = mask.nonzero().flatten().tolist()
+        ranked = torch.randperm(n, generator=generator) / 100  # no ties
+        tied = torch.randint(-3, 4, (n,), generator=generator) / 100
+        for k, q in itertools.product({0, len(live) // 3, len(live)}, (0.125, 0.5, 0.75)):
+            first = int(q * (len(live) - k) + 0.5)
+            for scores in (ranked, tied):
+                order = sorted(live, key=lambda i: scores[i].item())
+                values = [scores[i].item() for i in order[first:first + k]]
+                expected = [i for value in set(values) for i in
+                            [i for i in live if scores[i].item() == value][:values.count(value)]]
+                indices = train.select_filters(scores, mask, k, f"Q{q}")
+                assert indices.tolist() == sorted(expected)
+
+
+def test_quantiles_on_the_command_line():
+    def target(text):
+        return train.parse_options(["--target", text]).target
+
+    assert [target(f"Q{q}") for q in ("0", "1", "0.50", ".25")] == ["S", "L", "Q0.5", "Q0.25"]
+    for wrong in ("Q", "Q1.5", "Q-0.1", "Qx", "Qnan", "T", "0.5", ""):
+        with pytest.raises(UserError, match=f"no target {wrong}: give none, S, L, R, or Q and a"):
+            target(wrong)
+    options = train.parse_options("--target Q0.5 --r 40".split())
+    assert train.run_name(options) == ("Q0.5-r40", "")
+
+
 def test_selection_and_ties_by_hand():
     """Ties are counted only where they decide."""
     scores = torch.tensor([3.0, 1.0, 1.0, 9.0, 1.0, 3.0, 1.0])
