@@ -372,7 +372,7 @@ def select_runs(block, runs, live=False):
     for place, members in settings.items():
         if block is ALL_RUNS:
             order = [run["options"] for run in members]
-            order.sort(key=lambda o: (o.scratch, "none S Q L R".find(o.target[0]), o.target, o.r or 0))
+            order.sort(key=lambda o: (o.scratch, "nSQLR".index(o.target[0]), o.target, o.r or 0))
         else:
             order = block_options(block, members[0]["options"].preset)
         by_key = {method_key(options): [] for options in order}
