@@ -62,10 +62,12 @@ FIGURES = {  # name: (what it shows, the experiment whose runs it shows)
     "density": ("spectral density of the Hessian", "fig6"),
     "stability": ("accuracy against what pruning events do", ALL_RUNS),
     "compute": ("accuracy against the multiply-adds spent", ALL_RUNS),
+    "depth": ("accuracy against the depth of drops, a line for each r", ALL_RUNS),
 }
 TABLES = {
     "C1": ("accuracy and stability at 46% and 59% total pruning", "tabC1"),
     "F1": ("CIFAR-100", "tabF1"),
+    "depth": ("depth of the drops and frequency of the events, tested", ALL_RUNS),
 }
 OUTPUTS = FIGURES | {f"table {name}": entry for name, entry in TABLES.items()}
 NEEDS_FLATNESS = ("6", "E1", "E2", "E3", "E4", "E5", "flatness", "density")
@@ -709,6 +711,7 @@ DRAW = {  # {output: function}
     "stability": partial(scatters, columns=5, baseline=False, scratch=False, given="events", pairs=[
         (x, y) for y in ("best_acc", "last_acc") for x in EVENTS]),
     "compute": partial(scatters, pairs=[("compute", "best_acc"), ("compute", "last_acc")]),
+    "depth": appendix_figures.depth_figure, "table depth": appendix_figures.depth_table,
     "table C1": partial(appendix_figures.table, columns=SUMMARY, compared=lambda a, b: (
         (a.target, a.r) == (b.target, b.r) and sum(a.p) > sum(b.p))),
     "table F1": partial(appendix_figures.table, columns=SUMMARY, compared=lambda a, b: (
@@ -767,7 +770,7 @@ def draw(name, runs, arguments, read):
         check(first == place, f"{label} of {' '.join(first)} and of {' '.join(place)} would both "
               f"be {file}: rename one data set, or move it to another --log-dir")
         more = {}
-        if name not in FIGURES:
+        if name in ("table C1", "table F1"):
             more = {"papers": PAPER[name, "resnet18"] if papers else None}
         elif name == "B1":
             more = {"log_dir": arguments.log_dir, "data_dir": arguments.data_dir}
@@ -777,8 +780,8 @@ def draw(name, runs, arguments, read):
             if name in NEEDS_FLATNESS:
                 flats = [run["flat"] for run in members]
                 title += f"\nflatness: {flatness.describe(flats, arguments.eigs)}"
-            notes = [f"these runs differ in {name}" for name in MACHINE if len(
-                {json.dumps(run["config"].get(name)) for run in members}) > 1]
+            notes = [f"these runs differ in {name}" for name in MACHINE if len({
+                json.dumps(run["config"][name]) for run in members if name in run["config"]}) > 1]
             for model, panel in numbers.items():
                 if model in models:
                     panel = method_numbers(finished(models[model])) | panel
@@ -819,6 +822,8 @@ def print_numbers(title, panel):
         print_line(f"  {label_pair(pair, methods)}, paired by seed: best accuracy "
                    f"{format_difference(best[pair])}, last {format_difference(last[pair])}"
                    + ": they disagree" * (pair in disagree))
+    for line in panel.get("answers", []):
+        print_line(f"  {line}")
     for numbers in panel.get("scatters", []):
         stated = [format_correlation(numbers, kind) for kind in KINDS if numbers[kind]]
         print_line(f"  {numbers['y']} against {numbers['x']}: n = {numbers['n']}, "
@@ -874,8 +879,8 @@ def make_parser():
     add("--figure", choices=[*FIGURES, "all"], nargs="+", default=[], metavar="NAME",
         help=f"{', '.join(FIGURES)}; or all, tables included")
     add("--table", choices=TABLES, nargs="+", default=[])
-    add("--experiment", metavar="NAME", choices=read_experiments(), help="draw stability and "
-        "compute of this block of experiments.txt (default: of all runs)")
+    add("--experiment", metavar="NAME", choices=read_experiments(), help="draw stability, "
+        "compute and depth of this block of experiments.txt (default: of all runs)")
     add("--flatness", nargs="+", default=[], metavar="RUN_DIR",
         help="measure the flatness (E) of these runs into their flatness.json")
     add("--list", action="store_true", help="list the figures and how many runs they have")
@@ -908,7 +913,7 @@ def main(argv=None):
               "nothing to do: give --figure, --table, --flatness or --list")
         check(names or not arguments.live, "--live draws again: give --figure, too")
         check(not arguments.experiment or any(OUTPUTS[name][1] is ALL_RUNS for name in names),
-              "--experiment is for --figure stability and compute")
+              "--experiment is for --figure stability, compute and depth, and --table depth")
         for name in ("eigs", "images", "memory_gb"):
             value = getattr(arguments, name)
             check(value is None or 0 < value < 1e6, f"--{name.replace('_', '-')} "

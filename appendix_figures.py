@@ -1,10 +1,11 @@
 """What only the paper's appendix needs: flatness of a run's weights (E), Figures B1, D1, E1, E2, E4
-and the Hessian's density, and Tables C1 and F1.
+and the Hessian's density, and Tables C1 and F1. Then the table and figure of docs/depth.md.
 
 Groups are the runs of a figure by method, {method: [run]}; a run is a dict from analyze.summarize.
 """
 import contextlib
 import io
+import itertools
 import json
 import math
 import pathlib
@@ -24,9 +25,10 @@ from gst_ext import flatness, plots
 from gst_ext.datasets import BUILT_IN
 from gst_ext.errors import UserError, check, first_line, print_line
 from gst_ext.networks import Block, build_model
-from gst_ext.plots import BLUE, ORANGE, RED, SKY, matplotlib
+from gst_ext.plots import BLUE, GREEN, ORANGE, PINK, RED, SKY, matplotlib
 from gst_ext.rundir import environment, load_checkpoint, read_config, write_json
-from gst_ext.statistics import format_mean, mean_ci, nan_to_none, summary_stats, t_test
+from gst_ext.statistics import (
+    format_ci, format_mean, holm, mean_ci, nan_to_none, paired_test, summary_stats, t_test)
 
 MEASURES = {  # of flatness
     "trace_eigs": "Tr(H), leading eigenvalues", "tr_f": "Tr(H)", "tr_c": "Tr(C)",
@@ -410,20 +412,22 @@ def total_pruned(run):
     return 100 * total / config["parameters"]
 
 
-def draw_table(rows):
-    """Draws a table; rows are dicts, their keys the head."""
-    cells = [list(row.values()) for row in rows]
-    letters = sum(max(len(str(cell)) for cell in column) for column in zip(rows[0], *cells))
-    figure, (axis,) = plots.subplots(1, height=0.6 + 0.22 * (len(rows) + 1),
-                                     width=0.5 + 0.075 * letters)
-    axis.axis("off")
-    drawn = axis.table(cells, colLabels=list(rows[0]), loc="upper center", cellLoc="center")
-    drawn.set_in_layout(False)
-    drawn.auto_set_font_size(False)
-    drawn.set_fontsize(7)
-    drawn.auto_set_column_width(list(range(len(rows[0]))))
-    for (row, _), cell in drawn.get_celld().items():
-        cell.visible_edges = "B" if row == 0 else ""
+def draw_tables(*tables):
+    """Draws tables below each other; each is a list of dicts, their keys the head."""
+    letters = max(sum(max(len(str(cell)) for cell in column) for column in zip(
+        rows[0], *(row.values() for row in rows))) for rows in tables)
+    figure, axes = plots.subplots(
+        len(tables), 1, 0.6 + 0.22 * (1 + max(map(len, tables))), 0.5 + 0.075 * letters)
+    for axis, rows in zip(axes, tables):
+        axis.axis("off")
+        drawn = axis.table([list(row.values()) for row in rows], colLabels=list(rows[0]),
+                           loc="upper center", cellLoc="center")
+        drawn.set_in_layout(False)
+        drawn.auto_set_font_size(False)
+        drawn.set_fontsize(7)
+        drawn.auto_set_column_width(list(range(len(rows[0]))))
+        for (row, _), cell in drawn.get_celld().items():
+            cell.visible_edges = "B" if row == 0 else ""
     return figure
 
 
@@ -457,4 +461,172 @@ def table(models, papers, columns, compared):
             row["paper's"] = ("{1:.2f} ± {2}; {3:g}".format(*papers[method]) if method in papers
                               else "–")
         rows.append(row)
-    return draw_table(rows), {"resnet18": {"t_tests": t_tests, "total_pruned": totals}}
+    return draw_tables(rows), {"resnet18": {"t_tests": t_tests, "total_pruned": totals}}
+
+
+# +-- Depth of the drops or frequency of the events (docs/depth.md) -------------------------------+
+
+COMPARED = {  # measure: (head, digits)
+    "last_acc": ("last accuracy", 2), "best_acc": ("best accuracy", 2),
+    "mean_stability": ("mean stability", 3)}
+ALPHA = 0.05
+
+
+def pruning_cells(groups):
+    """Returns {(r, target): {seed: run}} of each set of methods that differ in r and target only.
+
+    The targets are ordered by depth: S, quantiles, R, L.
+    """
+    def order(cell):
+        (r, target), _ = cell
+        return "SQRL".index(target[0]), target, r
+
+    sets = {}
+    for runs in groups.values():
+        options = runs[0]["options"]
+        if runs[0]["events"] and not options.scratch and options.noise == "none":
+            same = str([options.s, options.e, options.p, options.prune_bn, options.optimizer])
+            score = "" if options.target == "R" else options.score
+            cells = sets.setdefault(same, {}).setdefault(score, {})
+            cells[options.r, options.target] = {run["seed"]: run for run in runs}
+    return [dict(sorted((scores.get("", {}) | cells).items(), key=order))
+            for scores in sets.values() for score, cells in scores.items() if score]
+
+
+def compare_cells(cells, comparisons):
+    """Tests differences of cells, paired by seed, with Holm's correction over the comparisons.
+
+    Args:
+        comparisons: [(name, where, cells to add up, cells to subtract)], keys of `cells`. Several
+            are averaged seed by seed.
+
+    Returns:
+        A list of {"name", "where", "seeds", measure: paired_test and "p_holm"}.
+    """
+    found = []
+    for name, where, plus, minus in comparisons:
+        seeds = sorted(set.intersection(*(set(cells[key]) for key in plus + minus)))
+        if seeds:
+            found.append({"name": name, "where": where, "seeds": seeds, **{
+                measure: paired_test(*([np.mean([cells[key][seed][measure] for key in side])
+                                        for seed in seeds] for side in (plus, minus)))
+                for measure in COMPARED}})
+    for measure in COMPARED:
+        for row, p in zip(found, holm([row[measure]["p"] for row in found])):
+            row[measure]["p_holm"] = p
+    return found
+
+
+def depth_and_frequency(cells):
+    """Compares targets at each r, and neighbouring r over the targets that both have.
+
+    Returns:
+        compare_cells' rows of depth, {target: rows}, and of frequency; and the answers by the rules
+        of docs/depth.md: {"depth" or "frequency": [where it is shown]} and a line on each.
+    """
+    rates, depth, answers, lines = sorted({r for r, _ in cells}), {}, {}, []
+    events = {key: {run["events"] for run in runs.values()} for key, runs in cells.items()}
+    for target in dict.fromkeys(target for _, target in cells if target != "S"):
+        depth[target] = compare_cells(cells, [
+            (f"Prune_{target} − Prune_S", f"r = {r}", [(r, target)], [(r, "S")]) for r in rates
+            if (r, target) in cells and events[r, target] == events.get((r, "S"))])
+    shared = [(few, many, [t for r, t in cells if r == few and (many, t) in cells])
+              for many, few in zip(rates, rates[1:])]
+    frequency = compare_cells(cells, [
+        (f"r = {few} − r = {many}", ", ".join(f"Prune_{t}" for t in targets),
+         [(few, t) for t in targets], [(many, t) for t in targets])
+        for few, many, targets in shared if targets])
+
+    def significant(test):
+        return test["p_holm"] is not None and test["p_holm"] < ALPHA
+
+    deep = depth.get("L", [])
+    asked = [row for row in deep if significant(row["mean_stability"])
+             and row["mean_stability"]["mean"] < 0]
+    for kind, rows, where in (("depth", asked, "where"), ("frequency", frequency, "name")):
+        shown = [row for row in rows if significant(row["last_acc"])]
+        answers[kind] = [row[where] for row in shown]
+        parts = {"shown": [f"{row[where]} ({row['last_acc']['mean']:+.2f} points)"
+                           for row in shown],
+                 "not shown": [row[where] for row in rows if row not in shown],
+                 "not asked, since Prune_L's drops are not shown to be deeper": [
+                     row[where] for row in deep if kind == "depth" and row not in asked]}
+        stated = [f"{part}: {', '.join(places)}" for part, places in parts.items() if places]
+        lines.append(f"{kind}: {'; '.join(stated) or 'no runs to compare'}")
+    return depth, frequency, answers, lines
+
+
+def depth_rows(model, cells):
+    """Returns two lists of dicts for draw_tables, accuracies by r and target and the tests; and
+    depth_and_frequency of the cells."""
+    results = depth_and_frequency(cells)
+    two_way = []
+    for r in sorted({r for r, _ in cells}):
+        two_way.append({f"{model}: last accuracy (mean stability; n)": f"r = {r}"})
+        for target in dict.fromkeys(target for _, target in cells):
+            runs = cells.get((r, target), {}).values()
+            two_way[-1][f"Prune_{target}"] = "{:.2f} ({:.3f}; {})".format(
+                *(summary_stats([run[name] for run in runs])["mean"]
+                  for name in ("last_acc", "mean_stability")),
+                len(runs)) if runs else "–"
+    depth, frequency = results[:2]
+    tests = [{"difference, paired by seed": row["name"], "at": row["where"],
+              "n": len(row["seeds"])} | {head: format_test(row[measure], digits)
+                                         for measure, (head, digits) in COMPARED.items()}
+             for rows in (*depth.values(), frequency) for row in rows]
+    return two_way, tests, results
+
+
+def depth_table(models):
+    """Draws accuracy by r and target, and the tests of depth and of frequency."""
+    tables, numbers = [], {}
+    for model, groups in models.items():
+        numbers[model] = {"designs": [], "answers": []}
+        for cells in pruning_cells(groups):
+            two_way, tests, (depth, frequency, answers, lines) = depth_rows(model, cells)
+            tables += [rows for rows in (two_way, tests) if rows]
+            numbers[model]["designs"].append({
+                "cells": two_way, "depth": depth, "frequency": frequency, "answers": answers})
+            numbers[model]["answers"] += lines
+    check(tables, "no pruning methods that differ in --target or --r only: train some, as in "
+          "'bash runs.sh depth'")
+    return draw_tables(*tables), numbers
+
+
+def format_test(test, digits):
+    """Formats a difference, its interval and p after Holm's correction."""
+    p = "" if test["p_holm"] is None else f", p = {test['p_holm']:.2g}"
+    return format_ci(test["mean"], test["ci95"], f"+.{digits}f") + p
+
+
+def depth_figure(models):
+    """Draws last accuracy against the mean drop at an event, a line for each r."""
+    figure, axes = plots.subplots(len(models))
+    numbers = {model: {"points": []} for model in models}
+    for axis, (model, groups) in zip(axes, models.items()):
+        looks = itertools.product(("-", "--", ":"), (SKY, BLUE, GREEN, ORANGE, RED, PINK))
+        rates = [(cells, r) for cells in pruning_cells(groups)
+                 for r in sorted({r for r, _ in cells})]
+        for (cells, r), (line, colour) in zip(rates, looks):
+            same = {target: list(runs.values()) for (rate, target), runs in cells.items()
+                    if rate == r}
+            points = []
+            for target, runs in same.items():
+                drop = 100 - np.mean([run["mean_stability"] for run in runs])
+                accuracy = mean_ci([run["last_acc"] for run in runs])
+                points.append((drop, target, len(runs), *accuracy))
+            x, targets, n, *bounds = zip(*sorted(points))
+            label = next(iter(same.values()))[0]["label"].partition(", ")[2]
+            plots.plot_means(axis, x, np.array(bounds), (colour, line, "o"), n, bars=True,
+                             label=label)
+            for drop, target, n, accuracy, *_ in points:
+                axis.annotate(target, (drop, accuracy), (3, 3), fontsize=7,
+                              textcoords="offset points")
+                numbers[model]["points"].append(
+                    {"r": r, "target": target, "n": n, "drop": drop, "last_acc": accuracy})
+        if "none" in groups:
+            axis.axhline(np.mean([run["last_acc"] for run in groups["none"]]), color="0.4", lw=0.8,
+                         ls=":", label="no pruning (mean)")
+        axis.set(xlabel="Mean drop at an event (%)", ylabel="Last test accuracy (%)", title=model)
+        plots.legend_below(axis, columns=2)
+    return figure, numbers

@@ -16,7 +16,8 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import analyze  # noqa: E402
-from appendix_figures import flatness_path, read_flatness  # noqa: E402
+from appendix_figures import (  # noqa: E402
+    depth_rows, flatness_path, pruning_cells, read_flatness)
 from gst_ext import flatness  # noqa: E402
 from gst_ext.errors import UserError, check, report_error  # noqa: E402
 from gst_ext.statistics import (  # noqa: E402
@@ -97,6 +98,19 @@ def accuracy_rows(runs, name="mean stability"):
             for key, title in (("last_acc", "last accuracy"), ("best_acc", "best accuracy"))]
 
 
+def depth_tables(groups):
+    """Depth and frequency (docs/depth.md) of each schedule with several of both."""
+    lines = []
+    for cells in pruning_cells(groups):
+        two_way, tests, (*_, answers) = depth_rows("", cells)
+        if len(two_way) > 1 and tests:
+            for rows in (two_way, tests):
+                lines += table([head.removeprefix(": ") for head in rows[0]],
+                               [[str(cell) for cell in row.values()] for row in rows])
+            lines += [f"- {line}" for line in answers] + [""]
+    return lines
+
+
 def left_out(runs):
     return [line for run in runs if run["problem"]
             for line in (f"Left out: {run['dir']}: {run['problem']}", "")]
@@ -147,6 +161,7 @@ def report(log_dir):
     runs, blocks = analyze.find_runs(log_dir), analyze.read_experiments()
     fig2, fig3, fig5, fig6 = (analyze.select_runs(blocks[name], runs)[0]
                               for name in ("fig2", "fig3", "fig5", "fig6"))
+    everything = analyze.select_runs(analyze.ALL_RUNS, runs)[0]
     lines = left_out(runs)
     for place, model in sorted({(place, model) for selection in (fig2, fig3, fig5, fig6)
                                 for place, models in selection.items() for model in models}):
@@ -167,10 +182,13 @@ def report(log_dir):
             seeds = set.intersection(*({run["seed"] for run in same} for same in rates.values()))
             rates = {name: [run for run in same if run["seed"] in seeds]
                      for name, same in rates.items() if seeds}
-            rows = [row for target in "SRL" for row in accuracy_rows(
-                [run for name, same in rates.items() if name[0] == target for run in same],
-                f"Prune_{target}: mean stability")]
+            rows = [row for target in "SRL" if any(name[0] == target for name in rates)
+                    for row in accuracy_rows(
+                        [run for name, same in rates.items() if name[0] == target for run in same],
+                        f"Prune_{target}: mean stability")]
             lines += [f"#### Rates, {title}", "", *methods_table(rates), *correlations_table(rows)]
+        tables = depth_tables(everything[place][model])
+        lines += [f"#### Depth and frequency, {title}", "", *tables] if tables else []
         if noise.keys() - {"none", "L-r40-bnkeep"}:
             seeds = {run["seed"] for name, same in noise.items() if name != "none" for run in same}
             noise = {name: paired for name, same in noise.items()

@@ -143,6 +143,15 @@ def paired_differences(samples, total=100):
     return result
 
 
+def holm(p_values):
+    """Returns p values after Holm's correction for as many tests; None stays None."""
+    known = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
+    corrected, largest = list(p_values), 0.0
+    for rank, (p, i) in enumerate(known):
+        corrected[i] = largest = max(largest, min(1.0, (len(known) - rank) * p))
+    return corrected
+
+
 def format_ci(value, bounds, form):
     """Formats a number and its interval or None: -0.62 (-0.81 to -0.31)."""
     plain = form.removeprefix("+")
