@@ -103,7 +103,8 @@ def test_the_tables_of_the_results_page_are_the_packed_runs(capsys):
     page = (ROOT / "docs/results.md").read_text()
     assert study.main(["--archive", str(ARCHIVE)]) == 0
     tables = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(tables) == 6 + 8 + 8 + 6 + 6 + 4 + 5 and [line for line in tables if line not in page] == []
+    assert len(tables) == 6 + 8 + 8 + 6 + 6 + 4 + 5
+    assert [line for line in tables if line not in page] == []
 
 
 def test_the_intervals_of_the_readme_are_those_of_the_pages():
