@@ -5,6 +5,7 @@
     python analyze.py --figure all --live     # everything there is, again while runs go on
     python analyze.py --figure stability --experiment mystudy    # a block of experiments.txt
     python analyze.py --flatness logs/cifar10/vgg11/L-r40/seed1 --eigs 30
+    python analyze.py --export logs/cifar10/vgg11/L-r40/seed1    # network.pt2, network.onnx
     python analyze.py --list                  # what can be drawn, and from which runs
 
 The runs of one figure differ in the method only; each data set and setting (width, schedule) has
@@ -26,11 +27,12 @@ import numpy as np
 
 import appendix_figures
 import train
-from appendix_figures import FORMS, MEASURES, PAPER, read_flatness
-from gst_ext import flatness, plots
+from appendix_figures import FORMS, MEASURES, PAPER, load_network, read_flatness
+from gst_ext import export, flatness, plots
 from gst_ext.errors import (
     OneLineParser, UserError, check, format_value, print_line, report_error, seed_list)
 from gst_ext.plots import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, matplotlib
+from gst_ext.rundir import load_checkpoint
 from gst_ext.statistics import (
     KINDS, bootstrap_correlation, correlations, format_correlation, format_difference, format_mean,
     mean_ci, paired_differences, partial_correlation, summary_stats)
@@ -872,6 +874,22 @@ def draw_all(names, arguments, read):
         time.sleep(20)
 
 
+def export_network(directory, takes, data_dir):
+    """Writes a finished run's small network beside it (docs/export.md); prints the files."""
+    path = pathlib.Path(directory)
+    check((path / "done.json").exists(), f"{path} is not a finished run: train it to its end first")
+    model, data, _ = load_network(path, data_dir, checkpoint="checkpoint.pt")
+    noise = load_checkpoint(path / "checkpoint.pt", mmap=True)["noise"] or {}
+    check(all(state["active"] is None for state in noise.values()), f"{path}: its noise is active "
+          "to the end, which changes the network at every forward pass: export a run without it")
+    files = export.save(model, path, data["test"][0].shape[1:3], data["classes"], data["mean"],
+                        data["std"], takes)
+    for file in files:
+        print_line(f"{file}: {file.stat().st_size:,} bytes")
+    if len(files) == 1:
+        print_line("no network.onnx: pip install onnx onnxscript, then export again", sys.stderr)
+
+
 def make_parser():
     parser = OneLineParser(prog="analyze.py", description=__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -883,6 +901,10 @@ def make_parser():
         "compute and depth of this block of experiments.txt (default: of all runs)")
     add("--flatness", nargs="+", default=[], metavar="RUN_DIR",
         help="measure the flatness (E) of these runs into their flatness.json")
+    add("--export", nargs="+", default=[], metavar="RUN_DIR", help="write the small networks of "
+        "these runs alone, as network.pt2 and network.onnx (docs/export.md)")
+    add("--takes", choices=("uint8", "float"), default="uint8", help="what exported networks take: "
+        "uint8 images (n, h, w, 3), or normalised ones (n, 3, h, w) (default: uint8)")
     add("--list", action="store_true", help="list the figures and how many runs they have")
     add("--live", action="store_true", help="draw again every 20 s while runs go on")
     add = parser.add_argument_group("flatness, of the runs named or of a figure").add_argument
@@ -909,8 +931,8 @@ def main(argv=None):
         arguments = make_parser().parse_args(argv)
         names = arguments.figure + [f"table {name}" for name in arguments.table]
         names = list(OUTPUTS) if "all" in names else names
-        check(names or arguments.list or arguments.flatness,
-              "nothing to do: give --figure, --table, --flatness or --list")
+        check(names or arguments.list or arguments.flatness or arguments.export,
+              "nothing to do: give --figure, --table, --flatness, --export or --list")
         check(names or not arguments.live, "--live draws again: give --figure, too")
         check(not arguments.experiment or any(OUTPUTS[name][1] is ALL_RUNS for name in names),
               "--experiment is for --figure stability, compute and depth, and --table depth")
@@ -926,6 +948,8 @@ def main(argv=None):
             list_outputs(arguments.log_dir)
         for directory in arguments.flatness:
             measure(directory)
+        for directory in arguments.export:
+            export_network(directory, arguments.takes, arguments.data_dir)
         if names:
             draw_all(names, arguments, cache(partial(
                 read_flatness, split=arguments.split, measure=measure, images=arguments.images)))

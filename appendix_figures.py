@@ -77,8 +77,8 @@ def load_network(directory, data_dir="data", device="cpu", checkpoint=None):
             the last checkpoint of a finished run.
 
     Returns:
-        The network in eval mode, train.prepare_data's tensors, and {"checkpoint", "crc32",
-        "epoch"} of the weights.
+        The network in eval mode, train.prepare_data's tensors with the names of the "classes",
+        and {"checkpoint", "crc32", "epoch"} of the weights.
     """
     directory = pathlib.Path(directory)
     config = read_config(directory)
@@ -110,7 +110,7 @@ def load_network(directory, data_dir="data", device="cpu", checkpoint=None):
                         "again") from None
     data = train.prepare_data(arrays, device, **{
         k: options[k] for k in train.DATA_OPTIONS if k != "augment"})
-    return model.to(device).eval(), data, source
+    return model.to(device).eval(), data | {"classes": arrays["classes"].tolist()}, source
 
 
 def flatness_path(directory, split):
