@@ -173,7 +173,7 @@ def method_label(options, rate):
         label = f"{kind}, {k} batch" + "es" * (k != 1)
         names += ["target", "r", "noise_filters", "noise_restore"]
     changed = {name: getattr(used, name) for name in names
-               if getattr(used, name) not in (None, default[name])}
+               if getattr(used, name) not in (None, default.get(name))}
     return ", ".join([label, *(f"{name.replace('_', ' ')} {format_value(value)}"
                                for name, value in changed.items())])
 
@@ -203,14 +203,18 @@ ACCURACIES = {  # an accuracy in percent: (its count of right answers, of which 
 def identify(config):
     """Returns what config.json says of a run; options that an old log lacks have their defaults."""
     method, setting, logged = config["method"], config["setting"], config["options"]
-    options = argparse.Namespace(**vars(parse(f"--model {logged['model']}")) | logged)
+    model, defaults = logged["model"], f"--model {logged['model']}"
+    if config.get("own_model") and model not in train.PRUNABLE_BLOCKS:
+        train.OWN_MODELS.setdefault(model, config["own_model"])
+        defaults = ""  # its log has every option
+    options = argparse.Namespace(**vars(parse(defaults)) | logged)
     options.preset = next((word for word in setting.split("-") if word in train.PRESETS), None)
     if type(method) is not str or type(options.seed) is not int:
         raise TypeError
     path = train.run_path(options).parts[-4:]
     logged_path = (*path[:2], "-".join(filter(None, (method, setting))), path[3])
     return {
-        "config": config, "options": options, "model": options.model, "seed": options.seed,
+        "config": config, "options": options, "model": model, "seed": options.seed,
         "dataset": path[0], "setting": setting, "paths": (logged_path, path),  # old or new names
         "key": method_key(options), "method": train.run_name(used_options(options))[0],
         "style": method_style(options)}
@@ -265,7 +269,8 @@ def summarize(directory):
                       f"{name} of epoch {number - 1} is {value}")
             add_counts(record, sizes)
             records.append(record)
-        what = "epochs.jsonl"
+        what, run["unfinished"] = "epochs.jsonl", len(records) != num_epochs
+        check(records, f"unfinished, 0 of {num_epochs} epochs")
         run |= train.summarize_run(records, config)
         best, n, m = records[run["best_epoch"]], sizes.get("test"), sizes.get("train")
         right, trained_right = best.get("test_correct"), best.get("train_correct")
@@ -278,7 +283,7 @@ def summarize(directory):
         run |= {
             "label": method_label(run["options"], rate), "below_99": run["below"]["99"],
             "best_correct": right, "last_correct": records[-1].get("test_correct"), "images": n,
-            "live": records[-1].get("live"), "unfinished": len(records) != num_epochs,
+            "live": records[-1].get("live"),
             "compute": run["macs_spent"] and 100 * run["macs_spent"] / run["macs_unpruned"],
             "curve": np.array([record["test_acc"] for record in records], float),
             "before": np.array([record["test_acc_before"] if any(record["removed"]) else np.nan
@@ -308,6 +313,7 @@ def find_runs(log_dir):
     def setting_options(run):
         names = {*METHOD_OPTIONS, "seed", "dataset"} - {"optimizer"}
         options = train.experiment_options(run["options"])
+        options["source of the model"] = (run["config"].get("own_model") or {}).get("crc32")
         return {name: value for name, value in options.items() if name not in names}
 
     fields = ("dataset", "setting", "model", "key", "seed")
@@ -383,7 +389,7 @@ def select_runs(block, runs, live=False):
         for run in members:
             by_key[run["key"]].append(run)
         models = {}
-        for model in train.PRUNABLE_BLOCKS:
+        for model in train.PRUNABLE_BLOCKS | train.OWN_MODELS:
             groups = {same[0]["method"]: same for same in by_key.values()
                       if same and same[0]["model"] == model}
             if set(groups) - {"none"} or groups and all(o.target == "none" for o in order):
@@ -459,7 +465,7 @@ def accuracy_correlations(runs, x, y="best_acc"):
 def accuracy_differences(groups, which):
     """Returns paired_differences of "best" or "last" accuracies, of counts if known."""
     runs = list(itertools.chain(*groups.values()))
-    field, total = f"{which}_correct", runs[0]["images"]
+    field, total = f"{which}_correct", runs[0]["images"] if runs else 100
     if any(run[field] is None for run in runs):
         field, total = f"{which}_acc", 100
     return paired_differences({method: {run["seed"]: run[field] for run in same}
@@ -566,7 +572,7 @@ def dynamics_and_scatter(models):
     """Draws Figures 2 and B2. Unfinished runs are in the curves only."""
     (figure, axes), numbers = plots.subplots(2 * len(models)), {}
     for left, right, (model, groups) in zip(axes[::2], axes[1::2], models.items()):
-        numbers[model] = {"dynamics": draw_dynamics(left, groups, NAMES[model]),
+        numbers[model] = {"dynamics": draw_dynamics(left, groups, NAMES.get(model, model)),
                           "scatters": [draw_scatter(right, finished(groups))]}
         plots.legend_below(right)
     return figure, numbers
@@ -689,7 +695,7 @@ def scatters(models, pairs, columns=2, baseline=True, scratch=True, given=None):
         result = draw_scatter(axis, groups, *pair, baseline, columns > 2, given)
         numbers[model]["scatters"].append(result)
         if len(models) > 1:
-            axis.set_title(f"{NAMES[model]}: {axis.get_title()}")
+            axis.set_title(f"{NAMES.get(model, model)}: {axis.get_title()}")
     plots.legend_outside(figure, axes)
     return figure, numbers
 
@@ -726,9 +732,9 @@ def title_of(models, dataset):
     """Returns a title such as "VGG11, CIFAR-10, schedule × 0.598, bf16, n = 6"."""
     options = runs_in(models)[0]["options"]
     default = train.default_options(options.model, options.optimizer, options.preset)
-    words = [" and ".join(NAMES[model] for model in models), NAMES.get(dataset, dataset)]
+    words = [" and ".join(NAMES.get(model, model) for model in models), NAMES.get(dataset, dataset)]
     words += [options.optimizer.upper()] * (
-        options.optimizer != train.default_options(options.model)["optimizer"])
+        options.optimizer != train.default_options(options.model).get("optimizer"))
     words += [f"preset {options.preset}"] * bool(options.preset)
     for name, value in train.experiment_options(options).items():
         if name not in (*METHOD_OPTIONS, "dataset") and value != default.get(name, value):
@@ -792,8 +798,8 @@ def draw(name, runs, arguments, read):
                 print_numbers(f"{label}, {title}, {model}", panel)
                 pairs = [label_pair(pair, panel["methods"]) for pair in panel.get("disagree", ())]
                 if pairs:
-                    notes.append(f"{NAMES[model]}, best and last accuracy differ in sign: "
-                                 f"{'; '.join(pairs[:3])}" + " and more" * (len(pairs) > 3))
+                    notes.append(f"{NAMES.get(model, model)}, best and last accuracy differ in "
+                                 f"sign: {'; '.join(pairs[:3])}" + " and more" * (len(pairs) > 3))
             plots.add_titles(figure, title, notes)
             plots.save(figure, pathlib.Path(arguments.fig_dir, file), {
                 "figure": name, "dataset": place[0], "setting": place[1], "title": title,
@@ -905,6 +911,8 @@ def make_parser():
         "these runs alone, as network.pt2 and network.onnx (docs/export.md)")
     add("--takes", choices=("uint8", "float"), default="uint8", help="what exported networks take: "
         "uint8 images (n, h, w, 3), or normalised ones (n, 3, h, w) (default: uint8)")
+    add("--model", type=train.model_name, metavar="FILE.py:FUNCTION", help="the network of your "
+        "own that the runs named have trained")
     add("--list", action="store_true", help="list the figures and how many runs they have")
     add("--live", action="store_true", help="draw again every 20 s while runs go on")
     add = parser.add_argument_group("flatness, of the runs named or of a figure").add_argument

@@ -24,7 +24,7 @@ import train
 from gst_ext import flatness, plots
 from gst_ext.datasets import BUILT_IN
 from gst_ext.errors import UserError, check, first_line, print_line
-from gst_ext.networks import Block, build_model
+from gst_ext.networks import OWN_NETWORKS, Block, build_model
 from gst_ext.plots import BLUE, GREEN, ORANGE, PINK, RED, SKY, matplotlib
 from gst_ext.rundir import environment, load_checkpoint, read_config, write_json
 from gst_ext.statistics import (
@@ -86,8 +86,12 @@ def load_network(directory, data_dir="data", device="cpu", checkpoint=None):
         options = train.DEFAULTS | config["options"]
         name, crc32, dataset = options["model"], config["data"]["crc32"], options["dataset"]
         epoch = config["schedule"]["save_epoch"]
+        own = {"crc32": None, "file": None} | (config.get("own_model") or {})
     except (KeyError, TypeError):
         raise UserError(f"{directory}/config.json is missing or damaged") from None
+    known = name in OWN_NETWORKS and train.OWN_MODELS[name]["crc32"] == own["crc32"]
+    check(known or not own["file"], f"{directory} has a network of your own: add --model "
+          f"{own['file']}:{name}, the file as it was when the run was trained")
     if not checkpoint:
         saved, last = f"epoch{epoch}.pt", "checkpoint.pt"
         checkpoint = saved if epoch and (directory / saved).exists() else last

@@ -42,8 +42,8 @@ from gst_ext.datasets import (CIFAR, CROP_PADDING, crop_and_flip, dataset_info, 
 from gst_ext.errors import (OneLineParser, UserError, check, first_line, format_value, print_line,
                             repeated, report_error, seed_list, warn_once)
 from gst_ext.graphs import Graphs, side_stream, to_list
-from gst_ext.networks import (ACT_EMA_DECAY, BN_EPS, BN_MOMENTUM, PRUNABLE_BLOCKS, build_model,
-                              count_params_and_macs, graph_key, set_backend)
+from gst_ext.networks import (ACT_EMA_DECAY, BN_EPS, BN_MOMENTUM, PRUNABLE_BLOCKS, add_own_network,
+                              build_model, count_params_and_macs, graph_key, set_backend)
 
 # cuBLAS reads this when CUDA starts; --deterministic needs it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -59,6 +59,7 @@ SCORES = {  # name: the function block → the score of each of its filters, (c_
                                               signed=True),
 }
 PAPER_SCORES = tuple(SCORES)
+OWN_MODELS = {}  # name: what --model FILE.py:FUNCTION gave: its file, crc32, blocks and options
 MOMENTUM = 0.9  # of SGD (A.3)
 ACT_EVERY = 10  # training batches between updates of the act score (A.4, footnote 4)
 THREADS = torch.get_num_threads()  # a run that continues may change it
@@ -81,7 +82,7 @@ DEFAULTS = dict(  # of the other options that decide a result
     deterministic=False)
 SMALL = dict(train_images=2560, test_images=3000, width=0.25, batch_size=64, scale_epochs=0.1)
 DIGITS = dict(dataset="digits", width=0.25)
-# As many images and epochs as pruned networks need to recover: 7 of 18 epochs follow the last event.
+# Pruned networks have time to recover: 7 of 18 epochs follow the last event.
 QUICK = dict(DIGITS, train_images=400, test_images=500, batch_size=32, lr=0.005, epochs=450,
              lrs=[400], scale_epochs=0.04)
 PRESETS = {  # what --preset changes, by optimizer
@@ -97,7 +98,13 @@ DATA_OPTIONS = ("val_split", "train_images", "test_images", "label_noise", "augm
 
 
 def paper_options(model, optimizer=None):
-    """Returns the paper's options for a model, a dict; optimizer None is the paper's own."""
+    """Returns the paper's options for a model, a dict; optimizer None is the paper's own.
+
+    Of an own model they are those that its file gives.
+    """
+    if model in OWN_MODELS:
+        chosen = {"optimizer": optimizer} if optimizer else {}
+        return {"save_epoch": 0} | OWN_MODELS[model]["options"] | chosen
     optimizer = optimizer or ("sgd" if model in ("resnet20", "resnet56") else "adam")
     n = PRUNABLE_BLOCKS[model]
     pruning = dict(s=[40] * n, e=[100] * n, p=[0.1] * n, r=30, score="l1", save_epoch=0)
@@ -108,31 +115,46 @@ def paper_options(model, optimizer=None):
 
 def default_options(model, optimizer=None, preset=None):
     """Returns the options a run uses where none is given: the paper's, or a preset's."""
-    options = paper_options(model, optimizer) | DEFAULTS
+    options = DEFAULTS | paper_options(model, optimizer)
     if preset:
-        options |= PRESETS[preset][options["optimizer"]]
-    if isinstance(options["p"], float):
-        options["p"] = [options["p"]] * PRUNABLE_BLOCKS[model]
+        options |= PRESETS[preset].get(options.get("optimizer"), {})
+    if isinstance(options.get("p"), float):
+        options["p"] = [options["p"]] * num_blocks(model)
     return options
+
+
+def num_blocks(model):
+    return OWN_MODELS[model]["blocks"] if model in OWN_MODELS else PRUNABLE_BLOCKS[model]
+
+
+def read_function(text, kind, known, papers):
+    """Reads FILE.py:FUNCTION, or a name in `known`; returns the name and all that the file defines.
+
+    The latter is {} for a name alone. `papers` are names that no function may have.
+    """
+    file, _, name = text.rpartition(":")
+    if not file:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"no {kind} {name}: choose from {', '.join(known)}, "
+                                             "or give FILE.py:FUNCTION")
+        return name, {}
+    try:
+        defined = runpy.run_path(file)
+        if not callable(defined[name]):
+            raise TypeError(f"it is {defined[name]}")
+    except Exception as error:
+        raise argparse.ArgumentTypeError(f"{file} does not give a function {name} "
+                                         f"({first_line(error)})") from None
+    if name in papers:
+        raise argparse.ArgumentTypeError(f"{name} is one of the paper's {kind}s: rename it")
+    return name, defined
 
 
 def score_name(text):
     """An argparse type: a name in SCORES, or FILE.py:FUNCTION, which is added to SCORES."""
-    file, _, name = text.rpartition(":")
-    if file:
-        try:
-            function = runpy.run_path(file)[name]
-            if not callable(function):
-                raise TypeError(f"it is {function}")
-        except Exception as error:
-            raise argparse.ArgumentTypeError(f"{file} does not give a function {name} "
-                                             f"({first_line(error)})") from None
-        if name in PAPER_SCORES:
-            raise argparse.ArgumentTypeError(f"{name} is one of the paper's scores: rename it")
-        SCORES[name] = function
-    elif name not in SCORES:
-        raise argparse.ArgumentTypeError(f"no score {name}: choose from {', '.join(SCORES)}, or "
-                                         "give FILE.py:FUNCTION")
+    name, defined = read_function(text, "score", SCORES, PAPER_SCORES)
+    if defined:
+        SCORES[name] = defined[name]
     return name
 
 
@@ -150,6 +172,35 @@ def target_name(text):
         f"no target {text}: give none, S, L, R, or Q and a quantile from 0 to 1, as in Q0.75")
 
 
+def model_name(text):
+    """An argparse type: a model's name, or FILE.py:FUNCTION, which is added to OWN_MODELS."""
+    name, defined = read_function(text, "model", PRUNABLE_BLOCKS | OWN_MODELS, PRUNABLE_BLOCKS)
+    if defined:
+        file = pathlib.Path(text.rpartition(":")[0]).resolve()
+        try:
+            OWN_MODELS[name] = {
+                "file": str(file), "crc32": zlib.crc32(file.read_bytes()),
+                "blocks": add_own_network(name, defined[name]),
+                "options": own_options(defined.get("OPTIONS", ""))}
+        except Exception as error:
+            raise argparse.ArgumentTypeError(f"{name} of {file.name} is no network to prune: "
+                                             f"{first_line(error)}") from None
+    return name
+
+
+def own_options(text):
+    """Returns the options that OPTIONS, a str in the file of an own model, gives; a dict."""
+    words = shlex.split(text)
+    check(not any(word.startswith("--model") for word in words), "OPTIONS names a --model: remove "
+          "that")
+    none = vars(parse_arguments([]))
+    given = {k: v for k, v in vars(parse_arguments(words)).items() if v != none[k]}
+    others = [k for k in given if k not in default_options("vgg11")]
+    check(not others, f"OPTIONS gives {', '.join(others)}, which a network has no default of: "
+          "remove that")
+    return given
+
+
 def make_parser():
     lines = ["the paper's settings, used for every option that is not given:"]
     for model, optimizer in [("vgg11", "adam"), ("resnet18", "adam"), ("resnet20", "sgd")]:
@@ -160,7 +211,9 @@ def make_parser():
                            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag, number = argparse.BooleanOptionalAction, dict(type=int, metavar="N")
     add = parser.add_argument_group("network and data").add_argument
-    add("--model", choices=PRUNABLE_BLOCKS, default="vgg11", help="(default: vgg11)")
+    add("--model", type=model_name, metavar="NAME", default="vgg11", help=f"one of "
+        f"{', '.join(PRUNABLE_BLOCKS)}, or FILE.py:FUNCTION, a network of your own "
+        "(docs/networks.md; default: vgg11)")
     add("--preset", choices=PRESETS, help="a set of options, which given ones override: quick is a "
         "few epochs of digits, small is CIFAR-10 with few images")
     add("--width", type=float, help="multiplies every channel count (default: 1)")
@@ -234,6 +287,15 @@ def make_parser():
     return parser
 
 
+def parse_arguments(argv):
+    """Parses options; those that are not given are None, or have the parser's defaults."""
+    options = make_parser().parse_args(argv)
+    for name in ("s", "e", "p", "lrs"):
+        if getattr(options, name) is not None:
+            setattr(options, name, [value for part in getattr(options, name) for value in part])
+    return options
+
+
 def parse_options(argv):
     """Parses and checks options (a list of str) and fills in the defaults.
 
@@ -243,15 +305,16 @@ def parse_options(argv):
     Raises:
         UserError: An option is wrong, or would have no effect.
     """
-    options = make_parser().parse_args(argv)
-    for name in ("s", "e", "p", "lrs"):
-        if getattr(options, name) is not None:
-            setattr(options, name, [value for part in getattr(options, name) for value in part])
+    options = parse_arguments(argv)
     given = {name for name, value in vars(options).items() if value is not None}
     defaults = default_options(options.model, options.optimizer, options.preset)
     for name, value in defaults.items():
         if name not in given:
             setattr(options, name, value)
+    missing = [f"--{name.replace('_', '-')}" for name in paper_options("vgg11")
+               if getattr(options, name) is None]
+    check(not missing, f"{options.model} has no default of {', '.join(missing)}: give them here, "
+          "or in OPTIONS of its file")
     check_ranges(options)
     check_combinations(options, given, argv)
     options.target = options.target or "none"
@@ -328,7 +391,7 @@ def check_schedule(options, given):
                         for k in "sep")
     check(len(options.s) == len(options.e) == len(options.p) or options.scratch,
           f"--s, --e and --p need one value for each pruned layer: there are {lengths}")
-    n = PRUNABLE_BLOCKS[options.model]
+    n = num_blocks(options.model)
     check(len(options.p) <= n, f"--p has {len(options.p)} values, but {options.model} has {n} "
           "layers to prune: give fewer")
     for s, e in zip(options.s, options.e):
@@ -365,7 +428,7 @@ def lr_schedule_warnings(options, scaled):
     A milestone that is given and equals the number of epochs means "never".
     """
     lrs, n, lines = options.lrs, options.epochs, []
-    default = lrs == paper_options(options.model, options.optimizer)["lrs"]
+    default = lrs == paper_options(options.model, options.optimizer).get("lrs")
     if max(lrs, default=0) > n - default:
         lines.append(f"of --lrs {format_value(lrs)} some are past the last epoch, {n - 1}: give "
                      "--lrs that fit --epochs, or --lrs alone for none")
@@ -385,11 +448,11 @@ def run_name(options):
     Both name what differs from the paper's settings or, with a preset, from the preset's.
     """
     default = default_options(options.model, options.optimizer, options.preset)
-    default["optimizer"] = paper_options(options.model)["optimizer"]
+    default["optimizer"] = paper_options(options.model).get("optimizer")
 
     def differing(**labels):
         return [label + format_value(getattr(options, name)) for name, label in labels.items()
-                if getattr(options, name) not in (None, default[name])]
+                if getattr(options, name) not in (None, default.get(name))]
 
     if options.noise != "none":
         method = [options.noise, str(options.noise_batches)]
@@ -407,7 +470,7 @@ def run_name(options):
                          weight_decay="wd", batch_size="batch", val_split="val", train_images="n",
                          test_images="t", label_noise="noise", precision="")
     setting += (["augment" if options.augment else "noaugment"]
-                * (options.augment != default["augment"]))
+                * (options.augment != default.get("augment")))
     return "-".join(method), "-".join(setting + ["deterministic"] * options.deterministic)
 
 
@@ -697,6 +760,7 @@ def run_config(options, scaled, schedule, model, device, info):
     return {
         "method": method, "setting": setting, "options": experiment_options(options),
         "schedule": scaled, "score_crc32": score_fingerprint(options.score),
+        "own_model": OWN_MODELS.get(options.model),
         "pruned_layers": [{"layer": layer, "filters": len(model.prunable[layer].mask),
                            "epochs": list(keep), "kept": list(keep.values())}
                           for layer, keep in schedule.items()],
@@ -937,6 +1001,9 @@ def check_same_run(path, options, info=None):
                  if k != "dataset" and v is not None and config["options"].get(k, v) != v]
     if config.get("score_crc32") != score_fingerprint(options.score):
         different.append(f"source of the score {options.score}")
+    trained, own = config.get("own_model") or {}, OWN_MODELS.get(options.model, {})
+    if trained.get("crc32") != own.get("crc32"):
+        different.append(f"source of the model {options.model}")
     data = config.get("data", {})
     if info and any(data.get(k) != info[k] for k in ("classes", "image", "crc32")):
         different.append("data set")
@@ -1100,9 +1167,12 @@ def unique_runs(commands):
     for options, line in (run for argv in commands for run in expand_seeds(argv)):
         check(not (options.runs or options.plan or options.status), f"{line}: a list cannot hold "
               "another list: give the options of a run")
-        path, source = run_path(options), score_fingerprint(options.score)
-        check(sources.setdefault(options.score, source) == source,
-              f"different scores are called {options.score}: rename one")
+        path = run_path(options)
+        for kind, name, source in (
+                ("score", options.score, score_fingerprint(options.score)),
+                ("model", options.model, OWN_MODELS.get(options.model, {}).get("crc32"))):
+            check(sources.setdefault((kind, name), source) == source,
+                  f"different {kind}s are called {name}: rename one")
         first, _ = runs.setdefault(path, (options, line))
         same = all(getattr(first, k) == getattr(options, k)
                    for k in ("dataset", "data_dir", "save_epoch", "tensorboard"))

@@ -119,7 +119,7 @@ def compact(model):
     The parameters of what is pruned, and of a projection's maps that are not read, are gone.
 
     Args:
-        model: A network of gst_ext.networks, whose masks are taken as they are now.
+        model: A VGG or ResNet of gst_ext.networks, whose masks are taken as they are now.
 
     Returns:
         A nn.Module from normalised images (n, 3, h, w) to logits (n, classes), on the same device
@@ -131,11 +131,13 @@ def compact(model):
         new, live = compact_block(block, live)
         layers += [*new, nn.ReLU(inplace=True), *[nn.MaxPool2d(2)] * block.pool]
     if isinstance(model, ResNet):
-        for (first, second), shortcut in zip(model.pairs, model.shortcuts):
-            body, middle = compact_block(first, live)
-            end, maps = compact_block(second, middle)
-            layers.append(Residual(nn.Sequential(*body, nn.ReLU(inplace=True), *end),
-                                   *compact_shortcut(shortcut, first.conv.stride[0], live, maps)))
+        for blocks, shortcut, stride in zip(model.pairs, model.shortcuts, model.strides):
+            body, maps = [], live
+            for block in blocks:
+                new, maps = compact_block(block, maps)
+                body += [*new, nn.ReLU(inplace=True)]
+            layers.append(Residual(nn.Sequential(*body[:-1]),  # the sum has its own ReLU
+                                   *compact_shortcut(shortcut, stride, live, maps)))
             live = maps
     linear = nn.Linear(len(live), len(model.linear.bias), device="meta")
     every_class = torch.arange(len(model.linear.bias), device=live.device)

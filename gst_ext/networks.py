@@ -11,11 +11,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from . import ops
-from .errors import UserError
+from .errors import UserError, check
 
 BN_MOMENTUM, BN_EPS = 0.1, 1e-5
 ACT_EMA_DECAY = 0.9  # the EMA of mean |a| is 0.9 * old + 0.1 * new (A.4, footnote 4)
 PRUNABLE_BLOCKS = {"vgg11": 8, "vgg19": 16, "resnet18": 16, "resnet20": 18, "resnet56": 54}
+OWN_NETWORKS = {}  # name: a user's function (num_classes, width) → network (docs/networks.md)
 
 
 class Block(nn.Module):
@@ -60,10 +61,9 @@ class Block(nn.Module):
                 self.live_out, self.live_in, conv.stride[0], conv.padding[0], shortcut,
                 self.shortcut_map, self.act if self.update_act else None, training=self.training,
                 momentum=bn.momentum, eps=bn.eps, ema_decay=ACT_EMA_DECAY, pool=self.pool)
-        weight = conv.weight * self.mask.view(-1, 1, 1, 1)
-        a = F.conv2d(x, weight, conv.bias, conv.stride, conv.padding)
-        a = F.batch_norm(a, bn.running_mean, bn.running_var, bn.weight * self.bn_mask,
-                         bn.bias * self.bn_mask, self.training, bn.momentum, bn.eps)
+        a = call_layer(conv, x, weight=conv.weight * self.mask.view(-1, 1, 1, 1))
+        a = call_layer(bn, a, weight=bn.weight * self.bn_mask, bias=bn.bias * self.bn_mask,
+                       num_batches_tracked=None)
         if shortcut is not None:
             a = a + shortcut * self.bn_mask.view(-1, 1, 1)
         if self.update_act:
@@ -85,6 +85,19 @@ class Block(nn.Module):
     def num_computed_filters(self):
         all_computed = self.backend == "eager" or self.live_out is None
         return len(self.mask) if all_computed else len(self.live_out)
+
+
+def call_layer(layer, x, **attributes):
+    """Calls a layer with other attributes than its own, so that its hooks see the call.
+
+    torch.func.functional_call takes five times as long for it.
+    """
+    vars(layer).update(attributes)  # found before the parameters and buffers of the same names
+    try:
+        return layer(x)
+    finally:
+        for name in attributes:
+            del vars(layer)[name]
 
 
 def copy_into(old, new):
@@ -115,9 +128,10 @@ def graph_key(model):
 
 def average_and_classify(model, x):
     """Returns the last layer's logits for the mean of each map of x (n, c, h, w)."""
-    live = model.live if model.backend == "ext" else None
-    weight = model.linear.weight if live is None else model.linear.weight[:, live]
-    return F.linear(x.mean((2, 3)), weight, model.linear.bias)
+    x, linear = x.mean((2, 3)), model.linear
+    if model.backend == "eager" or model.live is None:
+        return linear(x)
+    return F.linear(x, linear.weight[:, model.live], linear.bias)
 
 
 class PaddedShortcut(nn.Module):
@@ -160,18 +174,33 @@ class VGG(nn.Module):
         return average_and_classify(self, self.features(x))  # of 32x32 images a map has one pixel
 
 
-class ResNet(nn.Module):
-    """ResNet of basic blocks; its shortcuts are projections (option B) or padded with zeros (A)."""
+def basic_branch(c_in, c_out, stride):
+    """Returns the two blocks beside a shortcut of the paper's ResNets."""
+    return [Block(c_in, c_out, stride=stride), Block(c_out, c_out)]
 
-    def __init__(self, stem, stages, depth, projection, num_classes):
+
+class ResNet(nn.Module):
+    """A stem and stages of branches, each beside a shortcut that its last block adds.
+
+    Args:
+        stem: The filters of the first block, which is not pruned.
+        stages: The channels of each stage. Every stage but the first halves the maps.
+        depth: The branches of a stage.
+        projection: Whether shortcuts between other shapes are 1x1 convolutions (option B) or
+            padded with zeros (A).
+        branch: The function (c_in, c_out, stride) → list of the Blocks of a branch.
+    """
+
+    def __init__(self, stem, stages, depth, projection, num_classes, branch=basic_branch):
         super().__init__()
         self.stem = Block(3, stem)
-        self.pairs, self.shortcuts, c_in = nn.ModuleList(), nn.ModuleList(), stem
+        self.pairs = nn.ModuleList()  # the branches; checkpoints name their blocks so
+        self.shortcuts, self.strides, c_in = nn.ModuleList(), [], stem
         for stage, c_out in enumerate(stages):
             for i in range(depth):
                 stride = 2 if stage and not i else 1
-                pair = [Block(c_in, c_out, stride=stride), Block(c_out, c_out)]
-                self.pairs.append(nn.ModuleList(pair))
+                self.pairs.append(nn.ModuleList(branch(c_in, c_out, stride)))
+                self.strides.append(stride)
                 if stride == 1 and c_in == c_out:
                     shortcut = nn.Identity()
                 elif projection:
@@ -182,26 +211,28 @@ class ResNet(nn.Module):
                 self.shortcuts.append(shortcut)
                 c_in = c_out
         self.linear = nn.Linear(c_in, num_classes)
-        self.prunable = [block for pair in self.pairs for block in pair]
+        self.prunable = [block for blocks in self.pairs for block in blocks]
 
     def update_live_channels(self):
         self.live = self.stem.update_live_channels(None, 1)
-        for (first, second), shortcut in zip(self.pairs, self.shortcuts):
+        for blocks, shortcut in zip(self.pairs, self.shortcuts):
             live_in = self.live
-            middle = first.update_live_channels(live_in, self.round_to)
-            self.live = second.update_live_channels(middle, self.round_to)
-            second.shortcut_map = copy_into(second.shortcut_map,
-                                            map_shortcut(shortcut, live_in, second))
+            for block in blocks:
+                self.live = block.update_live_channels(self.live, self.round_to)
+            block.shortcut_map = copy_into(block.shortcut_map,
+                                           map_shortcut(shortcut, live_in, block))
 
     def forward(self, x):
         x = self.stem(x)
-        for (first, second), shortcut in zip(self.pairs, self.shortcuts):
-            stride = first.conv.stride[0]
-            # A stride in the shortcut's convolution would make oneDNN write past a buffer.
+        for blocks, shortcut, stride in zip(self.pairs, self.shortcuts, self.strides):
+            # The stride is taken here, since oneDNN is not safe with one in the shortcut.
             strided = x[:, :, ::stride, ::stride]
             compact = self.backend == "ext"
-            added = compact_shortcut(shortcut, strided, first) if compact else shortcut(strided)
-            x = second(first(x), added)
+            added = compact_shortcut(shortcut, strided, blocks[0]) if compact else shortcut(strided)
+            *inner, last = blocks
+            for block in inner:
+                x = block(x)
+            x = last(x, added)
         return average_and_classify(self, x)
 
 
@@ -235,7 +266,7 @@ def compact_shortcut(shortcut, x, first):
     """Computes a shortcut of compact maps x: all maps of a projection, else x itself.
 
     Args:
-        first: The first block of the pair, which has the same input as the shortcut.
+        first: The first block of the branch, which has the same input as the shortcut.
     """
     if not isinstance(shortcut, nn.Sequential):
         return x
@@ -264,13 +295,15 @@ def count_params_and_macs(model, image):
         macs += c_in * filters * k * k * math.prod(size)
         return size
 
-    shortcut_of = dict(zip((first for first, _ in getattr(model, "pairs", ())),
-                           getattr(model, "shortcuts", ())))
+    ends = {blocks[-1]: (blocks[0], shortcut) for blocks, shortcut in zip(
+        getattr(model, "pairs", ()), getattr(model, "shortcuts", ()))}
+    inputs = {}  # block: its input channels that are not 0
     for block in (module for module in model.modules() if isinstance(module, Block)):
-        maps = int(block.bn_mask.sum())
+        maps, inputs[block] = int(block.bn_mask.sum()), c_in
         size = count(block.conv, size, c_in, int(block.mask.sum()), maps)
-        if isinstance(shortcut_of.get(block), nn.Sequential):
-            count(shortcut_of[block][0], size, c_in, len(block.mask), len(block.mask))
+        first, shortcut = ends.get(block, (None, None))
+        if isinstance(shortcut, nn.Sequential):
+            count(shortcut[0], size, inputs[first], len(block.mask), len(block.mask))
         size = [s // 2 if block.pool else s for s in size]
         c_in = maps
     num_classes = len(model.linear.bias)
@@ -298,6 +331,8 @@ def build_model(name, num_classes=10, width=1.0):
     elif name in ("resnet20", "resnet56"):
         stages = widths(16, 32, 64)
         model = ResNet(stages[0], stages, 3 if name == "resnet20" else 9, False, num_classes)
+    elif name in OWN_NETWORKS:
+        model = OWN_NETWORKS[name](num_classes, width)
     else:
         raise UserError(f"no model {name}: choose from {', '.join(PRUNABLE_BLOCKS)}")
     for module in model.modules():
@@ -307,3 +342,20 @@ def build_model(name, num_classes=10, width=1.0):
                 nn.init.zeros_(module.bias)
     model.round_to = 1
     return set_backend(model.to(memory_format=torch.channels_last), "eager")
+
+
+def add_own_network(name, function):
+    """Lets build_model(name) build a user's network; returns the number of its prunable blocks.
+
+    Args:
+        function: (num_classes, width) → a VGG, a ResNet, or a module with what these have.
+    """
+    OWN_NETWORKS[name] = function
+    with torch.device("meta"):
+        model = build_model(name)
+    for block in (module for module in model.modules() if isinstance(module, Block)):
+        block.mask = block.bn_mask = torch.ones(len(block.mask), dtype=torch.bool)  # to be counted
+    others = sum(p.numel() for p in model.parameters()) - count_params_and_macs(model, (32, 32))[0]
+    check(not others, f"{others} of its parameters are not those of Blocks, each with the one "
+          "before as its input, shortcuts and the linear layer")
+    return len(model.prunable)

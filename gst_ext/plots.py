@@ -91,7 +91,9 @@ def mark_drops(axis, curves):
 
 
 def legend_below(axis, title=None, columns=1):
-    """Puts the legend below the axis and its label, which can have several lines."""
+    """Puts the legend, if there is one, below the axis and its label of any number of lines."""
+    if not axis.get_legend_handles_labels()[0]:
+        return
     lines = 1 + axis.get_xlabel().count("\n")
     axis.legend(title=title, title_fontsize=7, loc="upper center", bbox_to_anchor=(0.5, 0),
                 borderaxespad=3 + 1.4 * lines, ncol=columns)

@@ -406,23 +406,31 @@ def report_plan(num_epochs, retry_failed):
 def print_status(lists):
     """Prints a line for each list of runs, and one for each run that failed.
 
+    In a terminal a bar shows the share of the list's epochs that are trained.
+
     Args:
         lists: {file: {path: the epochs of the run}}.
     """
-    print_line(f"{'':12} {'runs':>6} {'done':>6} {'running':>8} {'failed':>7} {'waiting':>8}  "
-               "time left")
+    on_terminal = sys.stdout.isatty()
+    print_line(f"{'':12} {' ' * 9 * on_terminal}{'runs':>6} {'done':>6} {'running':>8} "
+               f"{'failed':>7} {'waiting':>8}  time left")
     for file, num_epochs in lists.items():
-        status = group_by_status(num_epochs)
-        left = [max(0, num_epochs[path] - len(read_log_lines(path)))
-                for path in status["running"] + status["waiting"]]
+        status, bar = group_by_status(num_epochs), ""
+        epochs = {path: max(0, n - len(read_log_lines(path))) for path, n in num_epochs.items()}
+        left = [epochs[path] for path in status["running"] + status["waiting"]]
+        if on_terminal:
+            total = max(1, sum(num_epochs.values()))
+            symbols = "░▏▎▍▌▋▊▉█" if "utf" in sys.stdout.encoding.lower() else "-#"
+            bar = tqdm.format_meter(total - sum(epochs.values()), total, 0, ascii=symbols,
+                                    bar_format="{bar:8} ")
         seconds = [s for path in num_epochs if (s := seconds_per_epoch(path)) is not None]
         at_once, time_left = max(1, len(status["running"])), "not known"
         if seconds:
             hours = sum(left) * sum(seconds) / len(seconds) / at_once / 3600
             time_left = f"{hours:.1f} h, {at_once} at once"
         counts = [len(status[name]) for name in ("done", "running", "failed", "waiting")]
-        print_line("{:12} {:6} {:6} {:8} {:7} {:8}  ".format(
-            pathlib.Path(file).name, len(num_epochs), *counts)
+        print_line("{:12} {}{:6} {:6} {:8} {:7} {:8}  ".format(
+            pathlib.Path(file).name, bar, len(num_epochs), *counts)
             + (time_left if left else "nothing to do"))
         for path in status["failed"]:
             print_line(f"  failed: {path}: {failure_reason(path)}")

@@ -97,6 +97,27 @@ def test_every_output_is_complete_and_readable(tmp_path, no_images, name):  # no
             assert len(set(looks)) == len(looks)
 
 
+@pytest.mark.parametrize("name", DRAWN)
+def test_live_waits_for_epochs_and_draws_until_all_runs_are_finished(
+        tmp_path, monkeypatch, recwarn, name):
+    write_all(tmp_path / "logs", name, seeds=(1, 2))
+    logs = {path: path.read_text().splitlines(True) for path in tmp_path.rglob("epochs.jsonl")}
+    lengths, drawn = iter([0, 1, 5, 9]), []
+
+    def go_on(seconds=0):
+        drawn.append(len(list(tmp_path.glob("*.json"))))
+        length = next(lengths)
+        for i, (path, lines) in enumerate(sorted(logs.items())):
+            path.write_text("".join(lines[:length + i % 3 if length in (1, 5) else length]))
+    go_on()
+    monkeypatch.setattr(analyze.time, "sleep", go_on)
+    kind, number = ("figure", name) if name in analyze.FIGURES else name.split()
+    numbers = draw(tmp_path, f"--{kind}", number, "--live")[f"{kind[:3]}{number}"]
+    assert next(lengths, None) is None and numbers["left_out"] == {}
+    assert drawn[:3] == [0, 0, name not in analyze.NEEDS_FLATNESS]
+    assert not [str(warning.message) for warning in recwarn]
+
+
 def test_a_method_has_one_look_and_targets_differ():
     def look(name):
         return analyze.method_style(train.parse_options(line_of(name).split()))

@@ -24,11 +24,14 @@ OTHERS_OPTIONS = {"--no-build-isolation", "--partition", "--gres", "--cpus-per-t
 
 @pytest.fixture
 def my_score(tmp_path, monkeypatch):
-    """The README's my_score.py, in the current directory."""
-    code, = re.findall(r"```python\n(.*?)```", README, re.S)
-    (tmp_path / "my_score.py").write_text(code)
+    """The pages' my_score.py and my_networks.py, in the current directory."""
+    for file, page in (("my_score.py", README),
+                       ("my_networks.py", (ROOT / "docs/networks.md").read_text())):
+        code, = re.findall(r"```python\n(.*?)```", page, re.S)
+        (tmp_path / file).write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "SCORES", dict(train.SCORES))
+    monkeypatch.setattr(train, "OWN_MODELS", {})
 
 
 def test_the_score_of_the_readme_prunes_by_itself(my_score, run, directory):

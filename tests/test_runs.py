@@ -657,6 +657,11 @@ def test_a_bug_in_one_run_is_reported_and_noted_and_the_others_are_trained(
     assert train.main(["--status", listed((*SHORT, "--seeds", "1-3"))]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[1].split()[:6] == ["list", "3", "2", "0", "1", "0"] and "ZeroDivision" in out[2]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.stdout, "isatty", lambda: True)
+        assert train.main(["--status", listed((*SHORT, "--seeds", "1-3"))]) == 0
+    bar, *counts = capsys.readouterr().out.splitlines()[1].split()[1:6]
+    assert bar == "█████▎░░" and counts == ["3", "2", "0", "1"], "2/3 of 64 eighths are 42"
     for more, left in (((), 0), (("--retry-failed",), 1)):
         assert train.main(["--plan", listed(*runs), *more]) == 0
         out, err = capsys.readouterr()
