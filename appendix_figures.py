@@ -4,6 +4,7 @@ and the Hessian's density, and Tables C1 and F1. Then the table and figure of do
 Groups are the runs of a figure by method, {method: [run]}; a run is a dict from analyze.summarize.
 """
 import contextlib
+import copy
 import io
 import itertools
 import json
@@ -21,10 +22,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import train
-from gst_ext import flatness, plots
+from gst_ext import flatness, ops, plots
 from gst_ext.datasets import BUILT_IN
 from gst_ext.errors import UserError, check, first_line, print_line
-from gst_ext.networks import OWN_NETWORKS, Block, build_model
+from gst_ext.networks import OWN_NETWORKS, Block, build_model, set_backend
 from gst_ext.plots import BLUE, GREEN, ORANGE, PINK, RED, SKY, matplotlib
 from gst_ext.rundir import environment, load_checkpoint, read_config, write_json
 from gst_ext.statistics import (
@@ -147,6 +148,7 @@ def measure_flatness(directory, split="test", images=512, num_eigs=100, eigensol
         seconds[name] = round(time.monotonic() - start, 3)
         bar.write(f"{label} {name}: {seconds[name]:.1f} s")
 
+    fast = set_backend(copy.deepcopy(model), "ext") if ops.available else model
     with torch.no_grad():
         logits = torch.cat([model(part) for part in x.split(128)])
     loss = float(F.cross_entropy(logits, y))
@@ -154,7 +156,8 @@ def measure_flatness(directory, split="test", images=512, num_eigs=100, eigensol
     arguments = {"eigensolver": eigensolver, "memory_gb": memory_gb, "on_product": bar.update}
     try:
         with bar:
-            result = flatness.measure(model, x, y, num_eigs, stage=stage, **arguments)
+            result = flatness.measure(model, x, y, num_eigs, stage=stage, evaluate=fast,
+                                      **arguments)
             if control:
                 with stage("control"):
                     result["control"] = flatness.rescaling_control(model, x, y, **arguments)

@@ -26,7 +26,6 @@ RISE, DIRECTIONS = 0.1, 10  # of the loss (E.3); eigenvectors along which it is 
 FARTHEST = 10.0  # the largest |ε| tried: a third or more of a trained network's weight vector
 PROBES, STEPS, WIDTH, GRID = 3, 30, 0.01, 256  # of the spectral density
 TRACE_SAMPLES = 30
-NO_DERIVATIVE = "Error", "DelayedError", "NotImplemented", "WarnNotImplemented"  # autograd nodes
 
 
 class Eigenpairs(NamedTuple):
@@ -77,9 +76,10 @@ def logits_of(model, x):
 
 
 def loss_gradient(model, x, y, divisor):
-    """Returns the gradients, with their graph, of the summed loss over `divisor`."""
+    """Returns the gradient (n,), with its graph, of the summed loss over `divisor`."""
     loss = F.cross_entropy(logits_of(model, x), y, reduction="sum") / divisor
-    return torch.autograd.grad(loss, list(model.parameters()), create_graph=True, allow_unused=True)
+    return flat(torch.autograd.grad(loss, list(model.parameters()), create_graph=True,
+                                    materialize_grads=True))
 
 
 def images_that_fit(model, x, y, memory_gb):
@@ -96,17 +96,24 @@ def images_that_fit(model, x, y, memory_gb):
     return max(1, int(memory_gb * 2**29 / max(1, sizes[1] - sizes[0])))
 
 
-def check_second_derivatives(gradients):
-    """Raises ValueError where a backward pass left a NO_DERIVATIVE node, or no graph."""
-    nodes, seen = [g.grad_fn for g in gradients if g is not None], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or type(node).__name__ in NO_DERIVATIVE:
-            raise ValueError("a layer of this network has no second derivative: use a plain "
-                             "PyTorch implementation of that layer")
-        if node not in seen:
-            seen.add(node)
-            nodes += [after for after, _ in node.next_functions if after is not None]
+def check_second_derivatives(model, x):
+    """Raises ValueError unless the product of a small step with the Hessian is the change of the
+    gradient, for one image, in float64, where the two agree to 1e-7."""
+    twin, x = copy.deepcopy(model).double(), x[:1].double()
+    params, y = list(twin.parameters()), logits_of(twin, x).argmin(1)  # so that the loss is not 0
+    step = torch.randn(len(flat(params)), generator=torch.Generator().manual_seed(0))
+    step = 1e-8 * weight_scale(twin) * step.to(x)
+    try:
+        before = loss_gradient(twin, x, y, 1)
+        product = flat(torch.autograd.grad(before, params, step, materialize_grads=True))
+        nn.utils.vector_to_parameters(flat(params).detach() + step, params)
+        change = loss_gradient(twin, x, y, 1).detach() - before.detach()
+        wrong = (product - change).norm() > 1e-3 * change.norm() + 1e-12 * before.norm()
+    except RuntimeError:
+        wrong = True
+    if wrong:
+        raise ValueError("a layer of this network has no second derivative, or a wrong one: use a "
+                         "plain PyTorch implementation of that layer")
 
 
 class HessianOperator:
@@ -120,22 +127,19 @@ class HessianOperator:
         self.model, self.scale, self.on_product, self.products = model, scale, on_product, 0
         self.params, self.num_images = list(model.parameters()), len(x)
         self.shape = (sum(p.numel() for p in self.params),) * 2
-        check_second_derivatives(loss_gradient(model, x[:1], y[:1], 1))
         size = images_that_fit(model, x, y, memory_gb)
+        check_second_derivatives(model, x)
         self.parts = list(zip(x.split(size), y.split(size)))
         self.graph = loss_gradient(model, x, y, len(x)) if size >= len(x) else None
 
     def matvec(self, v):
         """Returns the product with v (n,)."""
         v = v if self.scale is None else self.scale * v
-        pieces = [torch.empty_like(p).copy_(piece.view_as(p))  # in the parameter's memory format
-                  for piece, p in zip(v.split([p.numel() for p in self.params]), self.params)]
-        result = torch.zeros_like(v)
+        result, keep = torch.zeros_like(v), self.graph is not None
         for x, y in self.parts:
-            gradient = self.graph or loss_gradient(self.model, x, y, self.num_images)
-            used, along = zip(*((g, d) for g, d in zip(gradient, pieces) if g is not None))
-            result += flat(torch.autograd.grad(used, self.params, along, materialize_grads=True,
-                                               retain_graph=self.graph is not None))
+            gradient = self.graph if keep else loss_gradient(self.model, x, y, self.num_images)
+            result += flat(torch.autograd.grad(gradient, self.params, v, keep,
+                                               materialize_grads=True))
         self.products += 1
         if self.on_product:
             self.on_product()
@@ -191,9 +195,10 @@ def block_lanczos(operator, k, generator, tolerance, block, steps):
     while True:
         images = torch.stack([operator.matvec(v) for v in q])
         basis.append(q)
-        rows = remove_span(images, basis)
+        rows = remove_span(images, basis[-2:])  # H q has no part in earlier blocks
         projected = np.pad(projected, (0, len(q)))  # H between the vectors of the basis
-        projected[m:], projected[:, m:] = rows, rows.T
+        near = len(projected) - rows.shape[1]
+        projected[m:, near:], projected[near:, m:] = rows, rows.T
         old, m = m, m + len(q)
         outside = inner_products(images, images).double().cpu().numpy()
         rounding = 100 * torch.finfo(q.dtype).eps * np.abs(projected).max()
@@ -202,7 +207,7 @@ def block_lanczos(operator, k, generator, tolerance, block, steps):
         if lost.any():  # random rows replace those that depend on others
             images[lost] = operator.random_signs(generator, len(images))[lost]
         q, _ = orthonormal(images)
-        remove_span(q, basis)  # the second time removes what rounding left
+        remove_span(q, basis)  # rounding left a part in all blocks
         q, _ = orthonormal(q)
         if m < k:
             continue
@@ -273,16 +278,18 @@ def squared_gradients(model, x, directions, memory_gb):
 
     J (classes, n) is the Jacobian of the logits of image i, p are its probabilities.
     """
-    params, total = list(model.parameters()), torch.zeros_like(weight_scale(model))
-    size = max(1, int(memory_gb * 2**28 / (len(total) * total.element_size())))
+    params = list(model.parameters())
+    totals = [torch.zeros_like(p) for p in params]
+    size = max(1, int(memory_gb * 2**28 / sum(p.nbytes for p in params)))
     for i, image in enumerate(x.split(1)):
         logits = logits_of(model, image)
         for part in directions(i, logits.detach()[0].softmax(0)).split(size):
-            rows = torch.autograd.grad(logits, params, part[:, None], retain_graph=True,
-                                       is_grads_batched=True, allow_unused=True)
-            total += flat(torch.zeros_like(p) if row is None else row.square().sum(0)
-                          for row, p in zip(rows, params))
-    return total / len(x)
+            products = torch.autograd.grad(logits, params, part[:, None], retain_graph=True,
+                                           is_grads_batched=True, materialize_grads=True)
+            for total, rows in zip(totals, products):
+                for row in rows:  # faster than a sum of their squares
+                    total.addcmul_(row, row)
+    return flat(totals) / len(x)
 
 
 def covariance_diagonal(model, x, y, memory_gb=4):
@@ -336,12 +343,15 @@ def estimate_trace(operator, pairs, samples=TRACE_SAMPLES, seed=0):
 def line_loss(model, x, y, direction, batch_size=128):
     """Returns the function ε → mean loss at w + ε direction."""
     params = dict(model.named_parameters())
-    pieces = direction.split([p.numel() for p in params.values()])
+    pieces = [torch.empty_like(p).copy_(piece.view_as(p))  # in the parameter's memory format
+              for piece, p in zip(direction.split([p.numel() for p in params.values()]),
+                                  params.values())]
 
     @functools.cache
     @torch.no_grad()
     def loss(epsilon):
-        moved = {k: p + epsilon * piece.view_as(p) for (k, p), piece in zip(params.items(), pieces)}
+        moved = {k: torch.add(p, piece, alpha=epsilon)
+                 for (k, p), piece in zip(params.items(), pieces)}
         logits = torch.cat([torch.func.functional_call(model, moved, (images,))
                             for images in x.split(batch_size)])
         return float(F.cross_entropy(logits, y))
@@ -368,10 +378,11 @@ def first_rise(loss, rise=RISE, step=0.01, tolerance=1e-6):
 
 
 def measure(model, x, y, num_eigs=100, eigensolver="lanczos", seed=0, memory_gb=4, on_product=None,
-            stage=contextlib.nullcontext):
+            stage=contextlib.nullcontext, evaluate=None):
     """Returns every measure of a network as a dict for JSON; docs/flatness.md explains the fields.
 
-    stage(name) is a context manager that is entered around each part of the work.
+    stage(name) is a context manager that is entered around each part of the work. `evaluate` is a
+    network of the same parameters and outputs that is faster; it needs no derivatives.
     """
     operator, result = HessianOperator(model, x, y, None, memory_gb, on_product), {}
     with stage("traces"):
@@ -382,12 +393,13 @@ def measure(model, x, y, num_eigs=100, eigensolver="lanczos", seed=0, memory_gb=
         operator.scale = scale if form else None
         with stage(f"{form}eigenpairs"):  # those of H give the spectral density too
             pairs = eigenpairs(operator, num_eigs, eigensolver, seed=seed,
-                               block=2 if form else PROBES, steps=0 if form else STEPS)
+                               block=1 if form else PROBES, steps=0 if form else STEPS)
         tr_c, tr_f = (float((d * scale ** 2).sum(dtype=torch.float64)) for d in diagonals)
         with stage(f"{form}trace"):
             trace, error = (tr_f, 0.0) if linear else estimate_trace(operator, pairs, seed=seed)
         with stage(f"{form}line"):
-            losses = [line_loss(model, x, y, v * scale) for v in pairs.vectors[:DIRECTIONS]]
+            losses = [line_loss(evaluate or model, x, y, v * scale)
+                      for v in pairs.vectors[:DIRECTIONS]]
             # the grid's step, or a quarter of where a parabola of this curvature has risen so far
             steps = [min(0.5, math.sqrt(RISE / 8 / max(abs(a), 1e-9))) if form else 0.01
                      for a in pairs.values]

@@ -288,6 +288,33 @@ class Once(torch.autograd.Function):
         return 2 * ctx.saved_tensors[0] * g
 
 
+class Detached(torch.autograd.Function):
+    """x², whose second derivative autograd takes for 0."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * ctx.saved_tensors[0].detach() * g
+
+
+class Halved(torch.autograd.Function):
+    """x², whose second derivative is half of what it should be."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):
+        x = ctx.saved_tensors[0]
+        return (x + x.detach()) * g
+
+
 class Squared(nn.Module):
     def __init__(self, function):
         super().__init__()
@@ -298,10 +325,11 @@ class Squared(nn.Module):
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_layers_without_second_derivatives_are_refused_wherever_they_are(place):
+@pytest.mark.parametrize("function", [Once, Detached, Halved])
+def test_layers_without_right_second_derivatives_are_refused_wherever_they_are(function, place):
     x, y = torch.randn(6, 5), torch.arange(6) % 3
     layers = [nn.Linear(5, 4), nn.Linear(4, 3)]
-    layers.insert(place, Squared(Once.apply))
+    layers.insert(place, Squared(function.apply))
     if place:  # before it lies a parameter
         with pytest.raises(ValueError, match="plain PyTorch"):
             flatness.HessianOperator(nn.Sequential(*layers), x, y)

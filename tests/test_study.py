@@ -51,7 +51,7 @@ def test_other_data_other_measurements_and_bad_runs_are_apart_and_named(tmp_path
     pairs = [line for line in lines if "| Prune_L, r = 40 (1%) − P" in line]
     assert [line.split("|")[2].strip() for line in pairs] == ["2", "3"]
     left_out = [line for line in lines if line.startswith("Left out")]
-    assert "L-r40-small/seed3: epochs.jsonl" in left_out[0]
+    assert "L-r40-small/seed3: unfinished, 0 of 4 epochs" in left_out[0]
     assert "L-r40-small/seed1: differs from" in left_out[1] and "in images" in left_out[1]
     head, row = (next(line for line in lines if line.startswith(start))
                  for start in ("| measure", "| \\|ε"))
