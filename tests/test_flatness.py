@@ -1,6 +1,7 @@
 """Flatness: every measure against its definition, a closed form, or a full Hessian."""
 import contextlib
 import copy
+import functools
 import json
 import math
 
@@ -42,9 +43,13 @@ def full_hessian(model, x, y):
     params = list(model.parameters())
     gradient = flatness.flat(torch.autograd.grad(F.cross_entropy(model(x), y), params,
                                                  create_graph=True))
-    rows = [torch.autograd.grad(gradient, params, units, retain_graph=True, is_grads_batched=True)
-            for units in torch.eye(len(gradient), dtype=x.dtype).split(100)]
-    return torch.cat([torch.cat([g.flatten(1) for g in block], 1) for block in rows])
+    grad = functools.partial(torch.autograd.grad, gradient, params, retain_graph=True)
+    units = torch.eye(len(gradient), dtype=x.dtype)
+    try:
+        rows = [grad(some, is_grads_batched=True) for some in units.split(100)]
+        return torch.cat([torch.cat([g.flatten(1) for g in block], 1) for block in rows])
+    except RuntimeError:  # PyTorch 2.11 cannot batch the second derivative of max-pools
+        return torch.stack([flatness.flat(grad(unit)) for unit in units])
 
 
 def image_gradients(model, x, labels):
