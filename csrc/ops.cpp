@@ -117,8 +117,9 @@ std::tuple<Tensor, Tensor, Tensor> masked_conv2d_backward(const Tensor& grad, co
       dw = at::zeros_like(w);
       db = grad.sum({0, 2, 3});
     } else {
-      const bool swap = need[1] && x.is_cpu() && stride == 1 && x.size(2) <= 4 && x.size(3) <= 4 &&
-          x.size(2) == grad.size(2) && x.scalar_type() == at::kFloat && x.size(0) >= 32;
+      const bool swap = need[1] && x.is_cpu() && stride == 1 && w.size(2) > 1 && x.size(2) <= 4 &&
+          x.size(3) <= 4 && x.size(2) == grad.size(2) && x.scalar_type() == at::kFloat &&
+          x.size(0) >= 32;
       // For 1x1 filters with a stride and fewer than 8 channels, the library writes past its own
       // memory (oneDNN of PyTorch 2.14, channels-last, AVX2): such filters are given the pixels
       // that they read, without a stride.
