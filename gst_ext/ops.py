@@ -11,6 +11,7 @@ statistics keep every filter. Only the references have a second derivative.
 import contextlib
 import ctypes
 import math
+import platform
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,13 @@ def choose_backend(backend, device):
         warn_once(f"train.py: the extension is not built for this device ({reason}); plain PyTorch "
                   "replaces it. bash runs.sh setup builds it")
     return "ext" if supported and backend != "eager" else "eager"
+
+
+def cpu_multiplies_bf16():
+    """Whether this CPU has instructions for bf16, by names of PyTorch that are private."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def keep_freed_memory():

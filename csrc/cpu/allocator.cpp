@@ -4,8 +4,8 @@
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
+#include <cstdint>
 #include <cstdlib>
-#include <limits>
 
 namespace gst {
 namespace {
@@ -22,7 +22,7 @@ struct ReusingAllocator final : c10::Allocator {
     constexpr size_t extra = kAlignment + sizeof(void*);
     void *given = nullptr, *data = nullptr;
     if (bytes > 0) {
-      if (bytes <= std::numeric_limits<size_t>::max() - extra) given = std::malloc(bytes + extra);
+      given = std::malloc(bytes + extra);
       TORCH_CHECK(given, "not enough memory: a tensor of ", bytes, " bytes does not fit");
       const auto address = reinterpret_cast<uintptr_t>(given) + extra;
       data = reinterpret_cast<void*>(address - address % kAlignment);
