@@ -1,6 +1,6 @@
 // The operators' schemas, and masked_conv2d: the convolution of the live filters, by the vendor
-// library, by cpu/winograd.cpp or by cpu/products.cpp. bn_act and ebn_score are in operators.h, their kernels in cpu/
-// and cuda/; fake kernels, autograd and references in plain PyTorch in gst_ext/ops.py.
+// library, by cpu/winograd.cpp or by cpu/products.cpp. bn_act and ebn_score are in operators.h,
+// their kernels in cpu/ and cuda/; fake kernels, autograd and references in plain PyTorch in gst_ext/ops.py.
 #include <ATen/Parallel.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
@@ -76,7 +76,7 @@ Tensor masked_conv2d(const Tensor& x, const Tensor& weight, const OptTensor& bia
   };
   if (w.size(0) == 0 || w.size(1) == 0)  // the libraries refuse convolutions of nothing
     return with_bias(at::zeros({x.size(0), w.size(0), size(2), size(3)}, x.options()));
-  if (products_pay(x, w, {size(2), size(3)}, 4))
+  if (products_pay(x, w, {size(2), size(3)}, false))
     return with_bias(convolve_by_products(x, w, stride, padding, false));
   return at::convolution(
       x, w, live_bias, {stride, stride}, {padding, padding}, {1, 1}, false, {0, 0}, 1);
@@ -130,11 +130,12 @@ std::tuple<Tensor, Tensor, Tensor> masked_conv2d_backward(const Tensor& grad, co
       const Tensor read = skip ? strided(x, stride).contiguous(x.suggest_memory_format()) : x;
       const int64_t step = skip ? 1 : stride;
       const at::IntArrayRef size = grad.sizes().slice(2);
-      const bool product = need[1] && products_pay(x, w, size, 8),
-                 dx_product = need[0] && stride == 1 && products_pay(x, w, size, 4);
-      const bool given = need[1] && !swap && !product;  // the library's gradient of the weights
-      // The library computes it too wherever it is asked for the bias's.
-      const std::array<bool, 3> mask = {need[0] && !dx_product, given, need[2] && (given || !need[1])};
+      const bool product = need[1] && products_pay(x, w, size, true),
+                 dx_product = need[0] && stride == 1 && products_pay(x, w, size, false);
+      // The library computes the weights' gradient too wherever it is asked for the bias's.
+      const bool own = swap || product;
+      const std::array<bool, 3> mask = {
+          need[0] && !dx_product, need[1] && !own, need[2] && !own};
       const auto bias_size =
           need[2] ? at::OptionalIntArrayRef(w.sizes().slice(0, 1)) : std::nullopt;
       if (mask[0] || mask[1] || mask[2])

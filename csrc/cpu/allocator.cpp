@@ -1,6 +1,6 @@
 // An allocator for tensors on the CPU under which a freed tensor's memory holds the next tensor of
-// its size. PyTorch's own asks glibc for aligned memory, which glibc cuts out of a larger piece than
-// it keeps, so that the next one of the same size does not fit there.
+// its size. PyTorch's own asks glibc for aligned memory, which glibc cuts out of a larger piece
+// than it keeps, so that the next one of the same size does not fit there.
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 

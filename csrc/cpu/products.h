@@ -4,10 +4,9 @@
 
 namespace gst {
 
-// Whether the functions below are faster than the library for results of this size, height and
-// width, if they are at most `most`.
+// Whether the functions below are faster than the library where results have this height and width.
 bool products_pay(
-    const at::Tensor& x, const at::Tensor& weight, at::IntArrayRef size, int64_t most);
+    const at::Tensor& x, const at::Tensor& weight, at::IntArrayRef size, bool weight_gradient);
 
 // The convolution of x by all filters of weight; flipped, of stride 1, of a map that they give: its
 // gradient for x.

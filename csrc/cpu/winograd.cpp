@@ -31,8 +31,8 @@ constexpr int64_t kLanes = 16, kPanel = 32, kRows = 8;
 // of many channels fill the L2 cache alone and are read again for every block.
 constexpr int64_t kForwardBytes = 512 << 10, kForwardTiles = 32;
 constexpr int64_t kGradientBytes = 2 << 20, kGradientTiles = 128;
-// Floats between the data of two points: at a distance of whole 4 KiB, the 16 values of a tile would
-// all fall on the same lines of the L1 cache.
+// Floats between the data of two points: at a distance of whole 4 KiB, the 16 values of a tile
+// would all fall on the same lines of the L1 cache.
 constexpr int64_t kGap = 64;
 constexpr int64_t kFilterChannels = 64, kGradientPiece = 8;  // a thread's share at a time
 
@@ -161,8 +161,8 @@ struct Map {  // channels-last
 };
 
 // v (points, panels, rows, 32), its points `point` apart, its first `count` rows, from the tiles of
-// `first` on. Channels that fill up a vector hold whatever is next in memory: no product lets them into a result that is
-// kept.
+// `first` on. Channels that fill up a vector hold whatever is next in memory: no product lets them
+// into a result that is kept.
 template <auto transform, int inputs, int before, int points>
 GST_BODY void transform_tiles(
     const Map& map, int64_t first, int64_t count, int64_t rows, int64_t point, float* v) {
