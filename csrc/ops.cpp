@@ -1,6 +1,7 @@
 // The operators' schemas, and masked_conv2d: the convolution of the live filters, by the vendor
 // library, by cpu/winograd.cpp or by cpu/products.cpp. bn_act and ebn_score are in operators.h,
-// their kernels in cpu/ and cuda/; fake kernels, autograd and references in plain PyTorch in gst_ext/ops.py.
+// their kernels in cpu/ and cuda/; fake kernels, autograd and references in plain PyTorch in
+// gst_ext/ops.py.
 #include <ATen/Parallel.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
