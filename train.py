@@ -875,6 +875,9 @@ def setup_device(device="auto", precision="fp32", deterministic=False):
     device = torch.device("cuda" if cuda and device != "cpu" else "cpu")
     check(device.type == "cuda" or precision != "tf32",
           "--precision tf32 needs a CUDA device: use fp32 here")
+    if precision == "bf16" and device.type == "cpu" and not ops.cpu_multiplies_bf16():
+        warn_once("train.py: this CPU has no instructions for bf16, so --precision bf16 will be "
+                  "slower than fp32")
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.benchmark = not deterministic

@@ -5,7 +5,7 @@
     python bench/step.py --models vgg11 --rounds 3 --variants plain ext
     python bench/step.py --width 0.1 --batch-size 16 --rounds 1 --steps 1    # does it run?
 
-A step is forward, cross entropy, backward and fused Adam on random 32x32 images in float32; a test
+A step is forward, cross entropy, backward and fused Adam on random 32x32 images; a test
 batch is train.evaluate on 128 images. Nothing is captured as a CUDA graph (bench/epoch.py is).
 The networks are unpruned, or pruned as Figure 2's Prune_S leaves them. Variants:
 
@@ -13,6 +13,7 @@ The networks are unpruned, or pruned as Figure 2's Prune_S leaves them. Variants
     eager     train.py --backend eager: masks are multiplied in, freed memory is kept
     compile   torch.compile of eager
     ext       train.py --backend ext
+    eager-bf16, ext-bf16    the same with --precision bf16
 
 Each measurement is a process of its own. A round measures every variant once, in an order that
 rotates from round to round; ratios are to the first variant, within a round. Results go to
@@ -23,6 +24,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -38,7 +40,7 @@ from gst_ext import networks, ops, rundir  # noqa: E402
 from gst_ext.graphs import Graphs  # noqa: E402
 import train  # noqa: E402
 
-VARIANTS = ("plain", "eager", "compile", "ext")
+VARIANTS = ("plain", "eager", "compile", "ext", "eager-bf16", "ext-bf16")
 POINTS = ("unpruned", "pruned")
 TEST_BATCH = 128
 
@@ -63,22 +65,24 @@ def build_network(job, options, device):
             block = model.prunable[layer]
             scores = train.filter_scores(block, "l2")
             train.prune_filters(block, train.select_filters(scores, block.mask, k, "S"))
-    networks.set_backend(model, "ext" if job["variant"] == "ext" else "eager")
+    networks.set_backend(model, "ext" if job["variant"].startswith("ext") else "eager")
     return torch.compile(model) if job["variant"] == "compile" else model
 
 
 def timed(function, device, n):
-    """Returns the median milliseconds of n calls, after two calls that are not timed."""
+    """Returns the median milliseconds of n calls, after two calls that are not timed.
+
+    The second number is the median of the time that all threads of the process computed."""
     seconds = []
     for _ in range(n + 2):
         if device.type == "cuda":
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = time.perf_counter(), time.process_time()
         function()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return round(1000 * statistics.median(seconds[2:]), 4)
+        seconds.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    return [round(1000 * statistics.median(column), 4) for column in zip(*seconds[2:])]
 
 
 def measure(job):
@@ -88,10 +92,12 @@ def measure(job):
         job: A dict of model, variant, point, width, batch_size, steps and device.
 
     Returns:
-        {"step_ms": of a training step, "test_ms": of a test batch}.
+        {"step_ms": of a training step, "test_ms": of a test batch, "step_cpu_ms" and "test_cpu_ms"
+        in process time, "peak_mib": the most resident memory in MiB}.
     """
     if job["variant"] != "plain":
         ops.keep_freed_memory()
+    precision = "bf16" if job["variant"].endswith("bf16") else "fp32"
     options = train.parse_options(["--model", job["model"], "--target=S", "--scratch",
                                    "--score=l2", "--device", job["device"]])
     device = train.setup_device(options.device)
@@ -102,7 +108,9 @@ def measure(job):
     labels = torch.randint(10, (job["batch_size"],), device=device)
 
     def step():
-        F.cross_entropy(model(images), labels).backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(images).float()
+        F.cross_entropy(logits, labels).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -112,11 +120,14 @@ def measure(job):
             "std": torch.full((3,), 73.6, device=device)}
 
     def test():
-        train.evaluate(model, data, "test", TEST_BATCH, "fp32", Graphs(False))
+        train.evaluate(model, data, "test", TEST_BATCH, precision, Graphs(False))
 
     model.train()
-    return {"step_ms": timed(step, device, job["steps"]),
-            "test_ms": timed(test, device, job["steps"])}
+    step_ms, step_cpu_ms = timed(step, device, job["steps"])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    test_ms, test_cpu_ms = timed(test, device, job["steps"])
+    return {"step_ms": step_ms, "step_cpu_ms": step_cpu_ms, "test_ms": test_ms,
+            "test_cpu_ms": test_cpu_ms, "peak_mib": peak}
 
 
 def measure_in_process(job):
@@ -160,12 +171,17 @@ def results_path(machine, what, name=None):
 def print_rows(rows):
     """Prints the rows of one network at one point, with ratios to the first variant."""
     first = next((row for row in rows if "failed" not in row), None)
-    print(f"\n{rows[0]['model']}, {rows[0]['point']}\n{'':9} {'step, ms':>26} {'ratio':>21} "
-          f"{'test batch, ms':>26} {'ratio':>21}")
+    print(f"\n{rows[0]['model']}, {rows[0]['point']}\n{'':10} {'step, ms':>26} {'ratio':>21} "
+          f"{'of process time':>21} {'test batch, ms':>26} {'ratio':>21}")
     for row in rows:
-        cells = [f"{quartiles(row[kind]):>26} {quartiles(np.divide(row[kind], first[kind])):>21}"
-                 for kind in ("step_ms", "test_ms") if "failed" not in row]
-        print(f"{row['variant']:9}", *cells or [f"failed: {row['failed']}"], flush=True)
+        if "failed" in row:
+            print(f"{row['variant']:10} failed: {row['failed']}", flush=True)
+            continue
+        ratio = {kind: f"{quartiles(np.divide(row[kind], first[kind])):>21}"
+                 for kind in ("step_ms", "step_cpu_ms", "test_ms")}
+        print(f"{row['variant']:10} {quartiles(row['step_ms']):>26} {ratio['step_ms']} "
+              f"{ratio['step_cpu_ms']} {quartiles(row['test_ms']):>26} {ratio['test_ms']}",
+              flush=True)
 
 
 def main():
@@ -193,8 +209,8 @@ def main():
     results = {"machine": machine, "settings": settings, "steps": []}
     for model in cli.models:
         for point in cli.points:
-            rows = {variant: {"model": model, "point": point, "variant": variant, "step_ms": [],
-                              "test_ms": []} for variant in cli.variants}
+            rows = {variant: {"model": model, "point": point, "variant": variant}
+                    for variant in cli.variants}
             for k in range(cli.rounds):
                 for variant in rotated(cli.variants, k):
                     row = rows[variant]
@@ -202,7 +218,7 @@ def main():
                         job = settings | {"model": model, "point": point, "variant": variant}
                         answer = measure_in_process(job)
                         for key, value in answer.items():
-                            row[key] = value if key == "failed" else [*row[key], value]
+                            row[key] = value if key == "failed" else [*row.get(key, []), value]
             results["steps"] += rows.values()
             print_rows(list(rows.values()))
             rundir.write_json(path, results)

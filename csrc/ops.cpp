@@ -1,6 +1,7 @@
 // The operators' schemas, and masked_conv2d: the convolution of the live filters, by the vendor
-// library or by cpu/winograd.cpp. bn_act and ebn_score are in operators.h, their kernels in cpu/
-// and cuda/; fake kernels, autograd and references in plain PyTorch in gst_ext/ops.py.
+// library, by cpu/winograd.cpp or by cpu/products.cpp. bn_act and ebn_score are in operators.h,
+// their kernels in cpu/ and cuda/; fake kernels, autograd and references in plain PyTorch in
+// gst_ext/ops.py.
 #include <ATen/Parallel.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
@@ -10,6 +11,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "cpu/products.h"
 #include "cpu/winograd.h"
 #include "operators.h"
 
@@ -69,13 +71,14 @@ Tensor masked_conv2d(const Tensor& x, const Tensor& weight, const OptTensor& bia
     return winograd_conv2d(x, filters, c_out, live_bias, {}, false);
   }
   const Tensor w = live_part(weight, live_out, live_in);
-  if (w.size(0) == 0 || w.size(1) == 0) {  // the libraries refuse convolutions of nothing
-    const auto size = [&](int64_t n, int64_t k) { return (n + 2 * padding - k) / stride + 1; };
-    const Tensor y =
-        at::zeros({x.size(0), w.size(0), size(x.size(2), w.size(2)), size(x.size(3), w.size(3))},
-            x.options());
+  const auto size = [&](int dim) { return (x.size(dim) + 2 * padding - w.size(dim)) / stride + 1; };
+  const auto with_bias = [&](const Tensor& y) {
     return live_bias ? y.add_(live_bias->view({1, -1, 1, 1})) : y;
-  }
+  };
+  if (w.size(0) == 0 || w.size(1) == 0)  // the libraries refuse convolutions of nothing
+    return with_bias(at::zeros({x.size(0), w.size(0), size(2), size(3)}, x.options()));
+  if (products_pay(x, w, {size(2), size(3)}, false))
+    return with_bias(convolve_by_products(x, w, stride, padding, false));
   return at::convolution(
       x, w, live_bias, {stride, stride}, {padding, padding}, {1, 1}, false, {0, 0}, 1);
 }
@@ -117,8 +120,9 @@ std::tuple<Tensor, Tensor, Tensor> masked_conv2d_backward(const Tensor& grad, co
       dw = at::zeros_like(w);
       db = grad.sum({0, 2, 3});
     } else {
-      const bool swap = need[1] && x.is_cpu() && stride == 1 && x.size(2) <= 4 && x.size(3) <= 4 &&
-          x.size(2) == grad.size(2) && x.scalar_type() == at::kFloat && x.size(0) >= 32;
+      const bool swap = need[1] && x.is_cpu() && stride == 1 && w.size(2) > 1 && x.size(2) <= 4 &&
+          x.size(3) <= 4 && x.size(2) == grad.size(2) && x.scalar_type() == at::kFloat &&
+          x.size(0) >= 32;
       // For 1x1 filters with a stride and fewer than 8 channels, the library writes past its own
       // memory (oneDNN of PyTorch 2.14, channels-last, AVX2): such filters are given the pixels
       // that they read, without a stride.
@@ -126,16 +130,24 @@ std::tuple<Tensor, Tensor, Tensor> masked_conv2d_backward(const Tensor& grad, co
           x.is_cpu() && stride > 1 && padding == 0 && w.size(2) == 1 && w.size(3) == 1;
       const Tensor read = skip ? strided(x, stride).contiguous(x.suggest_memory_format()) : x;
       const int64_t step = skip ? 1 : stride;
+      const at::IntArrayRef size = grad.sizes().slice(2);
+      const bool product = need[1] && products_pay(x, w, size, true),
+                 dx_product = need[0] && stride == 1 && products_pay(x, w, size, false);
       // The library computes the weights' gradient too wherever it is asked for the bias's.
-      const std::array<bool, 3> mask = {need[0], need[1] && !swap, need[2] && !swap};
+      const bool own = swap || product;
+      const std::array<bool, 3> mask = {
+          need[0] && !dx_product, need[1] && !own, need[2] && !own};
       const auto bias_size =
           need[2] ? at::OptionalIntArrayRef(w.sizes().slice(0, 1)) : std::nullopt;
-      std::tie(dx, dw, db) = at::convolution_backward(grad, read, w, bias_size, {step, step},
-          {padding, padding}, {1, 1}, false, {0, 0}, 1, mask);
-      if (swap)
+      if (mask[0] || mask[1] || mask[2])
+        std::tie(dx, dw, db) = at::convolution_backward(grad, read, w, bias_size, {step, step},
+            {padding, padding}, {1, 1}, false, {0, 0}, 1, mask);
+      if (dx_product) dx = convolve_by_products(grad, w, 1, padding, true);
+      if (product) dw = weight_gradient_by_products(grad, x, w, stride, padding);
+      else if (swap)
         dw = weight_gradient_as_convolution(grad, x, padding)
                  .contiguous(weight.suggest_memory_format());
-      if (swap && need[2]) db = grad.sum({0, 2, 3});
+      if (need[2] && !mask[2]) db = grad.sum({0, 2, 3});
       if (skip && need[0]) {
         const Tensor whole = at::zeros_like(x);
         strided(whole, stride).copy_(dx);

@@ -2,11 +2,13 @@
 import copy
 import itertools
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_model
+from conftest import ROOT, tiny_model, weights, without_seconds
 from test_ext import DEVICES
 
 from gst_ext import errors, networks, ops
@@ -166,6 +168,90 @@ def test_winograd_rounds_as_a_direct_sum_does_for_any_number_of_threads(case):
         assert not a[exact == 0].any() and not b[exact == 0].any()  # a pruned filter's gradient
     if torch.ops.gst.winograd_pays(x, weight, grad.shape[1], 1, 1):
         assert all(map(torch.equal, got, served))
+
+
+# Matrix products in bf16
+
+@pytest.mark.parametrize("live", [(None, None), ((0, 300, 1), (3, 290, 1))], ids=str)
+@pytest.mark.parametrize("size, kernel, stride, padding", [
+    ((2, 2), 3, 1, 1), ((4, 3), 3, 1, 1), ((1, 1), 3, 1, 1), ((8, 8), 3, 2, 1), ((8, 7), 3, 1, 1),
+    ((4, 4), 2, 2, 0), ((2, 2), 3, 1, 3), ((1, 4), 5, 1, 2), ((9, 6), 3, 3, 1)])
+def test_products_in_bf16_are_exact_in_small_whole_numbers(size, kernel, stride, padding, live):
+    live_out, live_in = (None if r is None else torch.arange(*r) for r in live)
+    bf16 = torch.bfloat16
+    x = draw(0, 33, 290 if live_in is None else len(live_in), *size).round().clamp(-1, 1)
+    weight = draw(1, 310, 290, kernel, kernel).div(4).round().clamp(-1, 1)  # most are 0
+    got, want = (gradients(lambda *t: f(*t, None, live_out, live_in, stride, padding),
+                           (x.to(type_), weight.to(type_)),
+                           lambda out: draw(2, *out.shape).div(2).round().clamp(-1, 1).to(type_))
+                 for f, type_ in ((ops.masked_conv2d, bf16),
+                                  (ops.masked_conv2d_ref, torch.float64)))
+    for a, exact in zip(got, want, strict=True):
+        assert exact.any() and exact.abs().max() <= 256  # which bf16 holds
+        assert torch.equal(a.double(), exact)
+
+
+def test_products_in_bf16_round_once_and_add_a_bias():
+    like = dict(dtype=torch.bfloat16)
+    tensors = draw(0, 32, 256, 4, 4, **like), draw(1, 270, 256, 3, 3, **like), draw(2, 270, **like)
+    for bias in (False, True):
+        got, want = (gradients(
+            lambda x, w, *b: f(x, w, *(b or [None]), None, None, 1, 1),
+            [t.to(type_) for t in tensors[:2 + bias]],
+            lambda out: draw(3, *out.shape, **like).to(type_))
+            for f, type_ in ((ops.masked_conv2d, torch.bfloat16),
+                             (ops.masked_conv2d_ref, torch.float64)))
+        for k, (a, exact) in enumerate(zip(got, want, strict=True)):
+            roundings = 2 if bias and k == 0 else 1
+            bound = roundings * 2 ** -8 * exact.abs() + 1e-4 * exact.abs().max()
+            assert ((a.double() - exact).abs() <= bound).all(), k
+
+
+def test_a_run_in_bf16_has_the_same_bits_again_and_resumed(run, directory, monkeypatch):
+    more = ("--model", "vgg11", "--width", 0.15, "--precision", "bf16", "--epochs", 3, "--target",
+            "S", "--s", 0, "--e", 1, "--r", 1, "--p", 0.9)
+    results = []
+    for logs, stop in (("first", None), ("again", None), ("resumed", 1)):
+        if stop is not None:
+            with monkeypatch.context() as patch:
+                original = train.train_epoch
+                calls = iter(range(9))
+                patch.setattr(train, "train_epoch", lambda *a, **k: original(*a, **k) if next(
+                    calls) < stop else (_ for _ in ()).throw(KeyboardInterrupt))
+                assert run(*more, logs=logs) == 130
+        assert run(*more, logs=logs) == 0
+        results.append((without_seconds(directory(*more, logs=logs)),
+                        weights(directory(*more, logs=logs))))
+    (records, first), *others = results
+    for other_records, other in others:
+        assert other_records == records
+        assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_a_cpu_without_instructions_for_bf16_is_told_so_in_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(errors, "WARNED", set())
+    for has, precision, lines in ((True, "bf16", 0), (False, "fp32", 0), (False, "bf16", 1)):
+        monkeypatch.setattr(ops, "cpu_multiplies_bf16", lambda: has)
+        train.setup_device("cpu", precision)
+        assert capsys.readouterr().err.count("slower than fp32\n") == lines
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc is told to keep freed memory")
+def test_a_freed_tensor_s_memory_holds_the_next_of_its_size():
+    code = """import torch
+from gst_ext import ops
+ops.keep_freed_memory()
+freed, between = torch.empty(1 << 20), torch.empty(1 << 20)
+address = freed.data_ptr()
+del freed
+reused = torch.empty(1 << 20)
+assert reused.data_ptr() == address and address % 64 == 0 and torch.empty(0).numel() == 0
+try:
+    torch.empty(1 << 58)
+except RuntimeError as error:
+    print(error)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "not enough memory" in done.stdout, done.stderr
 
 
 # Batch norm, shortcut, ReLU and pool

@@ -27,8 +27,13 @@ namespace {
 // Channels of a vector and of a panel of a matrix (..., rows, 32); rows of the kPanel wide part of
 // a product that the registers hold.
 constexpr int64_t kLanes = 16, kPanel = 32, kRows = 8;
-// Of transformed data: half an L2 cache, part of an L3.
-constexpr int64_t kForwardBytes = 512 << 10, kGradientBytes = 8 << 20;
+// Of a block's transformed data, and its least tiles: filters, or gradients of transformed filters,
+// of many channels fill the L2 cache alone and are read again for every block.
+constexpr int64_t kForwardBytes = 512 << 10, kForwardTiles = 32;
+constexpr int64_t kGradientBytes = 2 << 20, kGradientTiles = 128;
+// Floats between the data of two points: at a distance of whole 4 KiB, the 16 values of a tile
+// would all fall on the same lines of the L1 cache.
+constexpr int64_t kGap = 64;
 constexpr int64_t kFilterChannels = 64, kGradientPiece = 8;  // a thread's share at a time
 
 // Several registers on smaller CPUs.
@@ -155,13 +160,12 @@ struct Map {  // channels-last
   }
 };
 
-// v (points, panels, rows, 32), its first `count` rows, from the tiles of `first` on. Channels that
-// fill up a vector hold whatever is next in memory: no product lets them into a result that is
-// kept.
+// v (points, panels, rows, 32), its points `point` apart, its first `count` rows, from the tiles of
+// `first` on. Channels that fill up a vector hold whatever is next in memory: no product lets them
+// into a result that is kept.
 template <auto transform, int inputs, int before, int points>
 GST_BODY void transform_tiles(
-    const Map& map, int64_t first, int64_t count, int64_t rows, float* v) {
-  const int64_t point = round_up(map.c, kPanel) * rows;
+    const Map& map, int64_t first, int64_t count, int64_t rows, int64_t point, float* v) {
   for (int64_t t = 0; t < count; ++t) {
     const Tile tile = map.tile(first + t);
     const float* from[inputs * inputs];
@@ -212,7 +216,8 @@ struct Convolution {
   std::vector<float> bias;  // whole panels
   std::optional<Map> residual;
   bool relu;
-  int64_t rows;  // tiles of a block
+  int64_t rows;              // tiles of a block
+  int64_t v_point, m_point;  // from one point's data to the next's
   float* scratch;
 };
 
@@ -226,7 +231,7 @@ GST_BODY void write_tiles(
     for (int64_t c = c0; c < std::min(c0 + kPanel, job.y.c); c += kLanes) {
       Vec x[points], y[4];
 #pragma GCC unroll 16
-      for (int p = 0; p < points; ++p) x[p] = vec_at(m + (p * job.rows + t) * kPanel + c - c0);
+      for (int p = 0; p < points; ++p) x[p] = vec_at(m + p * job.m_point + t * kPanel + c - c0);
       transform_2d<S::result, S::points, 2>(x, y);
       for (int i = 0; i < 4; ++i) {
         const int64_t to = job.y.offset(tile, i / 2, i % 2);
@@ -246,16 +251,17 @@ template <typename S>
 GST_BODY void convolve_body(const Convolution& job, int64_t i) {
   constexpr int points = S::points * S::points;
   const int64_t rows = job.rows, first = i * rows, count = std::min(rows, job.x.tiles - first);
-  const int64_t depth = job.x.c, panels = round_up(depth, kPanel);
-  float* v = job.scratch + at::get_thread_num() * points * (panels + kPanel) * rows;
-  float* m = v + points * panels * rows;
+  const int64_t depth = job.x.c;
+  float* v = job.scratch + at::get_thread_num() * points * (job.v_point + job.m_point);
+  float* m = v + points * job.v_point;
   const float* u = job.filters;
-  transform_tiles<S::data, S::inputs, S::before, S::points>(job.x, first, count, rows, v);
+  transform_tiles<S::data, S::inputs, S::before, S::points>(
+      job.x, first, count, rows, job.v_point, v);
   for (int64_t c = 0; c < job.y.c; c += kPanel) {
     for (int p = 0; p < points; ++p, u += depth * kPanel)
       for (int64_t r = 0; r < count; r += kRows) {
-        const float* a = v + p * panels * rows + r * kPanel;
-        float* to = m + (p * rows + r) * kPanel;
+        const float* a = v + p * job.v_point + r * kPanel;
+        float* to = m + p * job.m_point + r * kPanel;
         if (job.y.c - c > kLanes)
           multiply_panels<2, kPanel, 1>(a, rows * kPanel, u, depth, to, false);
         else multiply_panels<1, kPanel, 1>(a, rows * kPanel, u, depth, to, false);
@@ -321,6 +327,7 @@ struct WeightGradient {
   Map x, y;
   Filters dw;
   int64_t c_in, c_out, rows;  // in whole panels; tiles of a block
+  int64_t v_point, d_point, u_point;  // from one point's data to the next's
   int64_t first, count;       // of the block that is being added
   float *v, *d;               // x and y transformed, (points, panels, rows, 32)
   float* du;                  // dw transformed, (points, panels, c_out, 32)
@@ -332,19 +339,20 @@ GST_BODY void transform_maps_body(const WeightGradient& job, int64_t piece) {
   const int64_t t = piece * kGradientPiece, first = job.first + t,
                 count = std::min(kGradientPiece, job.count - t);
   transform_tiles<S::data, S::inputs, S::before, S::points>(
-      job.x, first, count, job.rows, job.v + t * kPanel);
+      job.x, first, count, job.rows, job.v_point, job.v + t * kPanel);
   transform_tiles<S::result_transposed, 2, 0, S::points>(
-      job.y, first, count, job.rows, job.d + t * kPanel);
+      job.y, first, count, job.rows, job.d_point, job.d + t * kPanel);
 }
 
 // du's i-th panel (c_out, 32) = or += d transposed by v's i-th panel (rows, 32).
 GST_CLONES void multiply_maps(const WeightGradient& job, int64_t i) {
-  const int64_t panels = job.c_in / kPanel, point = i / panels,
-                width = job.x.c - i % panels * kPanel;
-  const float *d = job.d + point * job.c_out * job.rows, *v = job.v + i * kPanel * job.rows;
+  const int64_t panels = job.c_in / kPanel, point = i / panels, panel = i % panels,
+                width = job.x.c - panel * kPanel;
+  const float *d = job.d + point * job.d_point,
+              *v = job.v + point * job.v_point + panel * kPanel * job.rows;
   for (int64_t o = 0; o < job.y.c; o += kRows) {
     const float* a = d + o / kPanel * job.rows * kPanel + o % kPanel;
-    float* to = job.du + (i * job.c_out + o) * kPanel;
+    float* to = job.du + point * job.u_point + (panel * job.c_out + o) * kPanel;
     if (width > kLanes)
       multiply_panels<2, 1, kPanel>(a, kPanel * kPanel, v, job.count, to, job.first > 0);
     else multiply_panels<1, 1, kPanel>(a, kPanel * kPanel, v, job.count, to, job.first > 0);
@@ -364,7 +372,7 @@ GST_BODY void write_gradient_body(const WeightGradient& job, int64_t piece) {
       const float* from = job.du + (i0 * job.c_out + o * kPanel) + i - i0;
       Vec u[points], g[9];
 #pragma GCC unroll 16
-      for (int p = 0; p < points; ++p) u[p] = vec_at(from + p * job.c_in * job.c_out);
+      for (int p = 0; p < points; ++p) u[p] = vec_at(from + p * job.u_point);
       transform_2d<S::filter_transposed, S::points, 3>(u, g);
       for (int t = 0; t < 9; ++t)
         if (job.dw.all_in && i1 - i >= kLanes) vec_at(job.dw.tap(o, t) + i) = g[t];
@@ -447,8 +455,11 @@ Tensor winograd_conv2d(const Tensor& x, const Tensor& filters, int64_t c, const 
   job.relu = relu;
   const int64_t threads = at::get_num_threads(), panels = round_up(job.x.c, kPanel);
   const int64_t fair = round_up(divide_up(job.x.tiles, threads), kRows);
-  job.rows = std::clamp(kForwardBytes / 4 / points / panels / kRows * kRows, kRows, fair);
-  const Tensor memory = scratch(threads * points * (panels + kPanel) * job.rows);
+  job.rows = std::clamp(
+      kForwardBytes / 4 / points / panels / kRows * kRows, std::min(kForwardTiles, fair), fair);
+  job.v_point = panels * job.rows + kGap;
+  job.m_point = kPanel * job.rows + kGap;
+  const Tensor memory = scratch(threads * points * (job.v_point + job.m_point));
   job.scratch = memory.data_ptr<float>();
   for_each(divide_up(job.x.tiles, job.rows), convolve, job);
   return y;
@@ -468,13 +479,15 @@ Tensor winograd_weight_gradient(const Tensor& grad, const Tensor& x, const Tenso
   const int64_t points = count_points(whole);
   job.c_in = round_up(c_in, kPanel);
   job.c_out = round_up(c_out, kPanel);
-  job.rows =
-      std::clamp<int64_t>(kGradientBytes / 4 / points / (job.c_in + job.c_out), 64, job.x.tiles);
-  const Tensor memory =
-      scratch(points * (job.rows * (job.c_in + job.c_out) + job.c_in * job.c_out));
+  job.rows = std::clamp(kGradientBytes / 4 / points / (job.c_in + job.c_out),
+      std::min(kGradientTiles, job.x.tiles), job.x.tiles);
+  job.v_point = job.rows * job.c_in + kGap;
+  job.d_point = job.rows * job.c_out + kGap;
+  job.u_point = job.c_in * job.c_out + kGap;
+  const Tensor memory = scratch(points * (job.v_point + job.d_point + job.u_point));
   job.v = memory.data_ptr<float>();
-  job.d = job.v + points * job.rows * job.c_in;
-  job.du = job.d + points * job.rows * job.c_out;
+  job.d = job.v + points * job.v_point;
+  job.du = job.d + points * job.d_point;
   for (job.first = 0; job.first < job.x.tiles; job.first += job.rows) {
     job.count = std::min(job.rows, job.x.tiles - job.first);
     for_each(divide_up(job.count, kGradientPiece), transform_maps, job);
