@@ -123,9 +123,8 @@ std::tuple<Tensor, Tensor, Tensor> masked_conv2d_backward(const Tensor& grad, co
       const bool swap = need[1] && x.is_cpu() && stride == 1 && w.size(2) > 1 && x.size(2) <= 4 &&
           x.size(3) <= 4 && x.size(2) == grad.size(2) && x.scalar_type() == at::kFloat &&
           x.size(0) >= 32;
-      // For 1x1 filters with a stride and fewer than 8 channels, the library writes past its own
-      // memory (oneDNN of PyTorch 2.14, channels-last, AVX2): such filters are given the pixels
-      // that they read, without a stride.
+      // A guard against memory that the library overwrites (oneDNN of PyTorch 2.14): these filters
+      // are given the pixels that they read, without a stride.
       const bool skip =
           x.is_cpu() && stride > 1 && padding == 0 && w.size(2) == 1 && w.size(3) == 1;
       const Tensor read = skip ? strided(x, stride).contiguous(x.suggest_memory_format()) : x;
@@ -158,10 +157,12 @@ std::tuple<Tensor, Tensor, Tensor> masked_conv2d_backward(const Tensor& grad, co
   }
   if (need[2] && live_out)
     db = at::zeros({weight.size(0)}, db.options()).index_copy_(0, *live_out, db);
-  const auto wanted = [&](int i, const Tensor& t) {
-    return need[i] ? t : at::empty({0}, x.options());
+  // cuDNN's float64 gradients are not channels-last where their tensors are.
+  const auto wanted = [&](int i, const Tensor& t, at::MemoryFormat format) {
+    return need[i] ? t.contiguous(format) : at::empty({0}, x.options());
   };
-  return {wanted(0, dx), wanted(1, dw), wanted(2, db)};
+  return {wanted(0, dx, x.suggest_memory_format()), wanted(1, dw, weight.suggest_memory_format()),
+      wanted(2, db, at::MemoryFormat::Contiguous)};
 }
 
 // Whether two CPU tensors hold the same bits, by all threads, at the speed of memory (at::equal

@@ -81,7 +81,7 @@ def test_masked_conv2d_agrees_with_its_reference(device, case):
     live_out, live_in = (index(live, device) for live in case["live"])
     x = draw(0, n, 5 if live_in is None else len(live_in), *size, device=device)
     tensors = x, draw(1, 7, 5, kernel, kernel, device=device), draw(2, 7, device=device)
-    # The reference in float64: of strided 1x1 filters float32's may write past its memory.
+    # The reference in float64, since the library is not safe in float32.
     got, want = (gradients(lambda *t: f(*t, live_out, live_in, stride, kernel // 2),
                            [t.to(type_, memory_format=case["layout"]) if t.dim() == 4 else
                             t.to(type_) if bias else None for t in tensors],
