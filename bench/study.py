@@ -163,10 +163,11 @@ def report(log_dir):
                               for name in ("fig2", "fig3", "fig5", "fig6"))
     everything = analyze.select_runs(analyze.ALL_RUNS, runs)[0]
     lines = left_out(runs)
-    for place, model in sorted({(place, model) for selection in (fig2, fig3, fig5, fig6)
+    for place, model in sorted({(place, model) for selection in (fig2, fig3, fig5, fig6, everything)
                                 for place, models in selection.items() for model in models}):
-        methods, rates, noise = (selection.get(place, {}).get(model, {}) for selection in (
-            fig6 if model in fig6.get(place, ()) else fig2, fig3, fig5))
+        methods, rates, noise, every = (selection.get(place, {}).get(model, {}) for selection in (
+            fig6 if model in fig6.get(place, ()) else fig2, fig3, fig5, everything))
+        methods = methods or ({} if rates or noise else every)
         title = analyze.title_of({model: methods or rates or noise}, place[0])
         lines += [f"### {title}", "", *methods_table(methods), *pairs_table(methods, PAIRS)]
         three = [run for name in THREE for run in methods.get(name, ())]
@@ -187,7 +188,7 @@ def report(log_dir):
                         [run for name, same in rates.items() if name[0] == target for run in same],
                         f"Prune_{target}: mean stability")]
             lines += [f"#### Rates, {title}", "", *methods_table(rates), *correlations_table(rows)]
-        tables = depth_tables(everything[place][model])
+        tables = depth_tables(every)
         lines += [f"#### Depth and frequency, {title}", "", *tables] if tables else []
         if noise.keys() - {"none", "L-r40-bnkeep"}:
             seeds = {run["seed"] for name, same in noise.items() if name != "none" for run in same}
