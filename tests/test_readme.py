@@ -102,12 +102,14 @@ def test_the_table_of_results_is_the_packed_runs(tmp_path):
             assert sum(deviation) == pytest.approx(np.std(numbers, ddof=1), abs=0.00501)
 
 
-def test_the_tables_of_the_results_page_are_the_packed_runs(capsys):
-    page = (ROOT / "docs/results.md").read_text()
-    assert study.main(["--archive", str(ARCHIVE)]) == 0
+@pytest.mark.parametrize("page, archive, lines", [
+    ("results.md", "nvidia-h200-full-width.tar.xz", 6 + 8 + 8 + 6 + 6 + 4 + 5),
+    ("depth.md", "depth.tar.xz", 12 + 5 + 10)])
+def test_the_tables_of_a_page_are_the_packed_runs(capsys, page, archive, lines):
+    page = (ROOT / "docs" / page).read_text()
+    assert study.main(["--archive", str(ROOT / "bench/results" / archive)]) == 0
     tables = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(tables) == 6 + 8 + 8 + 6 + 6 + 4 + 5
-    assert [line for line in tables if line not in page] == []
+    assert len(tables) == lines and [line for line in tables if line not in page] == []
 
 
 def test_the_intervals_of_the_readme_are_those_of_the_pages():
@@ -116,7 +118,7 @@ def test_the_intervals_of_the_readme_are_those_of_the_pages():
         return set(re.findall(r"[+-]?\d+\.\d+ \(-?\d+\.\d+ to -?\d+\.\d+\)", text))
 
     pages = [(ROOT / "docs" / name).read_text()
-             for name in ("results.md", "study.md", "study-tables.md")]
+             for name in ("results.md", "depth.md", "study.md", "study-tables.md")]
     assert len(intervals(README)) > 10 and not intervals(README) - intervals(" ".join(pages))
 
 
