@@ -563,13 +563,13 @@ def depth_and_frequency(cells):
     return depth, frequency, answers, lines
 
 
-def depth_rows(model, cells):
-    """Returns two lists of dicts for draw_tables, accuracies by r and target and the tests; and
-    depth_and_frequency of the cells."""
+def depth_rows(cells, prefix=""):
+    """Returns two lists of dicts for draw_tables, accuracies by r and target (`prefix` begins their
+    head) and the tests; and depth_and_frequency of the cells."""
     results = depth_and_frequency(cells)
     two_way = []
     for r in sorted({r for r, _ in cells}):
-        two_way.append({f"{model}: last accuracy (mean stability; n)": f"r = {r}"})
+        two_way.append({f"{prefix}last accuracy (mean stability; n)": f"r = {r}"})
         for target in dict.fromkeys(target for _, target in cells):
             runs = cells.get((r, target), {}).values()
             two_way[-1][f"Prune_{target}"] = "{:.2f} ({:.3f}; {})".format(
@@ -590,7 +590,7 @@ def depth_table(models):
     for model, groups in models.items():
         numbers[model] = {"designs": [], "answers": []}
         for cells in pruning_cells(groups):
-            two_way, tests, (depth, frequency, answers, lines) = depth_rows(model, cells)
+            two_way, tests, (depth, frequency, answers, lines) = depth_rows(cells, f"{model}: ")
             tables += [rows for rows in (two_way, tests) if rows]
             numbers[model]["designs"].append({
                 "cells": two_way, "depth": depth, "frequency": frequency, "answers": answers})

@@ -102,11 +102,11 @@ def depth_tables(groups):
     """Depth and frequency (docs/depth.md) of each schedule with several of both."""
     lines = []
     for cells in pruning_cells(groups):
-        two_way, tests, (*_, answers) = depth_rows("", cells)
+        two_way, tests, (*_, answers) = depth_rows(cells)
         if len(two_way) > 1 and tests:
             for rows in (two_way, tests):
-                lines += table([head.removeprefix(": ") for head in rows[0]],
-                               [[str(cell) for cell in row.values()] for row in rows])
+                lines += table(list(rows[0]), [[str(cell) for cell in row.values()]
+                                               for row in rows])
             lines += [f"- {line}" for line in answers] + [""]
     return lines
 
