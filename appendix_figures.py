@@ -139,6 +139,7 @@ def measure_flatness(directory, split="test", images=512, num_eigs=100, eigensol
     x, y = (tensor[:images] for tensor in data[split])
     check(len(x) == images, f"--images {images}, but there are {len(x)} {split} images: give fewer")
     x = train.normalise(x, data)
+    ops.keep_freed_memory()
     bar = tqdm(desc=label, unit=" Hessian-vector products", disable=None)
 
     @contextlib.contextmanager
