@@ -27,8 +27,9 @@ import numpy as np
 
 import appendix_figures
 import train
-from appendix_figures import FORMS, MEASURES, PAPER, load_network, read_flatness
-from gst_ext import export, flatness, plots
+from appendix_figures import (
+    FLATNESS_SETTINGS, FORMS, MEASURES, PAPER, load_network, read_flatness)
+from gst_ext import export, plots
 from gst_ext.errors import (
     OneLineParser, UserError, check, format_value, print_line, report_error, seed_list)
 from gst_ext.plots import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, matplotlib
@@ -493,7 +494,7 @@ def method_numbers(groups):
 def attach_flatness(runs, read):
     """Returns copies of runs with what read(directory), read_flatness, adds; some get a problem."""
     runs = [run | read(run["dir"]) for run in runs]
-    leave_out_differing(runs, (), lambda run: {k: run["flat"].get(k) for k in flatness.SETTINGS})
+    leave_out_differing(runs, (), lambda run: {k: run["flat"].get(k) for k in FLATNESS_SETTINGS})
     return runs
 
 
@@ -787,7 +788,7 @@ def draw(name, runs, arguments, read):
             title = title_of(models, place[0]) if models else next(iter(numbers.values()))["run"]
             if name in NEEDS_FLATNESS:
                 flats = [run["flat"] for run in members]
-                title += f"\nflatness: {flatness.describe(flats, arguments.eigs)}"
+                title += f"\nflatness: {appendix_figures.describe_flatness(flats, arguments.eigs)}"
             notes = [f"these runs differ in {name}" for name in MACHINE if len({
                 json.dumps(run["config"][name]) for run in members if name in run["config"]}) > 1]
             for model, panel in numbers.items():

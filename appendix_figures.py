@@ -178,6 +178,52 @@ def measure_flatness(directory, split="test", images=512, num_eigs=100, eigensol
     return result
 
 
+FLATNESS_SETTINGS = "version", "images", "eig", "epoch", "eigs"  # equal where runs are pooled
+PAIRS_USED = {"trace_eigs": math.inf, "tic": math.inf, "epsilon_min": flatness.DIRECTIONS,
+              "top": 1}
+
+
+def measure_of(flat, name):
+    """Returns a measure of flatness.json's dict, or None: "top" is the leading eigenvalue,
+    "adaptive_..." the adaptive form."""
+    if name.startswith("adaptive_"):
+        return measure_of(flat.get("adaptive", {}), name.removeprefix("adaptive_"))
+    return next(iter(flat.get("eigenvalues", ())), None) if name == "top" else flat.get(name)
+
+
+def num_pairs_asked(flat):
+    """Returns how many of the existing eigenpairs were asked for."""
+    return min(flat.get("eigs", len(flat["converged"])), flat.get("parameters", math.inf))
+
+
+def share_converged(flat, name):
+    """Returns the share of converged pairs among the eigenpairs asked for that a measure is made
+    of, 1 if it is made of none."""
+    kind = name.removeprefix("adaptive_")
+    if kind not in PAIRS_USED:
+        return 1.0
+    used = min(num_pairs_asked(flat), PAIRS_USED[kind])
+    return sum(measure_of(flat, name.replace(kind, "converged"))[:used]) / max(1, used)
+
+
+def moved_by_rescaling(flat, *names):
+    """Returns the largest relative change of these measures in the rescaling control, or None."""
+    control = flat.get("control", {})
+    changes = [abs(value / own - 1) for name in names for a in control
+               for own, value in [(measure_of(control["1"], name), measure_of(control[a], name))]
+               if own and value is not None]
+    return max(changes, default=None)
+
+
+def describe_flatness(found, asked):
+    """Describes the dicts of several networks, of each of which `asked` pairs are wanted."""
+    first, k = found[0], min(len(flat["eigenvalues"]) for flat in found)
+    share = sum(sum(flat["converged"]) for flat in found) / max(1, sum(map(num_pairs_asked, found)))
+    method = " by the power method" * (first.get("eig") == "power")
+    return (f"{k} eigenpairs{method}" + f" ({asked} asked)" * (asked != k) + f", {100 * share:.3g}%"
+            f" converged, on {first['images']} {first.get('split', 'test')} images")
+
+
 def read_flatness(directory, split, measure, images=None):
     """Returns what a run's flatness adds to its dict, or {"problem": why it is not drawn}; a run
     without a file is measured by measure(directory). Any number of images will do for None."""
@@ -192,7 +238,7 @@ def read_flatness(directory, split, measure, images=None):
         check(any(flat["converged"]),
               f"none of the eigenpairs in {path.name} converged: measure it again")
         return {"flat": flat, "converged": float(np.mean(flat["converged"])), **{
-            form + name: flatness.measure_of(flat, form + name)
+            form + name: measure_of(flat, form + name)
             for name in MEASURES for form in FORMS}}
     except UserError as error:
         return {"problem": str(error)}
@@ -205,11 +251,11 @@ def flatness_notes(axis, points, x, y):
     moves x or y in each run, and notes for the axis."""
     measured, notes = [run for run in points if "flat" in run], []
     doubtful = [(run[x], run[y]) for run in measured if any(
-        flatness.share_converged(run["flat"], name) < 1 for name in (x, y))]
+        share_converged(run["flat"], name) < 1 for name in (x, y))]
     if doubtful:
         axis.plot(*zip(*doubtful), "o", color="white", ms=1.5, mew=0)
         notes.append("white dot: some pairs not converged")
-    moved = [flatness.moved_by_rescaling(run["flat"], x, y) for run in measured]
+    moved = [moved_by_rescaling(run["flat"], x, y) for run in measured]
     largest = max(filter(None, moved), default=0)
     if largest > MOVED:
         notes.append(f"† rescaling moves it by {100 * largest:.0f}%")

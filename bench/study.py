@@ -17,8 +17,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import analyze  # noqa: E402
 from appendix_figures import (  # noqa: E402
-    depth_rows, flatness_path, pruning_cells, read_flatness)
-from gst_ext import flatness  # noqa: E402
+    depth_rows, describe_flatness, flatness_path, measure_of, moved_by_rescaling, pruning_cells,
+    read_flatness)
 from gst_ext.errors import UserError, check, report_error  # noqa: E402
 from gst_ext.statistics import (  # noqa: E402
     correlations, format_ci, partial_correlation, summary_stats)
@@ -130,17 +130,17 @@ def flatness_tables(groups, split):
         for measure, title in MEASURES.items():
             key, cells = form + measure, []
             for run in runs:
-                run[key] = flatness.measure_of(run["flat"], key)
+                run[key] = measure_of(run["flat"], key)
             for some, y in ((runs, "last_acc"), (pruned, "mean_stability")):
                 known = [run for run in some if run[key] is not None]
                 c = correlations(values(known, key), values(known, y))
                 cells += [str(len(known)), coefficient(c, "kendall")]
             moved = [m for run in runs if (
-                m := flatness.moved_by_rescaling(run["flat"], key)) is not None]
+                m := moved_by_rescaling(run["flat"], key)) is not None]
             rows.append([("adaptive " if form else "") + title, *cells,
                          f"{100 * max(moved):.0f}%" if moved else "–"])
     flats = values(runs, "flat")
-    lines += [f"{flatness.describe(flats, flats[0]['eigs'])}:", "", *table(
+    lines += [f"{describe_flatness(flats, flats[0]['eigs'])}:", "", *table(
         ["measure", "n", "τ with last accuracy", "n", "τ with mean stability",
          "moved by rescaling"], rows)]
     three = [run for run in runs if run["method"] in THREE]

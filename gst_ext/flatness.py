@@ -10,7 +10,6 @@ import copy
 import functools
 import itertools
 import math
-from typing import NamedTuple
 
 import numpy as np
 import scipy.optimize
@@ -19,22 +18,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-EIGEN_TOLERANCE = 1e-3  # a pair has converged if its residual is at most this times |λ_1|
-POWER_STEPS, POWER_TOLERANCE = 100, 1e-4  # E.2
+from .eigensolvers import PROBES, eigenpairs, random_signs, remove_span, spectral_density
+
 LINE = [round(0.01 * i, 2) for i in range(-40, 41)]  # ε of Figure E.4
 RISE, DIRECTIONS = 0.1, 10  # of the loss (E.3); eigenvectors along which it is taken
 FARTHEST = 10.0  # the largest |ε| tried: a third or more of a trained network's weight vector
-PROBES, STEPS, WIDTH, GRID = 3, 30, 0.01, 256  # of the spectral density
+STEPS = 30  # of Lanczos for the spectral density
 TRACE_SAMPLES = 30
-
-
-class Eigenpairs(NamedTuple):
-    values: np.ndarray  # (k,), of largest magnitude, ordered by it
-    vectors: torch.Tensor  # (k, n)
-    residuals: np.ndarray  # (k,) ||Hv - λv||
-    converged: np.ndarray  # (k,) bool
-    products: int  # Hessian-vector products of the search
-    quadrature: tuple | None  # of block_lanczos
 
 
 def flat(tensors):
@@ -127,6 +117,7 @@ class HessianOperator:
         self.model, self.scale, self.on_product, self.products = model, scale, on_product, 0
         self.params, self.num_images = list(model.parameters()), len(x)
         self.shape = (sum(p.numel() for p in self.params),) * 2
+        self.dtype, self.device = self.params[0].dtype, self.params[0].device
         size = images_that_fit(model, x, y, memory_gb)
         check_second_derivatives(model, x)
         self.parts = list(zip(x.split(size), y.split(size)))
@@ -144,133 +135,6 @@ class HessianOperator:
         if self.on_product:
             self.on_product()
         return result if self.scale is None else self.scale * result
-
-    def random_signs(self, generator, m):
-        """Returns random signs (m, n), the same on every device."""
-        signs = 2 * torch.randint(0, 2, (m, self.shape[0]), generator=generator) - 1
-        return signs.to(self.params[0])
-
-
-def inner_products(a, b):
-    """Returns a @ b.T for rows (m, n), summed in pieces: one float32 sum has errors of 1e-5."""
-    pieces = a.shape[1] // 4096
-    first, second = (rows[:, :pieces * 4096].reshape(len(rows), pieces, 4096).transpose(0, 1)
-                     for rows in (a, b))
-    return torch.bmm(first, second.mT).sum(0) + a[:, pieces * 4096:] @ b[:, pieces * 4096:].T
-
-
-def remove_span(w, basis):
-    """Makes the rows of w (b, n) orthogonal to blocks of orthonormal rows, in place; returns the
-    components (b, m) that were removed."""
-    removed = []
-    for rows in basis:
-        removed.append(inner_products(w, rows))
-        w.addmm_(removed[-1], rows, alpha=-1)
-    return torch.cat(removed, 1).double().cpu().numpy()
-
-
-def orthonormal(w):
-    """Returns orthonormal rows that span those of w (b, n), and the norms (b,) of the rows of w
-    without what those before them span."""
-    q, r = torch.linalg.qr(w.T.double())
-    return q.T.to(w), r.diagonal().abs()
-
-
-def block_lanczos(operator, k, generator, tolerance, block, steps):
-    """Finds the k eigenpairs of largest magnitude by the block Lanczos method.
-
-    It starts from `block` vectors of random signs, so it sees as many copies of a multiple
-    eigenvalue, and ends after at least `steps` steps, when k pairs have converged or 6 k + 100
-    products are done. It keeps one vector for each product, on the parameters' device.
-
-    Returns:
-        values (k,), vectors (k, n), residuals (k,), and a quadrature: nodes (m,) and weights
-        (block, m); weights[i] @ f(nodes) approximates z'f(H)z / n for the i-th starting vector z.
-    """
-    n, m, basis, projected = operator.shape[0], 0, [], np.zeros((0, 0))
-    k = min(k, n)
-    start = operator.random_signs(generator, min(block, n))
-    q, _ = orthonormal(start)
-    start = inner_products(start, q).double().cpu().numpy()
-    while True:
-        images = torch.stack([operator.matvec(v) for v in q])
-        basis.append(q)
-        rows = remove_span(images, basis[-2:])  # H q has no part in earlier blocks
-        projected = np.pad(projected, (0, len(q)))  # H between the vectors of the basis
-        near = len(projected) - rows.shape[1]
-        projected[m:, near:], projected[near:, m:] = rows, rows.T
-        old, m = m, m + len(q)
-        outside = inner_products(images, images).double().cpu().numpy()
-        rounding = 100 * torch.finfo(q.dtype).eps * np.abs(projected).max()
-        images = images[:n - m]
-        lost = orthonormal(images)[1] <= rounding
-        if lost.any():  # random rows replace those that depend on others
-            images[lost] = operator.random_signs(generator, len(images))[lost]
-        q, _ = orthonormal(images)
-        remove_span(q, basis)  # rounding left a part in all blocks
-        q, _ = orthonormal(q)
-        if m < k:
-            continue
-        values, vectors = np.linalg.eigh(projected)
-        leading, last = np.argsort(-np.abs(values), kind="stable")[:k], vectors[old:]
-        residuals = np.sqrt(((outside @ last) * last).sum(0).clip(0))[leading] * (m < n)
-        done = (residuals <= tolerance * np.abs(values).max()).all() or m >= 6 * k + 100
-        if m == n or done and m >= block * steps:
-            turn = torch.from_numpy(vectors[:, leading].T).to(q)
-            ritz = q.new_empty(k, n)  # filled by columns, without a second copy of the basis
-            for *part, columns in zip(*(rows.split(2 ** 16, 1) for rows in (*basis, ritz))):
-                columns.copy_(turn @ torch.cat(part))
-            quadrature = values, (start @ vectors[:len(start)]) ** 2 / n
-            return values[leading], ritz, residuals, quadrature
-
-
-def power_method(operator, k, generator):
-    """Finds k eigenpairs by the power method with deflation, as pytorch-hessian-eigenthings (E.2);
-    returns values (k,), vectors (k, n) and residuals (k,)."""
-    n, like = operator.shape[0], operator.params[0]
-    values, vectors = np.zeros(0), like.new_empty(0, n)
-    for _ in range(min(k, n)):
-        w, value = torch.randn(n, generator=generator).to(like), 0.0
-        for _ in range(POWER_STEPS):
-            v, old = w / w.norm(), value
-            w = operator.matvec(v)
-            w -= vectors.T @ (torch.from_numpy(values).to(like) * (vectors @ v))
-            value = float(v @ w)
-            if abs(value - old) < POWER_TOLERANCE * abs(value) or not w.any():
-                break
-        values, vectors = np.append(values, value), torch.cat([vectors, v[None]])
-    order = np.argsort(-np.abs(values), kind="stable")
-    values, vectors = values[order], vectors[torch.from_numpy(order)]
-    residuals = [float((operator.matvec(v) - a * v).norm()) for a, v in zip(values, vectors)]
-    return values, vectors, np.array(residuals)
-
-
-def eigenpairs(operator, k=100, eigensolver="lanczos", tolerance=EIGEN_TOLERANCE, seed=0,
-               block=PROBES, steps=0):
-    """Returns the min(k, n) Eigenpairs of largest magnitude, by "lanczos", see `block_lanczos`, or
-    by "power", the paper's method (E.2)."""
-    generator, before = torch.Generator().manual_seed(seed), operator.products
-    if eigensolver == "power":
-        found, quadrature = power_method(operator, k, generator), None
-    else:
-        *found, quadrature = block_lanczos(operator, k, generator, tolerance, block, steps)
-    converged = found[2] <= tolerance * np.abs(found[0]).max(initial=0)
-    return Eigenpairs(*found, converged, operator.products - before, quadrature)
-
-
-def spectral_density(quadrature, width=WIDTH):
-    """Returns the density of all eigenvalues of H by stochastic Lanczos quadrature, for JSON.
-
-    The smoothing Gaussian has a deviation of `width` times the distance of the outermost nodes; the
-    field width is in units of λ, se the standard error over the probes.
-    """
-    nodes, weights = quadrature
-    sigma = width * float(nodes[-1] - nodes[0]) or 1.0
-    grid = np.linspace(nodes[0] - 5 * sigma, nodes[-1] + 5 * sigma, GRID)
-    each = weights @ scipy.stats.norm.pdf(grid, nodes[:, None], sigma)
-    return {"probes": len(each), "steps": len(nodes) // len(each), "width": sigma,
-            "grid": grid.tolist(), "density": each.mean(0).tolist(),
-            "se": scipy.stats.sem(each).tolist()}
 
 
 def squared_gradients(model, x, directions, memory_gb):
@@ -333,7 +197,7 @@ def hessian_diagonal(model, x, memory_gb=4):
 def estimate_trace(operator, pairs, samples=TRACE_SAMPLES, seed=0):
     """Estimates the trace of a HessianOperator: Hutch++ (Meyer et al. 2021) with its Eigenpairs in
     the place of a random sketch. Returns the estimate and its standard error."""
-    signs = operator.random_signs(torch.Generator().manual_seed(seed), samples)
+    signs = random_signs(operator, torch.Generator().manual_seed(seed), samples)
     basis = torch.linalg.qr(pairs.vectors.T)[0].T
     remove_span(signs, [basis])
     exact, found = ([float(v @ operator.matvec(v)) for v in rows] for rows in (basis, signs))
@@ -442,48 +306,3 @@ def rescaling_control(model, x, y, num_eigs=5, images=32, **options):
     on the first images."""
     return {f"{a:g}": measure(rescaled(model, x, a), x[:images], y[:images], num_eigs, **options)
             for a in (1, 0.5, 2)}
-
-
-SETTINGS = "version", "images", "eig", "epoch", "eigs"  # equal in measurements that are pooled
-PAIRS_USED = {"trace_eigs": math.inf, "tic": math.inf, "epsilon_min": DIRECTIONS, "top": 1}
-
-
-def measure_of(flat, name):
-    """Returns a measure of flatness.json's dict, or None: "top" is the leading eigenvalue,
-    "adaptive_..." the adaptive form."""
-    if name.startswith("adaptive_"):
-        return measure_of(flat.get("adaptive", {}), name.removeprefix("adaptive_"))
-    return next(iter(flat.get("eigenvalues", ())), None) if name == "top" else flat.get(name)
-
-
-def num_pairs_asked(flat):
-    """Returns how many of the existing eigenpairs were asked for."""
-    return min(flat.get("eigs", len(flat["converged"])), flat.get("parameters", math.inf))
-
-
-def share_converged(flat, name):
-    """Returns the share of converged pairs among the eigenpairs asked for that a measure is made
-    of, 1 if it is made of none."""
-    kind = name.removeprefix("adaptive_")
-    if kind not in PAIRS_USED:
-        return 1.0
-    used = min(num_pairs_asked(flat), PAIRS_USED[kind])
-    return sum(measure_of(flat, name.replace(kind, "converged"))[:used]) / max(1, used)
-
-
-def moved_by_rescaling(flat, *names):
-    """Returns the largest relative change of these measures in the rescaling control, or None."""
-    control = flat.get("control", {})
-    changes = [abs(value / own - 1) for name in names for a in control
-               for own, value in [(measure_of(control["1"], name), measure_of(control[a], name))]
-               if own and value is not None]
-    return max(changes, default=None)
-
-
-def describe(found, asked):
-    """Describes the dicts of several networks, of each of which `asked` pairs are wanted."""
-    first, k = found[0], min(len(flat["eigenvalues"]) for flat in found)
-    share = sum(sum(flat["converged"]) for flat in found) / max(1, sum(map(num_pairs_asked, found)))
-    method = " by the power method" * (first.get("eig") == "power")
-    return (f"{k} eigenpairs{method}" + f" ({asked} asked)" * (asked != k) + f", {100 * share:.3g}%"
-            f" converged, on {first['images']} {first.get('split', 'test')} images")

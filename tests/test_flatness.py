@@ -70,7 +70,8 @@ class MatrixOperator(flatness.HessianOperator):
         n = len(values)
         q = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0]
         self.matrix = q * torch.tensor(values, dtype=torch.float64) @ q.T
-        self.params, self.shape, self.products = [self.matrix], (n, n), 0
+        self.shape, self.products = (n, n), 0
+        self.dtype, self.device = self.matrix.dtype, self.matrix.device
 
     def matvec(self, v):
         self.products += 1
@@ -452,9 +453,9 @@ def test_the_control_tells_what_rescaling_moves(small, monkeypatch):
     monkeypatch.setattr(flatness, "LINE", [0.0])
     flat = {"control": flatness.rescaling_control(model, x, y, 2, images=4)}
     assert list(flat["control"]) == ["1", "0.5", "2"]
-    assert flatness.moved_by_rescaling(flat, "adaptive_tr_c", "adaptive_trace") < 1e-3
-    assert flatness.moved_by_rescaling(flat, "trace", "adaptive_trace") > 0.01
-    assert flatness.moved_by_rescaling({}, "tr_c") is None
+    assert appendix_figures.moved_by_rescaling(flat, "adaptive_tr_c", "adaptive_trace") < 1e-3
+    assert appendix_figures.moved_by_rescaling(flat, "trace", "adaptive_trace") > 0.01
+    assert appendix_figures.moved_by_rescaling({}, "tr_c") is None
 
 
 # The whole measurement, and readers of its file
@@ -510,14 +511,16 @@ def test_every_measure_on_cuda_is_the_cpus(small):
 def test_pairs_that_were_asked_for_and_not_found_have_not_converged():
     flat = {"eigs": 4, "parameters": 9, "eigenvalues": [3.0, 2.0], "converged": [True, False],
             "images": 8, "adaptive": {"converged": []}}
-    assert flatness.share_converged(flat, "trace_eigs") == 0.25
-    assert flatness.share_converged(flat, "epsilon_min") == 0.25
-    assert flatness.share_converged(flat, "top") == flatness.share_converged(flat, "trace") == 1
-    assert flatness.share_converged(flat, "adaptive_top") == 0
-    assert flatness.share_converged(flat | {"parameters": 2}, "trace_eigs") == 0.5
-    assert flatness.measure_of(flat, "top") == 3 and not flatness.measure_of(flat, "adaptive_top")
+    assert appendix_figures.share_converged(flat, "trace_eigs") == 0.25
+    assert appendix_figures.share_converged(flat, "epsilon_min") == 0.25
+    assert appendix_figures.share_converged(flat, "top") == 1
+    assert appendix_figures.share_converged(flat, "trace") == 1
+    assert appendix_figures.share_converged(flat, "adaptive_top") == 0
+    assert appendix_figures.share_converged(flat | {"parameters": 2}, "trace_eigs") == 0.5
+    assert appendix_figures.measure_of(flat, "top") == 3
+    assert not appendix_figures.measure_of(flat, "adaptive_top")
     whole = flat | {"converged": [True] * 4, "eigenvalues": [1.0] * 4}
-    assert flatness.describe([whole, flat], 4) == (
+    assert appendix_figures.describe_flatness([whole, flat], 4) == (
         "2 eigenpairs (4 asked), 62.5% converged, on 8 test images")
 
 
