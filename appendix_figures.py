@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import train
-from gst_ext import flatness, ops, plots
+from gst_ext import export, flatness, ops, plots
 from gst_ext.datasets import BUILT_IN
 from gst_ext.errors import UserError, check, first_line, print_line
-from gst_ext.networks import OWN_NETWORKS, Block, build_model, set_backend
+from gst_ext.networks import OWN_NETWORKS, VGG, Block, ResNet, build_model, set_backend
 from gst_ext.plots import BLUE, GREEN, ORANGE, PINK, RED, SKY, matplotlib
 from gst_ext.rundir import environment, load_checkpoint, read_config, write_json
 from gst_ext.statistics import (
@@ -122,6 +122,23 @@ def flatness_path(directory, split):
     return pathlib.Path(directory, "flatness.json" if split == "test" else f"flatness-{split}.json")
 
 
+def live_part(model):
+    """Returns a network without what is pruned, whose Hessian is H without rows that are 0.
+
+    Returns:
+        export.compact's network, or the model itself if it is of another kind or keeps a pruned
+        filter's batch norm, and the places (n,), int64, of its parameters among the model's.
+    """
+    n = sum(p.numel() for p in model.parameters())
+    places = torch.arange(n, dtype=torch.float64, device=model.linear.weight.device)
+    if type(model) not in (VGG, ResNet) or not all(
+            torch.equal(block.mask, block.bn_mask) for block in model.prunable):
+        return model, places.long()
+    numbered = copy.deepcopy(model).double()
+    nn.utils.vector_to_parameters(places, numbered.parameters())
+    return export.compact(model), flatness.flat(export.compact(numbered).parameters()).long()
+
+
 def measure_flatness(directory, split="test", images=512, num_eigs=100, eigensolver="lanczos",
                      memory_gb=4, control=False, data_dir="data", checkpoint=None):
     """Measures a run's checkpoint on the first images of a split, in float32, and returns what it
@@ -129,7 +146,7 @@ def measure_flatness(directory, split="test", images=512, num_eigs=100, eigensol
     path, seconds, device = flatness_path(directory, split), {}, train.setup_device()
     label = "/".join(path.absolute().parts[-4:-1])
     model, data, source = load_network(directory, data_dir, device, checkpoint)
-    settings = {"version": 3, **source, "mode": "eval", "split": split, "images": images,
+    settings = {"version": 4, **source, "mode": "eval", "split": split, "images": images,
                 "dtype": "float32", "seed": 0, "eig": eigensolver, "eigs": num_eigs}
     with contextlib.suppress(OSError, ValueError, AttributeError):  # damaged: measure again
         old = json.loads(path.read_text())
@@ -149,7 +166,14 @@ def measure_flatness(directory, split="test", images=512, num_eigs=100, eigensol
         seconds[name] = round(time.monotonic() - start, 3)
         bar.write(f"{label} {name}: {seconds[name]:.1f} s")
 
+    live, places = live_part(model)
     fast = set_backend(copy.deepcopy(model), "ext") if ops.available else model
+    num_parameters = sum(p.numel() for p in model.parameters())
+
+    def line_loss(direction):  # by the extension, if it is built, which is faster
+        whole = direction.new_zeros(num_parameters).index_copy_(0, places, direction)
+        return flatness.loss_along(fast, x, y, whole)
+
     with torch.no_grad():
         logits = torch.cat([model(part) for part in x.split(128)])
     loss = float(F.cross_entropy(logits, y))
@@ -157,18 +181,18 @@ def measure_flatness(directory, split="test", images=512, num_eigs=100, eigensol
     arguments = {"eigensolver": eigensolver, "memory_gb": memory_gb, "on_product": bar.update}
     try:
         with bar:
-            result = flatness.measure(model, x, y, num_eigs, stage=stage, evaluate=fast,
+            result = flatness.measure(live, x, y, num_eigs, stage=stage, line_loss=line_loss,
                                       **arguments)
             if control:
                 with stage("control"):
-                    result["control"] = flatness.rescaling_control(model, x, y, **arguments)
+                    result["control"] = flatness.rescaling_control(live, x, y, **arguments)
     except ValueError as error:
         raise UserError(f"{directory}: {error}") from None
     machine = environment(device, "eager", __file__)
     result = settings | result | {
         "loss": loss, "accuracy": 100 * float((logits.argmax(1) == y).double().mean()),
         "seconds": seconds, "memory_gb": memory_gb,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": len(places),
         **{k: machine[k] for k in ("device", "threads", "git")},
         "versions": machine["versions"] | {"scipy": scipy.__version__}}
     write_json(path, result)

@@ -204,7 +204,7 @@ def estimate_trace(operator, pairs, samples=TRACE_SAMPLES, seed=0):
     return sum(exact) + np.mean(found), scipy.stats.sem(found)
 
 
-def line_loss(model, x, y, direction, batch_size=128):
+def loss_along(model, x, y, direction, batch_size=128):
     """Returns the function ε → mean loss at w + ε direction."""
     params = dict(model.named_parameters())
     pieces = [torch.empty_like(p).copy_(piece.view_as(p))  # in the parameter's memory format
@@ -242,12 +242,13 @@ def first_rise(loss, rise=RISE, step=0.01, tolerance=1e-6):
 
 
 def measure(model, x, y, num_eigs=100, eigensolver="lanczos", seed=0, memory_gb=4, on_product=None,
-            stage=contextlib.nullcontext, evaluate=None):
+            stage=contextlib.nullcontext, line_loss=None):
     """Returns every measure of a network as a dict for JSON; docs/flatness.md explains the fields.
 
-    stage(name) is a context manager that is entered around each part of the work. `evaluate` is a
-    network of the same parameters and outputs that is faster; it needs no derivatives.
+    stage(name) is a context manager that is entered around each part of the work. line_loss
+    (direction) may be given in place of `loss_along(model, x, y, direction)`.
     """
+    line_loss = line_loss or functools.partial(loss_along, model, x, y)
     operator, result = HessianOperator(model, x, y, None, memory_gb, on_product), {}
     with stage("traces"):
         linear = linear_in_each_weight(model, x)
@@ -262,8 +263,7 @@ def measure(model, x, y, num_eigs=100, eigensolver="lanczos", seed=0, memory_gb=
         with stage(f"{form}trace"):
             trace, error = (tr_f, 0.0) if linear else estimate_trace(operator, pairs, seed=seed)
         with stage(f"{form}line"):
-            losses = [line_loss(evaluate or model, x, y, v * scale)
-                      for v in pairs.vectors[:DIRECTIONS]]
+            losses = [line_loss(v * scale) for v in pairs.vectors[:DIRECTIONS]]
             # the grid's step, or a quarter of where a parabola of this curvature has risen so far
             steps = [min(0.5, math.sqrt(RISE / 8 / max(abs(a), 1e-9))) if form else 0.01
                      for a in pairs.values]

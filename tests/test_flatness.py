@@ -396,7 +396,7 @@ def test_rises_of_functions_known_in_closed_form():
 def test_the_rise_along_an_eigenvector_is_the_first_crossing_of_a_fine_grid(small):
     model, x, y, hessian = small
     direction = torch.from_numpy(np.linalg.eigh(hessian)[1][:, -1].copy())
-    loss, moved = flatness.line_loss(model, x, y, direction, batch_size=4), copy.deepcopy(model)
+    loss, moved = flatness.loss_along(model, x, y, direction, batch_size=4), copy.deepcopy(model)
     epsilon = flatness.first_rise(loss, tolerance=1e-12)
     grid = [i * epsilon / 100 for i in range(-100, 101)]
     assert max(map(loss, grid)) == pytest.approx(loss(0.0) + 0.1, abs=1e-8)
@@ -410,7 +410,7 @@ def invariants(model, x, y, adaptive):
     """What a symmetry must leave alone: eigenvalues, traces, ε."""
     scale = flatness.weight_scale(model) ** int(adaptive)
     pairs = flatness.eigenpairs(flatness.HessianOperator(model, x, y, scale), 2, tolerance=1e-9)
-    loss = flatness.line_loss(model, x, y, scale * pairs.vectors[0])
+    loss = flatness.loss_along(model, x, y, scale * pairs.vectors[0])
     diagonals = flatness.covariance_diagonal(model, x, y), flatness.fisher_diagonal(model, x)
     return [*pairs.values, *(float((d * scale ** 2).sum()) for d in diagonals),
             flatness.first_rise(loss, tolerance=1e-10)]
