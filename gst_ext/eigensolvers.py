@@ -58,8 +58,9 @@ def block_lanczos(operator, k, generator, tolerance, block, steps):
     """Finds the k eigenpairs of largest magnitude by the block Lanczos method.
 
     It starts from `block` vectors of random signs, so it sees as many copies of a multiple
-    eigenvalue, and ends after at least `steps` steps, when k pairs have converged or 6 k + 100
-    products are done. It keeps one vector for each product, on the operator's device.
+    eigenvalue, and ends after at least `steps` steps, when some more than k pairs have converged
+    or 6 k + 100 products are done: a pair that the start has little of is found after smaller ones.
+    It keeps one vector for each product, on the operator's device.
 
     Returns:
         values (k,), vectors (k, n), residuals (k,), and a quadrature: nodes (m,) and weights
@@ -67,6 +68,7 @@ def block_lanczos(operator, k, generator, tolerance, block, steps):
     """
     n, m, basis, projected = operator.shape[0], 0, [], np.zeros((0, 0))
     k = min(k, n)
+    enough = min(k + k // 10 + 2, n) if k else 0
     start = random_signs(operator, generator, min(block, n))
     q, _ = orthonormal(start)
     start = inner_products(start, q).double().cpu().numpy()
@@ -88,19 +90,20 @@ def block_lanczos(operator, k, generator, tolerance, block, steps):
             q, _ = orthonormal(products)
         remove_span(q, basis)  # rounding left a part in all blocks
         q, _ = orthonormal(q)
-        if m < k:
+        if m < enough:
             continue
         values, vectors = np.linalg.eigh(projected)
-        leading, last = np.argsort(-np.abs(values), kind="stable")[:k], vectors[old:]
+        leading, last = np.argsort(-np.abs(values), kind="stable")[:enough], vectors[old:]
         residuals = np.sqrt(((outside @ last) * last).sum(0).clip(0))[leading] * (m < n)
         done = (residuals <= tolerance * np.abs(values).max()).all() or m >= 6 * k + 100
         if m == n or done and m >= block * steps:
+            leading = leading[:k]
             turn = torch.from_numpy(vectors[:, leading].T).to(q)
             ritz = q.new_empty(k, n)  # filled by columns, without a second copy of the basis
             for *part, columns in zip(*(rows.split(2 ** 16, 1) for rows in (*basis, ritz))):
                 columns.copy_(turn @ torch.cat(part))
             quadrature = values, (start @ vectors[:len(start)]) ** 2 / n
-            return values[leading], ritz, residuals, quadrature
+            return values[leading], ritz, residuals[:k], quadrature
 
 
 def power_method(operator, k, generator):

@@ -18,6 +18,7 @@ import appendix_figures
 import train
 from gst_ext import flatness, ops
 from gst_ext.errors import UserError
+from gst_ext.hessian import Convolution
 
 NETWORKS = {"vgg11": 0.008, "vgg19": 0.005, "resnet18": 0.006, "resnet20": 0.04, "resnet56": 0.03}
 
@@ -151,6 +152,19 @@ def test_the_trace_of_a_smooth_network_is_estimated_within_its_error():
 
 # Products and eigenpairs
 
+@pytest.mark.parametrize("geometry", [
+    ((1, 1), (1, 1), (1, 1), False, (0, 0), 1), ((2, 1), (0, 1), (1, 2), False, (0, 0), 2)])
+@pytest.mark.parametrize("images", [False, True])
+def test_derivatives_of_convolutions(geometry, images):
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64, requires_grad=not images)
+    weight = torch.randn(6, 4 // geometry[-1], 3, 3, dtype=torch.float64, requires_grad=True)
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(Convolution.apply, (x, weight, *geometry))
+    assert torch.equal(Convolution.apply(x, weight, *geometry),
+                       F.conv2d(x, weight, None, *geometry[:3], geometry[-1]))
+
+
 def test_products_are_the_full_hessian_s_whatever_memory_they_get_and_are_counted(small):
     model, x, y, hessian = small
     v = torch.randn(len(hessian), dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -210,6 +224,14 @@ def test_multiple_zero_and_all_eigenvalues(values, k):
     assert np.abs(pairs.values) == pytest.approx(np.abs(by_magnitude(values))[:k], abs=1e-8)
     assert residuals(operator.matrix, pairs).max() < 1e-7 and pairs.converged.all()
     assert torch.allclose(pairs.vectors @ pairs.vectors.T, torch.eye(k).double(), atol=1e-10)
+
+
+def test_no_leading_pair_is_missed_that_comes_later_than_smaller_ones():
+    values = [(-1) ** (i % 3 == 0) / (2 + i / 2) for i in range(400)]
+    expected, operator = by_magnitude(values)[:30], MatrixOperator(values)
+    for seed in range(20):  # a search that ends with 30 converged pairs misses one once
+        pairs = flatness.eigenpairs(operator, 30, seed=seed, block=1)
+        assert np.abs(pairs.values - expected).max() < 1e-3 * abs(expected[0])
 
 
 @pytest.mark.parametrize("eigensolver", ["lanczos", "power"])
@@ -524,6 +546,22 @@ def test_pairs_that_were_asked_for_and_not_found_have_not_converged():
         "2 eigenpairs (4 asked), 62.5% converged, on 8 test images")
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_live_part_has_every_row_of_the_hessian_that_is_not_0(name):
+    model, (x, y) = small_network(name, True), images_and_labels(2)
+    live, places = appendix_figures.live_part(model)
+    whole, part = full_hessian(model, x, y), full_hessian(live, x, y)
+    assert len(places) < len(whole)
+    assert torch.equal(flatness.flat(live.parameters()), flatness.flat(model.parameters())[places])
+    assert torch.allclose(whole[places][:, places], part, atol=1e-12)
+    whole[places[:, None], places] = 0
+    assert not whole.any()
+    model.prunable[0].mask[0] = False  # its batch norm stays
+    model.prunable[0].bn_mask[0] = True
+    same, places = appendix_figures.live_part(model)
+    assert same is model and torch.equal(places, torch.arange(len(whole)))
+
+
 @pytest.fixture
 def trained(run, directory):
     """A finished run on the tiny data, two of whose layers were pruned; epoch 2 of 3 was kept."""
@@ -540,6 +578,8 @@ def test_a_run_s_flatness_is_measured_once_for_each_setting(trained, capsys, mon
     first, found = path.read_bytes(), json.loads(path.read_text())
     assert (found["checkpoint"], found["epoch"], found["images"]) == ("epoch2.pt", 2, 8)
     assert FIELDS <= set(found) and found["trace_exact"] and FIELDS <= set(found["adaptive"])
+    log = [json.loads(line) for line in (trained / "epochs.jsonl").read_text().splitlines()]
+    assert found["parameters"] == log[1]["parameters"] < log[0]["parameters"]
     assert found["line"]["loss"][0][40] == pytest.approx(found["loss"], rel=1e-5)
     capsys.readouterr()
     assert analyze.main(command) == 0
