@@ -8,9 +8,9 @@
     python analyze.py --export logs/cifar10/vgg11/L-r40/seed1    # network.pt2, network.onnx
     python analyze.py --list                  # what can be drawn, and from which runs
 
-The runs of one figure differ in the method only; each data set and setting (width, schedule) has
-its own, figures/fig2-<dataset>-<setting>. Below, a run is a dict from `summarize`, and groups are
-runs by method, {method: [run]}.
+The runs of one figure differ in the method only; each place, a (dataset, setting) such as a width
+or schedule, has a figure of its own, figures/fig2-<dataset>-<setting>. Below, a run is a dict from
+`summarize`, groups are runs by method, {method: [run]}, and models are groups by model.
 """
 import argparse
 from functools import cache, partial
@@ -25,10 +25,11 @@ import time
 
 import numpy as np
 
-import appendix_figures
 import train
 from appendix_figures import (
-    FLATNESS_SETTINGS, FORMS, MEASURES, PAPER, load_network, read_flatness)
+    FLATNESS_SETTINGS, FORMS, MEASURES, PAPER, SUMMARY, activation_histograms, depth_figure,
+    depth_table, describe_flatness, eigenvalues, flatness_notes, load_network,
+    loss_along_eigenvectors, means_table, measure_flatness, one_weight, read_flatness, spectra)
 from gst_ext import export, plots
 from gst_ext.errors import (
     OneLineParser, UserError, check, format_value, print_line, report_error, seed_list)
@@ -38,42 +39,12 @@ from gst_ext.statistics import (
     KINDS, bootstrap_correlation, correlations, format_correlation, format_difference, format_mean,
     mean_ci, paired_differences, partial_correlation, summary_stats)
 
-# +-- Configuration: the figures, their labels, how each method looks ----------------------------+
+# +-- Names, labels, and how each method looks ----------------------------------------------------+
 
 EXPERIMENTS = pathlib.Path(__file__).with_name("experiments.txt")
-ALL_RUNS = None  # in place of an experiment
-FIGURES = {  # name: (what it shows, the experiment whose runs it shows)
-    "2": ("accuracy by epoch, and against mean stability", "fig2"),
-    "3": ("accuracy, stability and their correlation by iterative rate", "fig3"),
-    "4": ("accuracy and generalization gap against stability, SGD", "fig4"),
-    "5": ("accuracy under noise instead of pruning", "fig5"),
-    "6": ("stability and accuracy against Tr(H) and Tr(C)", "fig6"),
-    "B1": ("activations of VGG19 before and after training", "figB1"),
-    "B2": ("Figure 2 with the scores E[BN] and signed E[BN]", "figB2"),
-    "C1": ("accuracy against mean stability at each rate", "fig3"),
-    "C2": ("their Kendall correlation at each rate", "fig3"),
-    "C3": ("Figure 4 at high stability", "figC3"),
-    "D1": ("one weight under pruning and noise", "figD1"),
-    "D2": ("accuracy under noise that is undone", "figD2"),
-    "E1": ("first ten eigenvalues of the Hessian", "fig6"),
-    "E2": ("first hundred eigenvalues of the Hessian", "fig6"),
-    "E3": ("|ε| against stability, and accuracy against it", "fig6"),
-    "E4": ("loss along the leading eigenvectors", "fig6"),
-    "E5": ("TIC proxy against stability, and accuracy against it", "fig6"),
-    "E6": ("accuracy against stability", "fig6"),
-    "flatness": ("accuracy against every measure of flatness", "fig6"),
-    "density": ("spectral density of the Hessian", "fig6"),
-    "stability": ("accuracy against what pruning events do", ALL_RUNS),
-    "compute": ("accuracy against the multiply-adds spent", ALL_RUNS),
-    "depth": ("accuracy against the depth of drops, a line for each r", ALL_RUNS),
-}
-TABLES = {
-    "C1": ("accuracy and stability at 46% and 59% total pruning", "tabC1"),
-    "F1": ("CIFAR-100", "tabF1"),
-    "depth": ("depth of the drops and frequency of the events, tested", ALL_RUNS),
-}
-OUTPUTS = FIGURES | {f"table {name}": entry for name, entry in TABLES.items()}
-NEEDS_FLATNESS = ("6", "E1", "E2", "E3", "E4", "E5", "flatness", "density")
+METHOD_OPTIONS = (
+    "model", "target", "r", "s", "e", "p", "score", "scratch", "prune_bn", "noise",
+    "noise_batches", "noise_filters", "noise_restore", "test_batch_size", "optimizer")
 EVENTS = {  # {field of a run: label}
     "mean_stability": "Mean stability (%)", "loss_rise": "Rise in test loss at an event (nats)",
     "churn": "Churn at an event (%)", "min_stability": "Smallest stability (%)",
@@ -83,11 +54,9 @@ LABELS = {
     "gap": "Train − test accuracy (points)", "compute": "Multiply-adds spent (% of no pruning's)",
     "events": "Pruning events", "converged": "Share of converged eigenpairs", **MEASURES,
     **{f"adaptive_{name}": f"Adaptive {label}" for name, label in MEASURES.items()}}
-SUMMARY = {  # of tables: {field: (head, digits)}
-    "best_acc": ("best accuracy (%)", 2), "last_acc": ("last accuracy (%)", 2),
-    "mean_stability": ("mean stability (%)", 3)}
-MACHINE = ("backend", "device", "threads", "instruction_set", "versions")  # decide last bits
-
+NAMES = {"vgg11": "VGG11", "vgg19": "VGG19", "resnet18": "ResNet18", "resnet20": "ResNet20",
+         "resnet56": "ResNet56", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100",
+         "zero": "Zeroing", "gauss": "Gaussian noise"}
 TARGET_STYLES = {  # (colour, line, marker)
     "none": (BLACK, "-", "o"), "S": (BLUE, "--", "^"), "L": (RED, "-.", "D"),
     "R": (GREEN, (0, (4, 1, 1, 1, 1, 1)), "v"), "Q": (ORANGE, ":", "P")}
@@ -95,44 +64,37 @@ NOISE_STYLES = {  # by number of batches
     1: (ORANGE, ":", "s"), 89: (ORANGE, ":", "s"), 50: (SKY, "--", "^"), 630: (SKY, "--", "^"),
     1105: (BLUE, "-", "D"), 1220: (BLUE, "-", "D")}
 MARKERS = "os^DvPX*<>ph8"  # a second method of one colour in a panel takes the next one
-NAMES = {"vgg11": "VGG11", "vgg19": "VGG19", "resnet18": "ResNet18", "resnet20": "ResNet20",
-         "resnet56": "ResNet56", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
+MACHINE = ("backend", "device", "threads", "instruction_set", "versions")  # decide last bits
 
 
 # +-- Experiments and methods ---------------------------------------------------------------------+
 
-METHOD_OPTIONS = (
-    "model", "target", "r", "s", "e", "p", "score", "scratch", "prune_bn", "noise",
-    "noise_batches", "noise_filters", "noise_restore", "test_batch_size", "optimizer")
-
-
 @cache
-def parse(line):
+def parse_line(line):
     return train.parse_options(shlex.split(line))
 
 
 def read_experiments(path=EXPERIMENTS):
-    """Reads experiments.txt: {experiment: {"lines": [options], "seeds": "1-3", "draw": ...}}."""
-    blocks, block = {}, None
+    """Reads experiments.txt: {experiment: {"lines": [str], "seeds": "1-3", "draw": ...}}."""
+    blocks = {}
     for number, line in enumerate(path.read_text().splitlines(), 1):
         line = line.strip()
         if re.fullmatch(r"\[.+\]", line):
             block = blocks[line[1:-1]] = {"lines": []}
+        elif line.startswith("--") and blocks:
+            block["lines"].append(line)
         elif line and not line.startswith("#"):
             key, colon, value = line.partition(":")
-            check(block is not None and (line.startswith("--") or colon),
-                  f"{path}, line {number}: give a [heading], options of train.py or 'name: value'")
-            if line.startswith("--"):
-                block["lines"].append(line)
-            else:
-                block[key] = value.strip()
+            check(blocks and colon, f"{path}, line {number}: give a [heading], options of train.py "
+                  "or 'name: value'")
+            block[key] = value.strip()
     return blocks
 
 
 def block_options(block, preset):
     """Returns the options of each line of a block, under a preset or None."""
     more = f" --preset {preset} {block.get(preset, '')}" if preset else ""
-    return [parse(line + more) for line in block["lines"]]
+    return [parse_line(line + more) for line in block["lines"]]
 
 
 def used_options(options):
@@ -151,32 +113,36 @@ def method_key(options):
     return tuple(format_value(used[name]) for name in METHOD_OPTIONS)
 
 
+def setting_options(options):
+    """Returns what else decides what a run computes, a dict."""
+    return {name: value for name, value in train.experiment_options(options).items()
+            if name not in (*METHOD_OPTIONS, "seed")}
+
+
 def method_label(options, rate):
     """Names a method: "Prune_S, r = 4 (1%)", and what differs from the model's defaults.
 
     Args:
         rate: The largest percentage of a layer that one event removes.
     """
-    used = used_options(options)
-    default = train.default_options(used.model, used.optimizer, used.preset) | {
-        "target": "L", "noise_filters": "newest", "noise_restore": False}
-    target, r, k, names = used.target, used.r, used.noise_batches, ["score", "s", "e", "p"]
-    if target == "none":
+    used, names = used_options(options), ["score", "s", "e", "p"]
+    if used.target == "none":
         return "no pruning"
     if used.scratch:
-        label = f"Prune_{target} at initialization"
+        label = f"Prune_{used.target} at initialization"
     elif used.noise == "none":
         percent = f"{rate:.0f}%" if rate >= 0.95 else f"{rate:.1g}%"
-        label = f"Prune_{target}, r = {r} ({percent})"
+        label = f"Prune_{used.target}, r = {used.r} ({percent})"
         label += ", batch norm kept" * (used.prune_bn == "keep")
     else:
-        kind = "Zeroing" if used.noise == "zero" else "Gaussian noise"
-        label = f"{kind}, {k} batch" + "es" * (k != 1)
+        label = f"{NAMES[used.noise]}, {used.noise_batches} batch"
+        label += "es" * (used.noise_batches != 1)
         names += ["target", "r", "noise_filters", "noise_restore"]
-    changed = {name: getattr(used, name) for name in names
-               if getattr(used, name) not in (None, default.get(name))}
-    return ", ".join([label, *(f"{name.replace('_', ' ')} {format_value(value)}"
-                               for name, value in changed.items())])
+    default = train.default_options(used.model, used.optimizer, used.preset) | {
+        "target": "L", "noise_filters": "newest", "noise_restore": False}
+    changed = [f"{name.replace('_', ' ')} {format_value(getattr(used, name))}" for name in names
+               if getattr(used, name) not in (None, default.get(name))]
+    return ", ".join([label, *changed])
 
 
 def method_style(options):
@@ -194,31 +160,22 @@ def method_style(options):
 
 # +-- Runs: what their logs say, and which of them belong together --------------------------------+
 
-# What reading a damaged log may raise.
-DAMAGE = (OSError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError)
-ACCURACIES = {  # an accuracy in percent: (its count of right answers, of which images)
-    "train_acc": ("train_correct", "train"), "test_acc_before": ("test_correct_before", "test"),
-    "test_acc": ("test_correct", "test"), "val_acc": ("val_correct", "val")}
-
-
 def identify(config):
     """Returns what config.json says of a run; options that an old log lacks have their defaults."""
-    method, setting, logged = config["method"], config["setting"], config["options"]
-    model, defaults = logged["model"], f"--model {logged['model']}"
-    if config.get("own_model") and model not in train.PRUNABLE_BLOCKS:
-        train.OWN_MODELS.setdefault(model, config["own_model"])
+    logged, defaults = config["options"], f"--model {config['options']['model']}"
+    if config.get("own_model") and logged["model"] not in train.PRUNABLE_BLOCKS:
+        train.OWN_MODELS.setdefault(logged["model"], config["own_model"])
         defaults = ""  # its log has every option
-    options = argparse.Namespace(**vars(parse(defaults)) | logged)
-    options.preset = next((word for word in setting.split("-") if word in train.PRESETS), None)
-    if type(method) is not str or type(options.seed) is not int:
-        raise TypeError
-    path = train.run_path(options).parts[-4:]
-    logged_path = (*path[:2], "-".join(filter(None, (method, setting))), path[3])
+    options = argparse.Namespace(**vars(parse_line(defaults)) | logged)
+    words = config["setting"].split("-")
+    options.preset = next((word for word in words if word in train.PRESETS), None)
+    path = train.run_path(options).parts[-4:]  # as it would be named today, and as it was then
+    logged_name = "-".join(filter(None, (config["method"], config["setting"])))
     return {
-        "config": config, "options": options, "model": model, "seed": options.seed,
-        "dataset": path[0], "setting": setting, "paths": (logged_path, path),  # old or new names
-        "key": method_key(options), "method": train.run_name(used_options(options))[0],
-        "style": method_style(options)}
+        "config": config, "options": options, "model": options.model, "seed": options.seed,
+        "dataset": path[0], "setting": config["setting"], "key": method_key(options),
+        "method": train.run_name(used_options(options))[0], "style": method_style(options),
+        "paths": ((*path[:2], logged_name, path[3]), path)}
 
 
 def add_counts(record, sizes):
@@ -229,67 +186,70 @@ def add_counts(record, sizes):
     Args:
         sizes: {split: number of images}, if known.
     """
-    for accuracy, (count, split) in ACCURACIES.items():
-        n, percent = sizes.get(split), record[accuracy]
-        if n and percent is not None:
-            nearest = round(percent * n / 100)
-            if abs(percent * n / 100 - nearest) < 0.01:
-                record.setdefault(count, nearest)
+    for accuracy in ("train_acc", "test_acc_before", "test_acc", "val_acc"):
+        count, n = accuracy.replace("acc", "correct"), sizes.get(accuracy.partition("_")[0])
+        if n and record[accuracy] is not None:
+            exact = record[accuracy] * n / 100
+            if abs(exact - round(exact)) < 0.01:
+                record.setdefault(count, round(exact))
             if count in record:
                 record[accuracy] = 100 * record[count] / n
     if record["stability"] is not None:
-        fields = ("test_correct", "test_correct_before")
-        if not all(field in record for field in fields):
-            fields = ("test_acc", "test_acc_before")
-        record["stability"] = 100 * record[fields[0]] / record[fields[1]]
+        counted = {"test_correct", "test_correct_before"} <= record.keys()
+        name = "test_correct" if counted else "test_acc"
+        record["stability"] = 100 * record[name] / record[f"{name}_before"]
 
 
 def summarize(directory):
     """Reads a run's logs; raises nothing for bad ones.
 
     Returns:
-        train.summarize_run's dict, and: problem, None or a line that says why the run is left out;
-        dir, config, options (a Namespace), model, dataset, setting, seed; method, key, label and
-        style: its method's name in JSON, what it is compared by, printed and drawn as; curve and
-        before (epochs,): test accuracies, and those before events, else NaN; live: each block's
-        live filters; best_correct, last_correct: right answers of `images`, or None.
+        train.summarize_run's dict, and: problem, None or why the run is left out; dir, config,
+        options (a Namespace), model, dataset, setting, seed; method, key, label and style: its
+        method's name in JSON, what it is compared by, printed and drawn as; curve and before
+        (epochs,): test accuracies, and those before events, else NaN; live: each block's live
+        filters; best_correct, last_correct: right answers of `images`, or None.
     """
     directory = pathlib.Path(directory)
-    run, records, what = {"dir": str(directory), "curve": []}, [], "config.json"
+    run = {"dir": str(directory), "curve": [], "unfinished": False}
+    records, file = [], "config.json"
     try:
-        config = json.loads((directory / what).read_text())
+        config = json.loads((directory / file).read_text())
         sizes, num_epochs = dict(config.get("data", {})), config["schedule"]["epochs"]
         run |= identify(config)
-        what = "epochs.jsonl"
-        for number, line in enumerate((directory / what).read_text().splitlines(), 1):
-            what = f"line {number} of epochs.jsonl"
+        check(directory.absolute().parts[-4:] in run["paths"],
+              f"its config.json is of {'/'.join(run['paths'][0])}")
+        file = "epochs.jsonl"
+        for number, line in enumerate((directory / file).read_text().splitlines(), 1):
+            file = f"line {number} of epochs.jsonl"
             record = json.loads(line)
-            check(record["epoch"] == number - 1, f"{what} is of epoch {record['epoch']}")
+            check(record["epoch"] == number - 1, f"{file} is of epoch {record['epoch']}")
             for name, value in record.items():
                 check(not isinstance(value, float) or math.isfinite(value),
                       f"{name} of epoch {number - 1} is {value}")
             add_counts(record, sizes)
             records.append(record)
-        what, run["unfinished"] = "epochs.jsonl", len(records) != num_epochs
-        check(records, f"unfinished, 0 of {num_epochs} epochs")
+        file, run["unfinished"] = "epochs.jsonl", len(records) != num_epochs
+        missing = f"unfinished, {len(records)} of {num_epochs} epochs"
+        check(records, missing)
         run |= train.summarize_run(records, config)
-        best, n, m = records[run["best_epoch"]], sizes.get("test"), sizes.get("train")
-        right, trained_right = best.get("test_correct"), best.get("train_correct")
-        if None not in (right, trained_right):  # one division, so that equal gaps are equal
-            run["gap"] = 100 * (trained_right * n - right * m) / (m * n)
+        best, last = records[run["best_epoch"]], records[-1]
+        if "test_correct" in best and "train_correct" in best:  # one division: equal ones are equal
+            n, m = sizes["train"], sizes["test"]
+            run["gap"] = 100 * (best["train_correct"] * m - best["test_correct"] * n) / (n * m)
         filters = [layer["filters"] for layer in config.get("pruned_layers", ())]
         shares = [k / n for record in records for k, n in zip(record["removed"], filters)]
         # As removed: rounding to whole filters makes it more than the schedule's rate.
         rate = 100 * max(shares) if shares else config["iterative_rate"]
         run |= {
             "label": method_label(run["options"], rate), "below_99": run["below"]["99"],
-            "best_correct": right, "last_correct": records[-1].get("test_correct"), "images": n,
-            "live": records[-1].get("live"),
+            "best_correct": best.get("test_correct"), "last_correct": last.get("test_correct"),
+            "images": sizes.get("test"), "live": last.get("live"),
             "compute": run["macs_spent"] and 100 * run["macs_spent"] / run["macs_unpruned"],
             "curve": np.array([record["test_acc"] for record in records], float),
             "before": np.array([record["test_acc_before"] if any(record["removed"]) else np.nan
                                 for record in records], float)}
-        check(not run["unfinished"], f"unfinished, {len(records)} of {num_epochs} epochs")
+        check(not run["unfinished"], missing)
         pruned = run["events"] or run["options"].target == "none"
         if run["options"].scratch:
             pruned = run["parameters"] != config.get("parameters", 0)
@@ -297,29 +257,21 @@ def summarize(directory):
         return run | {"problem": None}
     except UserError as error:
         return run | {"problem": str(error)}
-    except DAMAGE as error:
-        return run | {"problem": f"{what} is missing or damaged ({type(error).__name__})"}
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
+        return run | {"problem": f"{file} is missing or damaged ({type(error).__name__})"}
 
 
 def find_runs(log_dir):
-    """Summarizes all runs below log_dir; misnamed, doubled or differing ones get a problem."""
+    """Summarizes all runs below log_dir; doubled or differing ones get a problem."""
     runs = [summarize(path.parent)
             for path in sorted(pathlib.Path(log_dir).glob("*/*/*/seed*/config.json"))]
-    for run in runs:
-        path = pathlib.Path(run["dir"]).absolute().parts[-4:]
-        if path not in run.get("paths", [path]):
-            logged = "/".join(run["paths"][0])
-            run |= {"problem": f"its config.json is of {logged}", "unfinished": False}
-
-    def setting_options(run):
-        names = {*METHOD_OPTIONS, "seed", "dataset"} - {"optimizer"}
-        options = train.experiment_options(run["options"])
-        options["source of the model"] = (run["config"].get("own_model") or {}).get("crc32")
-        return {name: value for name, value in options.items() if name not in names}
 
     fields = ("dataset", "setting", "model", "key", "seed")
     leave_out_differing(runs, fields[:2], lambda run: run["config"].get("data", {}))
-    leave_out_differing(runs, fields[:3], setting_options)
+    leave_out_differing(runs, fields[:3], lambda run: {
+        **setting_options(run["options"]),
+        "dataset": run["dataset"],  # by whatever path
+        "source of the model": (run["config"].get("own_model") or {}).get("crc32")})
     leave_out_differing(runs, fields[:4], lambda run: {
         "test_batch_size": run["options"].test_batch_size,
         "source of the score": run["config"].get("score_crc32")})
@@ -334,74 +286,76 @@ def find_runs(log_dir):
 
 def leave_out_differing(runs, fields, content):
     """Gives a problem to runs whose content(run), a dict, is not that of most with equal fields."""
-    groups = {}
+    alike = {}
     for run in runs:
         if not run["problem"]:
-            kinds = groups.setdefault(tuple(run[field] for field in fields), {})
-            kinds.setdefault(json.dumps(content(run), sort_keys=True), []).append(run)
-    for kinds in groups.values():
-        usual = max(kinds.values(), key=len)[0]
-        for run in itertools.chain(*kinds.values()):
+            contents = alike.setdefault(tuple(run[field] for field in fields), {})
+            contents.setdefault(json.dumps(content(run), sort_keys=True), []).append(run)
+    for contents in alike.values():
+        usual = max(contents.values(), key=len)[0]
+        for run in itertools.chain(*contents.values()):
             ours, theirs = content(run), content(usual)
             names = sorted(k for k in ours | theirs if ours.get(k) != theirs.get(k))
             if names:
                 run["problem"] = f"differs from {usual['dir']} in {', '.join(names)}"
 
 
-def setting_in(lines, setting):
-    """Returns a setting without the optimizer, if that is the same on all lines."""
-    same = len({line.optimizer for line in lines}) == 1
-    return setting.removeprefix(lines[0].optimizer).lstrip("-") if same else setting
+def setting_in(wanted, setting):
+    """Returns a setting without the optimizer, if that is the same in all options wanted."""
+    same = len({options.optimizer for options in wanted}) == 1
+    return setting.removeprefix(wanted[0].optimizer).lstrip("-") if same else setting
 
 
 def select_runs(block, runs, live=False):
     """Finds the runs of an output by their options.
 
     Args:
-        block: An experiment; ALL_RUNS stands for all that train without noise.
+        block: Of experiments.txt; None stands for all runs without noise.
         live: Take unfinished runs, too.
 
     Returns:
-        {(dataset, setting): {model: groups}}, without models of unpruned runs only, unless the
-        experiment has no others; and the runs left out for a problem.
+        {place: models}, without models that have unpruned runs only, unless nothing else is wanted;
+        and the runs left out for a problem.
     """
-    settings, left_out = {}, []
+    known = [*train.PRUNABLE_BLOCKS, *train.OWN_MODELS]
+    places, selected, left_out = {}, [], []
     for run in runs:
-        if "key" in run:
-            if block is ALL_RUNS:
-                lines = [run["options"]] * (run["options"].noise == "none")
-            else:
-                lines = block_options(block, run["options"].preset)
-            if run["key"] not in map(method_key, lines):
+        if "options" not in run:  # config.json is damaged
+            left_out.append(run)
+            continue
+        options, setting = run["options"], run["setting"]
+        if block:
+            wanted = block_options(block, options.preset)
+            keys = [method_key(line) for line in wanted]
+            if run["key"] not in keys:
                 continue
-            place = run["dataset"], setting_in(lines, run["setting"]) if block else run["setting"]
-        if run["problem"] and not (live and run.get("unfinished") and len(run["curve"])):
+            order, setting = keys.index(run["key"]), setting_in(wanted, setting)
+        else:
+            if options.noise != "none":
+                continue
+            target = options.target
+            order = options.scratch, "nSQLR".index(target[0]), target, options.r or 0
+        if run["problem"] and not (live and run["unfinished"] and len(run["curve"])):
             left_out.append(run)
         else:
-            settings.setdefault(place, []).append(run)
-    selection = {}
-    for place, members in settings.items():
-        if block is ALL_RUNS:
-            order = [run["options"] for run in members]
-            order.sort(key=lambda o: (o.scratch, "nSQLR".index(o.target[0]), o.target, o.r or 0))
-        else:
-            order = block_options(block, members[0]["options"].preset)
-        by_key = {method_key(options): [] for options in order}
-        for run in members:
-            by_key[run["key"]].append(run)
-        models = {}
-        for model in train.PRUNABLE_BLOCKS | train.OWN_MODELS:
-            groups = {same[0]["method"]: same for same in by_key.values()
-                      if same and same[0]["model"] == model}
-            if set(groups) - {"none"} or groups and all(o.target == "none" for o in order):
-                models[model] = groups
-        if models:
-            selection[place] = models
-    return selection, left_out
+            place = run["dataset"], setting
+            places[place] = {}
+            selected.append((known.index(run["model"]), order, place, run))
+    for *_, place, run in sorted(selected, key=lambda entry: entry[:2]):
+        groups = places[place].setdefault(run["model"], {})
+        groups.setdefault(run["method"], []).append(run)
+    no_others = not block or all(line.target == "none" for line in block_options(block, None))
+    for place, models in places.items():
+        pruned = {model: groups for model, groups in models.items() if groups.keys() - {"none"}}
+        places[place] = pruned or models if no_others else pruned
+    return {place: models for place, models in places.items() if models}, left_out
 
 
-def runs_in(models):
-    return [run for groups in models.values() for runs in groups.values() for run in runs]
+def runs_in(nested):
+    """Lists the runs of groups or of models."""
+    if isinstance(nested, list):
+        return nested
+    return [run for part in nested.values() for run in runs_in(part)]
 
 
 def finished(groups):
@@ -411,13 +365,13 @@ def finished(groups):
 
 
 def is_paper_setting(block, place):
-    """Returns whether this (dataset, setting) is the paper's."""
-    lines = block_options(block, None) if block else [parse("")]
-    return place == (lines[0].dataset, setting_in(lines, train.run_name(lines[0])[1]))
+    """Returns whether this place is the paper's."""
+    wanted = block_options(block, None) if block else [parse_line("")]
+    return place == (wanted[0].dataset, setting_in(wanted, train.run_name(wanted[0])[1]))
 
 
 def missing_runs(experiment, block, place, runs, log_dir="logs"):
-    """Compares the runs of `place`, a (dataset, setting), with those of the experiment.
+    """Compares the runs of a place with those of the experiment.
 
     Returns:
         How many there are, how many there should be, and the command that trains the rest.
@@ -425,12 +379,11 @@ def missing_runs(experiment, block, place, runs, log_dir="logs"):
     options, seeds = runs[0]["options"], sorted({run["seed"] for run in runs})
     if is_paper_setting(block, place):
         seeds = seed_list(block.get("seeds", "1-10"))
-    lines = {method_key(line): line for line in block_options(block, options.preset)}
-    wanted = set(itertools.product(lines, seeds))
-    missing = wanted - {(run["key"], run["seed"]) for run in runs}
+    wanted = {method_key(line): line for line in block_options(block, options.preset)}
+    missing = {*itertools.product(wanted, seeds)} - {(run["key"], run["seed"]) for run in runs}
     others = {"log_dir": log_dir} if log_dir != "logs" else {}
-    for name, value in train.experiment_options(lines[runs[0]["key"]]).items():
-        if name not in (*METHOD_OPTIONS, "seed") and getattr(options, name) != value:
+    for name, value in setting_options(wanted[runs[0]["key"]]).items():
+        if getattr(options, name) != value:
             others[name] = getattr(options, name)
     span = f"{seeds[0]}-{seeds[-1]}"
     span = span if seed_list(span) == seeds else ",".join(map(str, seeds))
@@ -440,15 +393,16 @@ def missing_runs(experiment, block, place, runs, log_dir="logs"):
         command.append(f"--{'no-' * (value is False)}{name.replace('_', '-')}")
         values = value if isinstance(value, list) else [value]
         command += [format_value(v) for v in values if not isinstance(v, bool)]
-    return len(wanted) - len(missing), len(wanted), shlex.join(command)
+    total = len(wanted) * len(seeds)
+    return total - len(missing), total, shlex.join(command)
 
 
 def accuracy_correlations(runs, x, y="best_acc"):
     """Computes the `correlations` of the runs' x and y.
 
-    The best accuracy is over the epochs since the last event, of which unpruned runs have more. So
-    the correlations of other accuracies are added; "disagrees" lists the coefficients whose sign
-    differs for the last accuracy.
+    Which epoch is best depends on the test accuracy. So the correlations of other accuracies are
+    added to those of the best one; "disagrees" lists the coefficients whose sign differs by the
+    last accuracy.
     """
     def correlate(name):
         return correlations([run[x] for run in runs], [run[name] for run in runs])
@@ -465,12 +419,12 @@ def accuracy_correlations(runs, x, y="best_acc"):
 
 def accuracy_differences(groups, which):
     """Returns paired_differences of "best" or "last" accuracies, of counts if known."""
-    runs = list(itertools.chain(*groups.values()))
-    field, total = f"{which}_correct", runs[0]["images"] if runs else 100
-    if any(run[field] is None for run in runs):
-        field, total = f"{which}_acc", 100
-    return paired_differences({method: {run["seed"]: run[field] for run in same}
-                               for method, same in groups.items()}, total)
+    runs = runs_in(groups)
+    field, total = f"{which}_acc", 100
+    if runs and all(run[f"{which}_correct"] is not None for run in runs):
+        field, total = f"{which}_correct", runs[0]["images"]
+    return paired_differences({method: {run["seed"]: run[field] for run in runs}
+                               for method, runs in groups.items()}, total)
 
 
 def method_numbers(groups):
@@ -478,9 +432,8 @@ def method_numbers(groups):
 
     "disagree" lists the pairs whose best and last accuracies differ in opposite directions.
     """
-    names = dict.fromkeys(("best_acc", "last_acc", "val_chosen_acc", "gap", "mean_stability"))
-    names |= {name: None for name in LABELS
-              if all(name in run for runs in groups.values() for run in runs)}
+    names = [name for name in ("val_chosen_acc", *LABELS)
+             if all(name in run for run in runs_in(groups))]
     methods = {method: {
         "label": runs[0]["label"], "iterative_rate": runs[0]["config"]["iterative_rate"],
         "seeds": [run["seed"] for run in runs], "runs": [run["dir"] for run in runs],
@@ -491,19 +444,20 @@ def method_numbers(groups):
             "disagree": [pair for pair in best if best[pair]["mean"] * last[pair]["mean"] < 0]}
 
 
-def attach_flatness(runs, read):
-    """Returns copies of runs with what read(directory), read_flatness, adds; some get a problem."""
-    runs = [run | read(run["dir"]) for run in runs]
+def attach_flatness(runs, flatness_of):
+    """Returns copies of runs with what flatness_of(directory), of read_flatness, adds; some get a
+    problem."""
+    runs = [run | flatness_of(run["dir"]) for run in runs]
     leave_out_differing(runs, (), lambda run: {k: run["flat"].get(k) for k in FLATNESS_SETTINGS})
     return runs
 
 
-# +-- Figures: functions of {model: groups}, which return a figure and its numbers by model ------+
+# +-- Figures: functions of models, which return a figure and its numbers by model ----------------+
 
 def count_runs(lists):
     """Returns "n = 6", or "n = 2 to 6" for lists of runs of different lengths."""
-    counts = sorted({len(runs) for runs in lists})
-    return "n = " + " to ".join(map(str, counts[::len(counts) - 1 or 1]))
+    counts = [len(runs) for runs in lists]
+    return f"n = {min(counts)}" + f" to {max(counts)}" * (max(counts) > min(counts))
 
 
 def draw_dynamics(axis, groups, title):
@@ -531,38 +485,43 @@ def draw_scatter(axis, groups, x="mean_stability", y="best_acc", baseline=False,
     """Draws y against x, a point per run; states and returns the correlations.
 
     Args:
-        baseline: Draw runs without pruning as points, too, instead of a line at their mean.
+        baseline: Draw runs without events as points, too, instead of a line at the mean of those
+            without pruning.
+        short: State coefficients without names and p.
         given: A measure whose partial_correlation is stated, too.
     """
-    points, colours, title, notes = [], [], [], []
+    points, colours = [], []
     for method, runs in groups.items():
         colour, _, marker = runs[0]["style"]
-        there = [run for run in runs if run.get(x) is not None and run.get(y) is not None]
+        shown = [run for run in runs if run[x] is not None and run[y] is not None]
         if method == "none" and not baseline:
             axis.axhline(np.mean([run[y] for run in runs]), color=colour, lw=0.8, ls=":",
                          label="no pruning (mean)")
-        elif there:  # without points, a line that is not clipped would break the layout
+        elif shown and (baseline or not runs[0]["options"].scratch):
+            # (An empty line that is not clipped would break the layout.)
             marker = MARKERS[(MARKERS.index(marker) + colours.count(colour)) % len(MARKERS)]
-            axis.plot([run[x] for run in there], [run[y] for run in there], marker, color=colour,
+            axis.plot([run[x] for run in shown], [run[y] for run in shown], marker, color=colour,
                       ms=4, mec="white", mew=0.4, clip_on=False, label=runs[0]["label"])
             colours.append(colour)
-            points += there
+            points += shown
     result = {"x": x, "y": y, **accuracy_correlations(points, x, y)}
+    title = [f"n = {len(points)}" if points else "not in these logs",
+             *(format_correlation(result, kind, short) for kind in KINDS)]
+    below = [LABELS[x]]
     if result.get("disagrees"):
-        notes += ["by last accuracy:", *(
+        below += ["by last accuracy:", *(
             format_correlation(result["by last_acc"], kind, True) for kind in KINDS)]
     if given:
         rest = partial_correlation(*([run[name] for run in points] for name in (x, y, given)))
         result[f"given {given}"] = rest
-        stated = format_correlation(rest, "pearson", True) if rest else "undefined"
-        title = [f"given {given}: {stated}"]
-    moved, more = appendix_figures.flatness_notes(axis, points, x, y)
-    result |= {"moved_by_rescaling": moved} if any(moved) else {}
+        title.append(f"given {given}: "
+                     + (format_correlation(rest, "pearson", True) if rest else "undefined"))
+    moved, notes = flatness_notes(axis, points, x, y)
+    if any(moved):
+        result["moved_by_rescaling"] = moved
     axis.ticklabel_format(useOffset=False)
     axis.locator_params(axis="x", nbins=3 if short else 5)
-    title = [f"n = {len(points)}" if points else "not in these logs",
-             *(format_correlation(result, kind, short) for kind in KINDS), *title]
-    axis.set(xlabel="\n".join([LABELS[x], *notes, *more]), ylabel=LABELS[y],
+    axis.set(xlabel="\n".join(below + notes), ylabel=LABELS[y],
              title="\n".join(filter(None, title)))
     if not points:
         axis.set(xticks=[], yticks=[])
@@ -581,14 +540,14 @@ def dynamics_and_scatter(models):
 
 def noise_dynamics(models):
     """Draws Figures 5 and D2: a panel for each kind of noise, each with pruning and baseline."""
-    groups, dynamics, titles = models["vgg11"], {}, {"zero": "Zeroing", "gauss": "Gaussian noise"}
+    groups, numbers = models["vgg11"], {}
     noise = {method: runs[0]["options"].noise for method, runs in groups.items()}
-    kinds = [kind for kind in titles if kind in noise.values()] or ["none"]
+    kinds = [kind for kind in ("zero", "gauss") if kind in noise.values()] or ["none"]
     figure, axes = plots.subplots(len(kinds), 2, 4.0, 6.75 / len(kinds))
     for axis, kind in zip(axes, kinds):
         shown = {m: runs for m, runs in groups.items() if noise[m] in (kind, "none")}
-        dynamics |= draw_dynamics(axis, shown, titles.get(kind, "no noise"))
-    return figure, {"vgg11": {"dynamics": dynamics}}
+        numbers |= draw_dynamics(axis, shown, NAMES.get(kind, "no noise"))
+    return figure, {"vgg11": {"dynamics": numbers}}
 
 
 def by_rate(groups):
@@ -601,11 +560,19 @@ def by_rate(groups):
     return dict(sorted(rates.items()))
 
 
+def scale_rates(axis, rates):
+    low, high = min(rates) / 1.3, max(rates) * 1.3
+    axis.set(xlabel="Iterative rate (%)", xlim=(low, high))
+    axis.set_xscale("log", base=2)
+    ticks = [2.0**i for i in range(-4, 8) if low <= 2.0**i <= high]
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+
+
 def draw_rate_correlation(axis, rates, kind):
     """Draws the correlation of accuracy and stability at each rate; returns the numbers drawn."""
-    numbers, drawn, last = {}, {}, {}
+    numbers, drawn, by_last = {}, {}, {}
     for rate, (r, groups) in rates.items():
-        runs = list(itertools.chain(*groups.values()))
+        runs = runs_in(groups)
         result = accuracy_correlations(runs, "mean_stability")
         bootstrap = bootstrap_correlation(
             [run["mean_stability"] for run in runs], [run["best_acc"] for run in runs], kind)
@@ -614,25 +581,17 @@ def draw_rate_correlation(axis, rates, kind):
             ci = result[f"{kind}_ci95"] or [np.nan, np.nan]
             drawn[rate] = (result[kind][0], *ci, *bootstrap)
         if kind in result["disagrees"]:
-            last[rate] = result["by last_acc"][kind][0]
+            by_last[rate] = result["by last_acc"][kind][0]
     plots.plot_means(axis, list(drawn), np.array(list(drawn.values())).reshape(-1, 5).T,
                      TARGET_STYLES["none"], bars=True)
     axis.axhline(0, color="0.6", lw=0.6)
     axis.set(ylabel=f"{kind.title()} correlation of\naccuracy and stability", ylim=(-1.05, 1.05))
     scale_rates(axis, rates)
-    if last:  # with another sign
-        axis.plot(list(last), list(last.values()), "o", color=RED, mfc="white", ms=4,
+    if by_last:
+        axis.plot(list(by_last), list(by_last.values()), "o", color=RED, mfc="white", ms=4,
                   label="by last accuracy")
         plots.legend_below(axis)
     return numbers
-
-
-def scale_rates(axis, rates):
-    low, high = min(rates) / 1.3, max(rates) * 1.3
-    axis.set(xlabel="Iterative rate (%)", xlim=(low, high))
-    axis.set_xscale("log", base=2)
-    ticks = [2.0**i for i in range(-4, 8) if low <= 2.0**i <= high]
-    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
 
 
 def rates_figure(models):
@@ -680,51 +639,77 @@ def rate_kendall(models):
     return figure, {"vgg11": {"by_rate": draw_rate_correlation(axis, rates, "kendall")}}
 
 
-def scatters(models, pairs, columns=2, baseline=True, scratch=True, given=None):
-    """Draws a panel of each (x, y) of `pairs` for each model.
-
-    Args:
-        baseline, given: As for draw_scatter.
-        scratch: Draw runs that were pruned at initialization.
-    """
+def scatters(models, pairs, columns=2, baseline=True, given=None):
+    """Draws a panel of each (x, y) of `pairs` for each model; baseline, given: see draw_scatter."""
     width = 3.375 if columns == 2 else 2.5
     figure, axes = plots.subplots(len(models) * len(pairs), columns, 2.9, width)
     numbers = {model: {"scatters": []} for model in models}
     for axis, (model, pair) in zip(axes, itertools.product(models, pairs)):
-        groups = {method: runs for method, runs in models[model].items()
-                  if scratch or not runs[0]["options"].scratch}
-        result = draw_scatter(axis, groups, *pair, baseline, columns > 2, given)
-        numbers[model]["scatters"].append(result)
+        numbers[model]["scatters"].append(
+            draw_scatter(axis, models[model], *pair, baseline, columns > 2, given))
         if len(models) > 1:
             axis.set_title(f"{NAMES.get(model, model)}: {axis.get_title()}")
     plots.legend_outside(figure, axes)
     return figure, numbers
 
 
-DRAW = {  # {output: function}
-    "2": dynamics_and_scatter, "B2": dynamics_and_scatter, "3": rates_figure, "C1": rate_scatters,
-    "C2": rate_kendall, "5": noise_dynamics, "D2": noise_dynamics,
-    "B1": appendix_figures.activation_histograms,
-    "D1": appendix_figures.one_weight, "E4": appendix_figures.loss_along_eigenvectors,
-    "E1": partial(appendix_figures.eigenvalues, first_ten=True),
-    "E2": partial(appendix_figures.eigenvalues, first_ten=False),
-    "density": appendix_figures.spectra,
-    **dict.fromkeys(("4", "C3"), partial(scatters, baseline=False, pairs=[
-        ("mean_stability", "best_acc"), ("mean_stability", "gap")])),
-    **{name: partial(scatters, pairs=[pair for x in measures for pair in (
-        ("mean_stability", x), (x, "best_acc"))]) for name, measures in (
-        ("6", ("trace_eigs", "tr_c")), ("E3", ("epsilon_min",)), ("E5", ("tic",)))},
-    "E6": partial(scatters, pairs=[("mean_stability", "best_acc")]),
-    "flatness": partial(scatters, columns=4, pairs=[
-        (form + name, "best_acc") for name in MEASURES for form in FORMS]),
-    "stability": partial(scatters, columns=5, baseline=False, scratch=False, given="events", pairs=[
-        (x, y) for y in ("best_acc", "last_acc") for x in EVENTS]),
-    "compute": partial(scatters, pairs=[("compute", "best_acc"), ("compute", "last_acc")]),
-    "depth": appendix_figures.depth_figure, "table depth": appendix_figures.depth_table,
-    "table C1": partial(appendix_figures.table, columns=SUMMARY, compared=lambda a, b: (
-        (a.target, a.r) == (b.target, b.r) and sum(a.p) > sum(b.p))),
-    "table F1": partial(appendix_figures.table, columns=SUMMARY, compared=lambda a, b: (
-        (a.target, b.target) == ("L", "S")))}
+def measure_scatters(*measures):
+    """Returns the function that draws measures of flatness against stability, and accuracy against
+    them."""
+    return partial(scatters, pairs=[
+        pair for x in measures for pair in (("mean_stability", x), (x, "best_acc"))])
+
+
+# +-- Outputs: name: (what it shows, the experiment whose runs it takes or None, function) --------+
+
+stability_and_gap = partial(scatters, baseline=False, pairs=[
+    ("mean_stability", "best_acc"), ("mean_stability", "gap")])
+FIGURES = {
+    "2": ("accuracy by epoch, and against mean stability", "fig2", dynamics_and_scatter),
+    "3": ("accuracy, stability and their correlation by iterative rate", "fig3", rates_figure),
+    "4": ("accuracy and generalization gap against stability, SGD", "fig4", stability_and_gap),
+    "5": ("accuracy under noise instead of pruning", "fig5", noise_dynamics),
+    "6": ("stability and accuracy against Tr(H) and Tr(C)", "fig6",
+          measure_scatters("trace_eigs", "tr_c")),
+    "B1": ("activations of VGG19 before and after training", "figB1", activation_histograms),
+    "B2": ("Figure 2 with the scores E[BN] and signed E[BN]", "figB2", dynamics_and_scatter),
+    "C1": ("accuracy against mean stability at each rate", "fig3", rate_scatters),
+    "C2": ("their Kendall correlation at each rate", "fig3", rate_kendall),
+    "C3": ("Figure 4 at high stability", "figC3", stability_and_gap),
+    "D1": ("one weight under pruning and noise", "figD1", one_weight),
+    "D2": ("accuracy under noise that is undone", "figD2", noise_dynamics),
+    "E1": ("first ten eigenvalues of the Hessian", "fig6", partial(eigenvalues, first_ten=True)),
+    "E2": ("first hundred eigenvalues of the Hessian", "fig6",
+           partial(eigenvalues, first_ten=False)),
+    "E3": ("|ε| against stability, and accuracy against it", "fig6",
+           measure_scatters("epsilon_min")),
+    "E4": ("loss along the leading eigenvectors", "fig6", loss_along_eigenvectors),
+    "E5": ("TIC proxy against stability, and accuracy against it", "fig6",
+           measure_scatters("tic")),
+    "E6": ("accuracy against stability", "fig6",
+           partial(scatters, pairs=[("mean_stability", "best_acc")])),
+    "flatness": ("accuracy against every measure of flatness", "fig6", partial(
+        scatters, columns=4, pairs=[
+            (form + name, "best_acc") for name in MEASURES for form in FORMS])),
+    "density": ("spectral density of the Hessian", "fig6", spectra),
+    "stability": ("accuracy against what pruning events do", None, partial(
+        scatters, columns=5, baseline=False, given="events", pairs=[
+            (x, y) for y in ("best_acc", "last_acc") for x in EVENTS])),
+    "compute": ("accuracy against the multiply-adds spent", None, partial(
+        scatters, pairs=[("compute", "best_acc"), ("compute", "last_acc")])),
+    "depth": ("accuracy against the depth of drops, a line for each r", None, depth_figure),
+}
+TABLES = {
+    "C1": ("accuracy and stability at 46% and 59% total pruning", "tabC1", partial(
+        means_table, compared=lambda a, b: (
+            (a.target, a.r) == (b.target, b.r) and sum(a.p) > sum(b.p)))),
+    "F1": ("CIFAR-100", "tabF1", partial(
+        means_table, compared=lambda a, b: (a.target, b.target) == ("L", "S"))),
+    "depth": ("depth of the drops and frequency of the events, tested", None, depth_table),
+}
+OUTPUTS = FIGURES | {f"table {name}": entry for name, entry in TABLES.items()}
+NEEDS_FLATNESS = ("6", "E1", "E2", "E3", "E4", "E5", "flatness", "density")
+NEEDS_NO_RUNS = {"B1": "imagenet", "D1": "digits"}  # name: its data set
 
 
 # +-- Entry ---------------------------------------------------------------------------------------+
@@ -734,70 +719,70 @@ def title_of(models, dataset):
     options = runs_in(models)[0]["options"]
     default = train.default_options(options.model, options.optimizer, options.preset)
     words = [" and ".join(NAMES.get(model, model) for model in models), NAMES.get(dataset, dataset)]
-    words += [options.optimizer.upper()] * (
-        options.optimizer != train.default_options(options.model).get("optimizer"))
-    words += [f"preset {options.preset}"] * bool(options.preset)
-    for name, value in train.experiment_options(options).items():
-        if name not in (*METHOD_OPTIONS, "dataset") and value != default.get(name, value):
+    if options.optimizer != train.default_options(options.model).get("optimizer"):
+        words.append(options.optimizer.upper())
+    if options.preset:
+        words.append(f"preset {options.preset}")
+    for name, value in setting_options(options).items():
+        if name != "dataset" and value != default.get(name, value):
             name = "schedule ×" if name == "scale_epochs" else name.replace("_", " ")
             words.append(f"{name} {format_value(value)}".removeprefix("precision "))
     done = [runs for groups in models.values() for runs in finished(groups).values()]
     return ", ".join([*words, count_runs(done)] if done else words)
 
 
-def draw(name, runs, arguments, read):
-    """Draws an output for each data set and setting; raises UserError if there are no runs.
+def draw(name, runs, arguments, flatness_of):
+    """Draws an output for each place; returns whether runs of it are unfinished.
 
-    Returns:
-        Whether runs of it are unfinished.
+    Raises:
+        UserError: There are no runs to draw.
     """
-    _, experiment = OUTPUTS[name]
-    own = arguments.experiment if experiment is ALL_RUNS else None
-    experiment, label = experiment or own, f"Figure {name}" if name in FIGURES else name
+    _, experiment, draw_models = OUTPUTS[name]
+    own = None if experiment else arguments.experiment
+    experiment = experiment or own
+    label, file_name = (f"Figure {name}", f"fig{name}") if name in FIGURES else (
+        name, name.replace("table ", "tab"))
     block = read_experiments().get(experiment)
     selection, left_out = select_runs(block, runs, arguments.live)
-    selected = [run for models in selection.values() for run in runs_in(models)]
-    unfinished = any(run.get("unfinished") for run in left_out + selected)
+    selected = runs_in(selection)
+    unfinished = any(run["unfinished"] for run in left_out + selected)
     if name in NEEDS_FLATNESS:
-        selection, problems = select_runs(block, attach_flatness(selected, read))
+        selection, problems = select_runs(block, attach_flatness(selected, flatness_of))
         left_out += problems
     for run in left_out:
         print_line(f"left out: {run['dir']}: {run['problem']}")
-    if name == "D1" or name == "B1" and not selection:  # need no runs
-        selection = {("digits" if name == "D1" else "imagenet", ""): {}}
+    if name in NEEDS_NO_RUNS and not selection:
+        selection = {(NEEDS_NO_RUNS[name], ""): {}}
     check(selection or unfinished and arguments.live,
           f"no finished runs of {label} under {arguments.log_dir}/: train them with "
           f"'bash runs.sh {experiment or 'fig2'}', or name another --log-dir")
     files = {}
     for place, models in selection.items():
-        papers, members = bool(models) and is_paper_setting(block, place), runs_in(models)
+        as_paper, members = bool(models) and is_paper_setting(block, place), runs_in(models)
         file = "-".join(filter(None, [
-            f"fig{name}" if name in FIGURES else name.replace("table ", "tab"), own,
-            *([] if papers or name == "D1" else " ".join(place).split()),
-            "train" if name in NEEDS_FLATNESS and arguments.split == "train" else ""]))
+            file_name, own, *([] if as_paper or name == "D1" else place),
+            "train" * (name in NEEDS_FLATNESS and arguments.split == "train")])).replace(" ", "-")
         first = files.setdefault(file, place)
         check(first == place, f"{label} of {' '.join(first)} and of {' '.join(place)} would both "
               f"be {file}: rename one data set, or move it to another --log-dir")
         more = {}
         if name in ("table C1", "table F1"):
-            more = {"papers": PAPER[name, "resnet18"] if papers else None}
+            more = {"paper": PAPER[name, "resnet18"] if as_paper else {}}
         elif name == "B1":
-            more = {"log_dir": arguments.log_dir, "data_dir": arguments.data_dir}
+            more = {"data_dir": arguments.data_dir}
         with matplotlib.rc_context(plots.RC_PARAMS):
-            figure, numbers = DRAW[name](models, **more)
+            figure, numbers = draw_models(models, **more)
             title = title_of(models, place[0]) if models else next(iter(numbers.values()))["run"]
             if name in NEEDS_FLATNESS:
                 flats = [run["flat"] for run in members]
-                title += f"\nflatness: {appendix_figures.describe_flatness(flats, arguments.eigs)}"
-            notes = [f"these runs differ in {name}" for name in MACHINE if len({
-                json.dumps(run["config"][name]) for run in members if name in run["config"]}) > 1]
-            for model, panel in numbers.items():
-                if model in models:
-                    panel = method_numbers(finished(models[model])) | panel
-                panel["paper"] = PAPER.get((name, model)) if papers else None
-                numbers[model] = panel
+                title += f"\nflatness: {describe_flatness(flats, arguments.eigs)}"
+            notes = [f"these runs differ in {field}" for field in MACHINE if len({
+                json.dumps(run["config"][field]) for run in members if field in run["config"]}) > 1]
+            for model in models:
+                panel = numbers[model] = method_numbers(finished(models[model])) | numbers[model]
+                panel["paper"] = PAPER.get((name, model)) if as_paper else None
                 print_numbers(f"{label}, {title}, {model}", panel)
-                pairs = [label_pair(pair, panel["methods"]) for pair in panel.get("disagree", ())]
+                pairs = [label_pair(pair, panel["methods"]) for pair in panel["disagree"]]
                 if pairs:
                     notes.append(f"{NAMES.get(model, model)}, best and last accuracy differ in "
                                  f"sign: {'; '.join(pairs[:3])}" + " and more" * (len(pairs) > 3))
@@ -809,24 +794,23 @@ def draw(name, runs, arguments, read):
         print_line(f"drawn: {arguments.fig_dir}/{file}.pdf, .png and .json"
                    + f" from {len(members)} runs" * bool(members))
         if members and block:
-            there, wanted, command = missing_runs(
+            found, total, command = missing_runs(
                 experiment, block, place, members, arguments.log_dir)
-            if there < wanted:
-                print_line(f"{there} of {wanted} runs are there; the rest: {command}")
+            if found < total:
+                print_line(f"{found} of {total} runs are there; the rest: {command}")
     return unfinished
 
 
 def print_numbers(title, panel):
     """Prints a panel's methods, differences and correlations."""
-    print_line(title)
-    methods, best, last, disagree = (panel.get(key, {}) for key in (
+    methods, best, last, disagree = (panel[key] for key in (
         "methods", "paired_best_acc", "paired_last_acc", "disagree"))
-    rows = [[stats["label"], stats["best_acc"]["n"], *(
-        format_mean(stats[key], digits) for key, (_, digits) in SUMMARY.items())]
-        for stats in methods.values()]
-    head = ["method", "n", *(name for name, _ in SUMMARY.values())]
-    for label, *cells in [head, *rows] if rows else []:
-        print_line(f"  {label:42} {cells[0]:>3}" + "".join(f" {c:>18}" for c in cells[1:]))
+    heads = "".join(f" {head + ' (%)':>18}" for head, _ in SUMMARY.values())
+    print_line(f"{title}\n  {'method':42} {'n':>3}{heads}")
+    for stats in methods.values():
+        means = "".join(f" {format_mean(stats[key], digits):>18}"
+                        for key, (_, digits) in SUMMARY.items())
+        print_line(f"  {stats['label']:42} {stats['best_acc']['n']:>3}{means}")
     for pair in best if len(best) <= 15 else disagree:
         print_line(f"  {label_pair(pair, methods)}, paired by seed: best accuracy "
                    f"{format_difference(best[pair])}, last {format_difference(last[pair])}"
@@ -849,33 +833,33 @@ def list_outputs(log_dir):
     check(log_dir == "logs" or pathlib.Path(log_dir).is_dir(),
           f"--log-dir {log_dir}: there is no such folder")
     runs, blocks = find_runs(log_dir), read_experiments()
-    for name, (what, experiment) in OUTPUTS.items():
+    for name, (what, experiment, _) in OUTPUTS.items():
         source = f"'bash runs.sh {experiment}'" if experiment else "all runs"
         print_line(f"--{'figure ' * (name in FIGURES)}{name}: {what}; from {source}")
         selection, left_out = select_runs(blocks.get(experiment), runs)
         for place, models in selection.items():
-            members, wanted = runs_in(models), ""
+            members = runs_in(models)
+            count = str(len(members))
             if experiment:
-                wanted = f"of {missing_runs(experiment, blocks[experiment], place, members)[1]} "
-            print_line(f"    {' '.join(place).strip()}: {len(members)} {wanted}runs finished")
+                _, total, _ = missing_runs(experiment, blocks[experiment], place, members)
+                count += f" of {total}"
+            print_line(f"    {' '.join(place).strip()}: {count} runs finished")
         if left_out:
             print_line(f"    {len(left_out)} unfinished or damaged runs")
 
 
-def draw_all(names, arguments, read):
+def draw_all(names, arguments, flatness_of):
     """Draws outputs, with --live again while runs go on; prints a line for each that fails."""
     while True:
-        runs, errors, unfinished = find_runs(arguments.log_dir), [], []
+        runs, flatness_once, unfinished = find_runs(arguments.log_dir), cache(flatness_of), []
         for name in names:
             try:
-                unfinished.append(draw(name, runs, arguments, read))
+                unfinished.append(draw(name, runs, arguments, flatness_once))
             except UserError as error:
-                errors.append(error)
-                if len(names) > 1:
-                    print_line(f"{name}: {error}", sys.stderr)
-        if len(names) == 1 == len(errors):
-            raise errors[0]
-        check(len(errors) < len(names), "nothing could be drawn")
+                if len(names) == 1:
+                    raise
+                print_line(f"{name}: {error}", sys.stderr)
+        check(unfinished, "nothing could be drawn")
         if not (arguments.live and any(unfinished)):
             return
         time.sleep(20)
@@ -900,7 +884,7 @@ def export_network(directory, takes, data_dir):
 def make_parser():
     parser = OneLineParser(prog="analyze.py", description=__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument_group("what to do").add_argument
+    add = parser.add_argument
     add("--figure", choices=[*FIGURES, "all"], nargs="+", default=[], metavar="NAME",
         help=f"{', '.join(FIGURES)}; or all, tables included")
     add("--table", choices=TABLES, nargs="+", default=[])
@@ -927,9 +911,8 @@ def make_parser():
         help="also measure the network rescaled by 1/2 and 2 (default: no)")
     add("--memory-gb", type=float, default=4, help="for graphs and activations; the eigenvectors "
         "need 4.3 * eigs copies of the network, too (default: 4)")
-    add = parser.add_argument_group("folders").add_argument
     for name, default in (("log", "logs"), ("fig", "figures"), ("data", "data")):
-        add(f"--{name}-dir", default=default, help=f"(default: {default})")
+        parser.add_argument(f"--{name}-dir", default=default, help=f"(default: {default})")
     return parser
 
 
@@ -942,15 +925,14 @@ def main(argv=None):
         names = list(OUTPUTS) if "all" in names else names
         check(names or arguments.list or arguments.flatness or arguments.export,
               "nothing to do: give --figure, --table, --flatness, --export or --list")
-        check(names or not arguments.live, "--live draws again: give --figure, too")
-        check(not arguments.experiment or any(OUTPUTS[name][1] is ALL_RUNS for name in names),
+        check(not arguments.experiment or any(OUTPUTS[name][1] is None for name in names),
               "--experiment is for --figure stability, compute and depth, and --table depth")
         for name in ("eigs", "images", "memory_gb"):
             value = getattr(arguments, name)
             check(value is None or 0 < value < 1e6, f"--{name.replace('_', '-')} "
                   f"{format_value(value)}: give a number above 0 and below a million")
         measure = partial(
-            appendix_figures.measure_flatness, split=arguments.split,
+            measure_flatness, split=arguments.split,
             images=arguments.images or 512, num_eigs=arguments.eigs, eigensolver=arguments.eig,
             memory_gb=arguments.memory_gb, control=arguments.control, data_dir=arguments.data_dir)
         if arguments.list:
@@ -960,8 +942,8 @@ def main(argv=None):
         for directory in arguments.export:
             export_network(directory, arguments.takes, arguments.data_dir)
         if names:
-            draw_all(names, arguments, cache(partial(
-                read_flatness, split=arguments.split, measure=measure, images=arguments.images)))
+            draw_all(names, arguments, partial(
+                read_flatness, split=arguments.split, measure=measure, images=arguments.images))
         return 0
     except (Exception, KeyboardInterrupt) as error:
         return report_error(error, "analyze.py", "figures drawn so far are complete")

@@ -29,13 +29,16 @@ from gst_ext.networks import OWN_NETWORKS, VGG, Block, ResNet, build_model, set_
 from gst_ext.plots import BLUE, GREEN, ORANGE, PINK, RED, SKY, matplotlib
 from gst_ext.rundir import environment, load_checkpoint, read_config, write_json
 from gst_ext.statistics import (
-    format_ci, format_mean, holm, mean_ci, nan_to_none, paired_test, summary_stats, t_test)
+    format_mean, format_test, holm, mean_ci, nan_to_none, paired_test, summary_stats, t_test)
 
 MEASURES = {  # of flatness
     "trace_eigs": "Tr(H), leading eigenvalues", "tr_f": "Tr(H)", "tr_c": "Tr(C)",
     "tic": "TIC proxy", "c_over_f": "Tr(C)/Tr(H)",
     "epsilon_min": "|ε| at a loss rise of 0.1", "top": "λ₁, the leading eigenvalue"}
 FORMS = ("", "adaptive_")
+SUMMARY = {  # of tables: {field: (head, digits)}
+    "best_acc": ("best accuracy", 2), "last_acc": ("last accuracy", 2),
+    "mean_stability": ("mean stability", 3)}
 MOVED = 0.05  # a panel mentions larger relative changes by rescaling
 # Parts of methods' names: Table C.1's 59%, and the methods of Table F.1.
 HIGH = "-p0.25,0.8,0.25,0.95"
@@ -94,11 +97,11 @@ def load_network(directory, data_dir="data", device="cpu", checkpoint=None):
     check(known or not own["file"], f"{directory} has a network of your own: add --model "
           f"{own['file']}:{name}, the file as it was when the run was trained")
     if not checkpoint:
-        saved, last = f"epoch{epoch}.pt", "checkpoint.pt"
-        checkpoint = saved if epoch and (directory / saved).exists() else last
-        check(checkpoint == saved or (directory / "done.json").exists(),
-              f"{directory} is not finished" + f", and has no {saved}" * bool(epoch)
-              + ": continue the run first")
+        checkpoint = f"epoch{epoch}.pt"
+        if not epoch or not (directory / checkpoint).exists():
+            check((directory / "done.json").exists(), f"{directory} is not finished"
+                  + f", and has no {checkpoint}" * bool(epoch) + ": continue the run first")
+            checkpoint = "checkpoint.pt"
     if dataset not in BUILT_IN and not pathlib.Path(dataset).exists():
         dataset = config.get("data_path", dataset)  # a path relative to another folder
     (arrays, info), path = train.load_arrays(dataset, data_dir), directory / checkpoint
@@ -139,13 +142,12 @@ def live_part(model):
     return export.compact(model), flatness.flat(export.compact(numbered).parameters()).long()
 
 
-def measure_flatness(directory, split="test", images=512, num_eigs=100, eigensolver="lanczos",
-                     memory_gb=4, control=False, data_dir="data", checkpoint=None):
+def measure_flatness(directory, split, images, num_eigs, eigensolver, memory_gb, control, data_dir):
     """Measures a run's checkpoint on the first images of a split, in float32, and returns what it
     writes to flatness_path (docs/flatness.md), unless the file holds this measurement already."""
     path, seconds, device = flatness_path(directory, split), {}, train.setup_device()
     label = "/".join(path.absolute().parts[-4:-1])
-    model, data, source = load_network(directory, data_dir, device, checkpoint)
+    model, data, source = load_network(directory, data_dir, device)
     settings = {"version": 4, **source, "mode": "eval", "split": split, "images": images,
                 "dtype": "float32", "seed": 0, "eig": eigensolver, "eigs": num_eigs}
     with contextlib.suppress(OSError, ValueError, AttributeError):  # damaged: measure again
@@ -374,14 +376,14 @@ def normalised_activations(model, layers, images):
     return result
 
 
-def imagenet_networks(log_dir, data_dir):
+def imagenet_networks(data_dir):
     """Returns run_networks for torchvision's ImageNet weights, on 32 enlarged CIFAR-10 images."""
     import torchvision
     try:
         trained = torchvision.models.vgg19_bn(weights="IMAGENET1K_V1")
     except Exception as error:
         raise UserError(
-            f"no finished VGG19 run under {log_dir}/, and torchvision's weights cannot be loaded "
+            "there is no finished VGG19 run, and torchvision's weights cannot be loaded "
             f"({first_line(error)}): train one with 'bash runs.sh figB1 --quick'") from None
     torch.manual_seed(0)
     x = torch.from_numpy(train.load_arrays("cifar10", data_dir)[0]["test_x"][:32])
@@ -400,10 +402,10 @@ def run_networks(run, data_dir):
     return (untrained, trained), Block, images, run["dir"]
 
 
-def activation_histograms(models, log_dir, data_dir):
+def activation_histograms(models, data_dir):
     """Draws Figure B1 of a finished VGG19 run, or else of ImageNet's weights."""
     networks, kind, images, source = (run_networks(models["vgg19"]["none"][0], data_dir) if models
-                                      else imagenet_networks(log_dir, data_dir))
+                                      else imagenet_networks(data_dir))
     figure, axes = plots.subplots(16, 2, 1.0, sharex=True)
     grid, layers = np.linspace(-4, 4, 81), []
     for column, when in enumerate(("before training", "after training")):
@@ -509,12 +511,11 @@ def draw_tables(*tables):
     return figure
 
 
-def table(models, papers, columns, compared):
+def means_table(models, paper, compared):
     """Draws a table of means and deviations, and of t-tests of the best accuracies.
 
     Args:
-        papers: {method: what the paper has}, or None away from the paper's setting.
-        columns: {measure: (title, digits)}.
+        paper: {method: what the paper has}, empty away from the paper's setting.
         compared: Whether the first of two methods is tested against the second, by their options.
     """
     groups, rows, t_tests, totals = models["resnet18"], [], {}, {}
@@ -532,11 +533,11 @@ def table(models, papers, columns, compared):
                              + f" ({now:+.2f}; last epoch {later:+.2f})" * (now * later < 0))
         row = {"method": runs[0]["label"], "pruned": f"{totals[method]['mean']:.0f}%",
                "n": len(runs)}
-        row |= {title: format_mean(summary_stats([run[name] for run in runs]), digits)
-                for name, (title, digits) in columns.items()}
+        row |= {f"{head} (%)": format_mean(summary_stats([run[name] for run in runs]), digits)
+                for name, (head, digits) in SUMMARY.items()}
         row["p, two-tailed, against"] = "\n".join(cells) or "–"
-        if papers:
-            row["paper's"] = ("{1:.2f} ± {2}; {3:g}".format(*papers[method]) if method in papers
+        if paper:
+            row["paper's"] = ("{1:.2f} ± {2}; {3:g}".format(*paper[method]) if method in paper
                               else "–")
         rows.append(row)
     return draw_tables(rows), {"resnet18": {"t_tests": t_tests, "total_pruned": totals}}
@@ -544,31 +545,25 @@ def table(models, papers, columns, compared):
 
 # +-- Depth of the drops or frequency of the events (docs/depth.md) -------------------------------+
 
-COMPARED = {  # measure: (head, digits)
-    "last_acc": ("last accuracy", 2), "best_acc": ("best accuracy", 2),
-    "mean_stability": ("mean stability", 3)}
+COMPARED = ("last_acc", "best_acc", "mean_stability")
 ALPHA = 0.05
 
 
 def pruning_cells(groups):
     """Returns {(r, target): {seed: run}} of each set of methods that differ in r and target only.
 
-    The targets are ordered by depth: S, quantiles, R, L.
+    The targets are ordered by depth: S, quantiles, R, L. Random ones go with every score.
     """
-    def order(cell):
-        (r, target), _ = cell
-        return "SQRL".index(target[0]), target, r
-
-    sets = {}
+    cells = []
     for runs in groups.values():
         options = runs[0]["options"]
         if runs[0]["events"] and not options.scratch and options.noise == "none":
             same = str([options.s, options.e, options.p, options.prune_bn, options.optimizer])
-            score = "" if options.target == "R" else options.score
-            cells = sets.setdefault(same, {}).setdefault(score, {})
-            cells[options.r, options.target] = {run["seed"]: run for run in runs}
-    return [dict(sorted((scores.get("", {}) | cells).items(), key=order))
-            for scores in sets.values() for score, cells in scores.items() if score]
+            cells.append((same, options.score, (options.r, options.target), runs))
+    cells.sort(key=lambda cell: ("SQRL".index(cell[2][1][0]), cell[2][1], cell[2][0]))
+    sets = dict.fromkeys((same, score) for same, score, (_, target), _ in cells if target != "R")
+    return [{key: {run["seed"]: run for run in runs} for same, score, key, runs in cells
+             if same == wanted[0] and (score == wanted[1] or key[1] == "R")} for wanted in sets]
 
 
 def compare_cells(cells, comparisons):
@@ -599,26 +594,26 @@ def depth_and_frequency(cells):
     """Compares targets at each r, and neighbouring r over the targets that both have.
 
     Returns:
-        compare_cells' rows of depth, {target: rows}, and of frequency; and the answers by the rules
-        of docs/depth.md: {"depth" or "frequency": [where it is shown]} and a line on each.
+        {"depth": {target: rows of compare_cells}, "frequency": rows, "answers": {kind: [where it is
+        shown]}} by the rules of docs/depth.md, and a line on each answer.
     """
-    rates, depth, answers, lines = sorted({r for r, _ in cells}), {}, {}, []
+    rates = sorted({r for r, _ in cells})
     events = {key: {run["events"] for run in runs.values()} for key, runs in cells.items()}
-    for target in dict.fromkeys(target for _, target in cells if target != "S"):
-        depth[target] = compare_cells(cells, [
-            (f"Prune_{target} − Prune_S", f"r = {r}", [(r, target)], [(r, "S")]) for r in rates
-            if (r, target) in cells and events[r, target] == events.get((r, "S"))])
-    shared = [(few, many, [t for r, t in cells if r == few and (many, t) in cells])
-              for many, few in zip(rates, rates[1:])]
+    depth = {target: compare_cells(cells, [
+        (f"Prune_{target} − Prune_S", f"r = {r}", [(r, target)], [(r, "S")]) for r in rates
+        if (r, target) in cells and events[r, target] == events.get((r, "S"))])
+        for target in dict.fromkeys(target for _, target in cells) if target != "S"}
+    neighbours = [(often, rare, [t for r, t in cells if r == rare and (often, t) in cells])
+                  for often, rare in zip(rates, rates[1:])]
     frequency = compare_cells(cells, [
-        (f"r = {few} − r = {many}", ", ".join(f"Prune_{t}" for t in targets),
-         [(few, t) for t in targets], [(many, t) for t in targets])
-        for few, many, targets in shared if targets])
+        (f"r = {rare} − r = {often}", ", ".join(f"Prune_{t}" for t in targets),
+         [(rare, t) for t in targets], [(often, t) for t in targets])
+        for often, rare, targets in neighbours if targets])
 
     def significant(test):
         return test["p_holm"] is not None and test["p_holm"] < ALPHA
 
-    deep = depth.get("L", [])
+    deep, answers, lines = depth.get("L", []), {}, []
     asked = [row for row in deep if significant(row["mean_stability"])
              and row["mean_stability"]["mean"] < 0]
     for kind, rows, where in (("depth", asked, "where"), ("frequency", frequency, "name")):
@@ -631,28 +626,32 @@ def depth_and_frequency(cells):
                      row[where] for row in deep if kind == "depth" and row not in asked]}
         stated = [f"{part}: {', '.join(places)}" for part, places in parts.items() if places]
         lines.append(f"{kind}: {'; '.join(stated) or 'no runs to compare'}")
-    return depth, frequency, answers, lines
+    return {"depth": depth, "frequency": frequency, "answers": answers}, lines
 
 
 def depth_rows(cells, prefix=""):
-    """Returns two lists of dicts for draw_tables, accuracies by r and target (`prefix` begins their
-    head) and the tests; and depth_and_frequency of the cells."""
-    results = depth_and_frequency(cells)
-    two_way = []
+    """Returns two lists of dicts for draw_tables: accuracies by r and target, the head of which
+    `prefix` begins, and the tests. Then what depth_and_frequency returns."""
+    results, lines = depth_and_frequency(cells)
+    by_rate = []
     for r in sorted({r for r, _ in cells}):
-        two_way.append({f"{prefix}last accuracy (mean stability; n)": f"r = {r}"})
+        row = {f"{prefix}last accuracy (mean stability; n)": f"r = {r}"}
         for target in dict.fromkeys(target for _, target in cells):
             runs = cells.get((r, target), {}).values()
-            two_way[-1][f"Prune_{target}"] = "{:.2f} ({:.3f}; {})".format(
-                *(summary_stats([run[name] for run in runs])["mean"]
-                  for name in ("last_acc", "mean_stability")),
-                len(runs)) if runs else "–"
-    depth, frequency = results[:2]
-    tests = [{"difference, paired by seed": row["name"], "at": row["where"],
-              "n": len(row["seeds"])} | {head: format_test(row[measure], digits)
-                                         for measure, (head, digits) in COMPARED.items()}
-             for rows in (*depth.values(), frequency) for row in rows]
-    return two_way, tests, results
+            means = [summary_stats([run[name] for run in runs])["mean"]
+                     for name in ("last_acc", "mean_stability") if runs]
+            row[f"Prune_{target}"] = "{:.2f} ({:.3f}; {})".format(
+                *means, len(runs)) if runs else "–"
+        by_rate.append(row)
+    tests = []
+    for found in itertools.chain(*results["depth"].values(), results["frequency"]):
+        row = {"difference, paired by seed": found["name"], "at": found["where"],
+               "n": len(found["seeds"])}
+        for name in COMPARED:
+            (head, digits), test = SUMMARY[name], found[name]
+            row[head] = format_test(test["mean"], test["ci95"], test["p_holm"], digits)
+        tests.append(row)
+    return by_rate, tests, results, lines
 
 
 def depth_table(models):
@@ -661,19 +660,12 @@ def depth_table(models):
     for model, groups in models.items():
         numbers[model] = {"designs": [], "answers": []}
         for cells in pruning_cells(groups):
-            two_way, tests, (depth, frequency, answers, lines) = depth_rows(cells, f"{model}: ")
-            tables += [rows for rows in (two_way, tests) if rows]
-            numbers[model]["designs"].append({
-                "cells": two_way, "depth": depth, "frequency": frequency, "answers": answers})
+            by_rate, tests, results, lines = depth_rows(cells, f"{model}: ")
+            tables += [rows for rows in (by_rate, tests) if rows]
+            numbers[model]["designs"].append({"cells": by_rate, **results})
             numbers[model]["answers"] += lines
     nothing = [{"no pruned runs yet that differ in --target or --r only": "–"}]
     return draw_tables(*tables or [nothing]), numbers
-
-
-def format_test(test, digits):
-    """Formats a difference, its interval and p after Holm's correction."""
-    p = "" if test["p_holm"] is None else f", p = {test['p_holm']:.2g}"
-    return format_ci(test["mean"], test["ci95"], f"+.{digits}f") + p
 
 
 def depth_figure(models):

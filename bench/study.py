@@ -21,7 +21,7 @@ from appendix_figures import (  # noqa: E402
     read_flatness)
 from gst_ext.errors import UserError, check, report_error  # noqa: E402
 from gst_ext.statistics import (  # noqa: E402
-    correlations, format_ci, partial_correlation, summary_stats)
+    correlations, format_ci, format_test, partial_correlation, summary_stats)
 
 ARCHIVE = ROOT / "bench/results/study/logs.tar.xz"
 PACKED = ("config.json", "epochs.jsonl", "done.json", "flatness.json", "flatness-train.json")
@@ -50,7 +50,7 @@ def coefficient(numbers, kind):
     if not numbers[kind]:
         return "undefined"
     r, p = numbers[kind]
-    return f"{format_ci(r, numbers[f'{kind}_ci95'], '+.2f')}, p = {p:.2g}"
+    return format_test(r, numbers[f"{kind}_ci95"], p)
 
 
 def table(head, rows):
@@ -80,8 +80,7 @@ def pairs_table(groups, pairs):
         if tests:
             labels = " − ".join(groups[name][0]["label"] for name in (a, b))
             rows.append([labels, str(tests[0]["n"]), *(
-                format_ci(t["mean"], t["ci95"], "+.2f")
-                + (f", p = {t['p']:.2g}" if t["p"] is not None else "") for t in tests)])
+                format_test(test["mean"], test["ci95"], test["p"]) for test in tests)])
     return table(["pair", "n", "last accuracy (points)", "best accuracy (points)"], rows)
 
 
@@ -102,9 +101,9 @@ def depth_tables(groups):
     """Depth and frequency (docs/depth.md) of each schedule with several of both."""
     lines = []
     for cells in pruning_cells(groups):
-        two_way, tests, (*_, answers) = depth_rows(cells)
-        if len(two_way) > 1 and tests:
-            for rows in (two_way, tests):
+        by_rate, tests, _, answers = depth_rows(cells)
+        if len(by_rate) > 1 and tests:
+            for rows in (by_rate, tests):
                 lines += table(list(rows[0]), [[str(cell) for cell in row.values()]
                                                for row in rows])
             lines += [f"- {line}" for line in answers] + [""]
@@ -161,7 +160,7 @@ def report(log_dir):
     runs, blocks = analyze.find_runs(log_dir), analyze.read_experiments()
     fig2, fig3, fig5, fig6 = (analyze.select_runs(blocks[name], runs)[0]
                               for name in ("fig2", "fig3", "fig5", "fig6"))
-    everything = analyze.select_runs(analyze.ALL_RUNS, runs)[0]
+    everything = analyze.select_runs(None, runs)[0]
     lines = left_out(runs)
     for place, model in sorted({(place, model) for selection in (fig2, fig3, fig5, fig6, everything)
                                 for place, models in selection.items() for model in models}):

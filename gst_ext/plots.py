@@ -74,7 +74,7 @@ def mark_drops(axis, curves):
     floor = min(np.percentile(mean[len(mean) // 4:], 15) for mean in means)
     floor -= 0.15 * (top - floor) or 1
     axis.set_ylim(floor, top + 0.1 * (top - floor))
-    marks, places = [], []  # (x, depth, colour); (x, marks below)
+    marks, drawn = [], []  # (x, depth, colour); (x, level), level 0 being the lowest
     for (before, _, colour), mean in zip(curves, means):
         drop = (before - mean) / (top - floor)
         below = np.flatnonzero((before >= floor) & (mean < floor) & (drop > 0.1))
@@ -82,9 +82,9 @@ def mark_drops(axis, curves):
             deepest = below[mean[below].argmin()]
             marks.append((deepest + 1, mean[deepest], colour))
     for x, depth, colour in sorted(marks):
-        near = {level for other, level in places if x - other < 0.12 * max(map(len, means))}
+        near = {level for other, level in drawn if x - other < 0.12 * max(map(len, means))}
         level = min(set(range(len(near) + 1)) - near)
-        places.append((x, level))
+        drawn.append((x, level))
         axis.annotate(f"{depth:.0f}%", (x, floor), (0, 2 + 10 * level), color=colour, fontsize=7,
                       textcoords="offset points", ha="center",
                       bbox={"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.8})
@@ -112,14 +112,16 @@ def legend_outside(figure, axes, name=str):
 def add_titles(figure, title, notes):
     """Writes a title above the panels, and notes (lines) below them."""
     width = int(13 * figure.get_figwidth())
-    title, notes = (  # a name in another encoding cannot be drawn
-        "\n".join(textwrap.fill(line, width) for line in lines).encode(
-            "utf-8", "backslashreplace").decode() for lines in (title.splitlines(), notes))
-    figure.suptitle(title, fontsize=8, parse_math=False)
+
+    def wrapped(lines):  # a name in another encoding cannot be drawn
+        text = "\n".join(textwrap.fill(line, width) for line in lines)
+        return text.encode("utf-8", "backslashreplace").decode()
+
+    figure.suptitle(wrapped(title.splitlines()), fontsize=8, parse_math=False)
     if notes and figure.legends:
-        figure.legends[0].set_title(notes, {"size": 7})
+        figure.legends[0].set_title(wrapped(notes), {"size": 7})
     elif notes:
-        figure.supxlabel(notes, fontsize=7, parse_math=False)
+        figure.supxlabel(wrapped(notes), fontsize=7, parse_math=False)
 
 
 def save(figure, path, numbers):

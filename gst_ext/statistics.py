@@ -158,6 +158,12 @@ def format_ci(value, bounds, form):
     return f"{value:{form}}" + (f" ({bounds[0]:{plain}} to {bounds[1]:{plain}})" if bounds else "")
 
 
+def format_test(value, bounds, p, digits=2):
+    """Formats a difference or coefficient with its interval and p: +0.34 (0.09 to 0.59), p = 0.018.
+    """
+    return format_ci(value, bounds, f"+.{digits}f") + ("" if p is None else f", p = {p:.2g}")
+
+
 def format_correlation(numbers, kind, short=False):
     """Formats a coefficient: Kendall τ = -0.62 (-0.81 to -0.31), p = 0.0003."""
     if not numbers[kind]:

@@ -290,7 +290,7 @@ def test_every_line_of_experiments_txt_is_an_own_method_of_its_block():
         for preset in (None, "quick", "small"):
             keys = [analyze.method_key(o) for o in analyze.block_options(block, preset)]
             assert len(set(keys)) == len(keys), name
-    used = {experiment for _, experiment in analyze.OUTPUTS.values()} - {None}
+    used = {experiment for _, experiment, _ in analyze.OUTPUTS.values()} - {None}
     blocks = analyze.read_experiments()
     assert used == {name for name in blocks if "--experiment" not in blocks[name].get("draw", "")}
 

@@ -27,11 +27,14 @@ def write_cells(log_dir, depth=0.0, frequency=0.0, deeper=2.0, targets=TARGETS, 
                       [*drops, 78, round(last, 2)], events)
 
 
-@pytest.mark.parametrize("depth, frequency", [(0, 0), (0.5, 0), (0, 0.5), (0.5, 0.5)])
+def depth_table(tmp_path):
+    return draw(tmp_path, "--table", "depth")["tabdepth"]["models"]["vgg11"]
+
+
+@pytest.mark.parametrize("depth, frequency", [(0.5, 0), (0, 0.5)])
 def test_the_table_names_what_made_the_difference(tmp_path, capsys, depth, frequency):
     write_cells(tmp_path / "logs", depth, frequency)
-    panel = draw(tmp_path, "--table", "depth")["tabdepth"]["models"]["vgg11"]
-    answers = panel["designs"][0]["answers"]
+    answers = depth_table(tmp_path)["designs"][0]["answers"]
     assert answers == {"depth": [f"r = {r}" for r in RATES] if depth else [],
                        "frequency": ["r = 40 − r = 4", "r = 100 − r = 40"] if frequency else []}
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
@@ -42,9 +45,9 @@ def test_the_table_names_what_made_the_difference(tmp_path, capsys, depth, frequ
 
 def test_differences_are_the_paired_tests_of_their_runs(tmp_path):
     write_cells(tmp_path / "logs", 0.2, 0.1, targets=("S", "L"), seeds=4)
-    models = draw(tmp_path, "--table", "depth")["tabdepth"]["models"]
-    methods, design = models["vgg11"]["methods"], models["vgg11"]["designs"][0]
-    last = {name: np.array(method["last_acc"]["values"]) for name, method in methods.items()}
+    panel = depth_table(tmp_path)
+    design, last = panel["designs"][0], {
+        name: np.array(method["last_acc"]["values"]) for name, method in panel["methods"].items()}
     p_values = []
     for row, r in zip(design["depth"]["L"], RATES):
         difference = last[f"L-r{r}"] - last[f"S-r{r}"]
@@ -64,7 +67,7 @@ def test_differences_are_the_paired_tests_of_their_runs(tmp_path):
 def test_depth_is_not_asked_of_equal_drops_and_not_compared_over_other_schedules(tmp_path, capsys):
     write_cells(tmp_path / "logs", 0.5, deeper=0, targets=("S", "L"))
     write_run(tmp_path / "logs", "--target L --r 4 --p 0.3 0.3 0.3 0.8", 1, [79, 85], {0: (80, 2)})
-    panel = draw(tmp_path, "--table", "depth")["tabdepth"]["models"]["vgg11"]
+    panel = depth_table(tmp_path)
     assert panel["designs"][0]["answers"]["depth"] == []
     assert "not asked, since Prune_L's drops are not shown to be deeper: r = 4" in (
         capsys.readouterr().out)

@@ -1,4 +1,5 @@
 """Every figure and table of logs written here: what is in it, how it looks, what it leaves out."""
+# ruff: noqa: F401, F811 (fixtures)
 import json
 import shlex
 import warnings
@@ -8,8 +9,7 @@ import pytest
 import scipy.stats
 import torch
 import torchvision
-from test_analyze import (  # noqa: F401
-    EVENT, draw, draw_panel, edit, line_of, no_images, refusal, write_run)
+from test_analyze import EVENT, draw, draw_panel, edit, line_of, no_images, refusal, write_run
 
 import analyze
 import appendix_figures
@@ -63,12 +63,17 @@ def write_all(log_dir, name, seeds=(1, 2, 3), flat=True):
                 write_flatness(path, seed)
 
 
-@pytest.mark.parametrize("name", DRAWN)
-def test_every_output_is_complete_and_readable(tmp_path, no_images, name):  # noqa: F811
-    write_all(tmp_path / "logs", name)
+def draw_output(tmp_path, name, *more):
+    """Draws a figure or table by its name in OUTPUTS; returns its numbers."""
     kind, number = ("figure", name) if name in analyze.FIGURES else name.split()
-    file = f"{kind[:3]}{number}"
-    numbers = draw(tmp_path, f"--{kind}", number)[file]
+    numbers, = draw(tmp_path, f"--{kind}", number, *more).values()
+    return numbers
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_every_output_is_complete_and_readable(tmp_path, no_images, name):
+    write_all(tmp_path / "logs", name)
+    numbers = draw_output(tmp_path, name)
     wanted = {}
     for line in lines_of(name):
         options = train.parse_options(shlex.split(line))
@@ -78,7 +83,7 @@ def test_every_output_is_complete_and_readable(tmp_path, no_images, name):  # no
     for panel in numbers["models"].values():
         for method in panel["methods"].values():
             assert method["best_acc"]["n"] == 3 == len(method["runs"])
-    figure = no_images[file]
+    figure, = no_images.values()
     with analyze.matplotlib.rc_context(analyze.plots.RC_PARAMS):
         figure.draw_without_rendering()
     edges = figure.get_window_extent()
@@ -97,10 +102,11 @@ def test_every_output_is_complete_and_readable(tmp_path, no_images, name):  # no
             assert len(set(looks)) == len(looks)
 
 
-@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize("name", [  # one for each function that draws unfinished runs
+    "2", "3", "5", "6", "C1", "C2", "stability", "table C1", "depth", "table depth"])
 def test_live_waits_for_epochs_and_draws_until_all_runs_are_finished(
         tmp_path, monkeypatch, recwarn, name):
-    write_all(tmp_path / "logs", name, seeds=(1, 2))
+    write_all(tmp_path / "logs", name, seeds=(1, 2), flat=False)
     logs = {path: path.read_text().splitlines(True) for path in tmp_path.rglob("epochs.jsonl")}
     lengths, drawn = iter([0, 1, 5, 9]), []
 
@@ -109,10 +115,11 @@ def test_live_waits_for_epochs_and_draws_until_all_runs_are_finished(
         length = next(lengths)
         for i, (path, lines) in enumerate(sorted(logs.items())):
             path.write_text("".join(lines[:length + i % 3 if length in (1, 5) else length]))
+            if length == 9:  # before, flatness cannot be measured
+                write_flatness(path.parent, 1)
     go_on()
     monkeypatch.setattr(analyze.time, "sleep", go_on)
-    kind, number = ("figure", name) if name in analyze.FIGURES else name.split()
-    numbers = draw(tmp_path, f"--{kind}", number, "--live")[f"{kind[:3]}{number}"]
+    numbers = draw_output(tmp_path, name, "--live")
     assert next(lengths, None) is None and numbers["left_out"] == {}
     assert drawn[:3] == [0, 0, name not in analyze.NEEDS_FLATNESS]
     assert not [str(warning.message) for warning in recwarn]
@@ -254,7 +261,7 @@ def test_normalised_activations_have_mean_0_and_variance_1_and_skip_dead_maps():
 
 
 def test_figure_b1_from_a_vgg19_run_and_from_torchvision(
-        tmp_path, tiny, monkeypatch, refusal):  # noqa: F811
+        tmp_path, tiny, monkeypatch, refusal):
     options = "--model vgg19 --width 0.05 --device cpu --batch-size 32 --epochs 2 --lrs 2".split()
     assert train.main([*options, "--dataset", str(tiny), "--log-dir", str(tmp_path / "logs")]) == 0
     numbers, = draw(tmp_path, "--figure", "B1").values()
@@ -280,7 +287,7 @@ def test_figure_b1_from_a_vgg19_run_and_from_torchvision(
     assert "no route" in error and "bash runs.sh figB1" in error
 
 
-def test_depths_of_events_that_leave_the_panel_are_marked(tmp_path, no_images):  # noqa: F811
+def test_depths_of_events_that_leave_the_panel_are_marked(tmp_path, no_images):
     for method, depth in (("S-r40", 12), ("L-r40", 21), ("S-r4", 5)):
         curve = [70 + i / 10 for i in range(60)]
         curve[20], curve[30] = 2, depth  # the first is a fluctuation without an event
@@ -292,7 +299,7 @@ def test_depths_of_events_that_leave_the_panel_are_marked(tmp_path, no_images): 
     assert all(low.y1 <= high.y0 for low, high in zip(boxes, boxes[1:])), "they hide each other"
 
 
-def test_runs_of_one_epoch_are_visible(tmp_path, no_images):  # noqa: F811
+def test_runs_of_one_epoch_are_visible(tmp_path, no_images):
     for seed in (1, 2):
         write_run(tmp_path / "logs", "--target S --r 4", seed, [60 + seed], EVENT)
     draw(tmp_path, "--figure", "2")
@@ -333,7 +340,7 @@ def test_the_stability_figure_holds_hand_computed_numbers(tmp_path):
 
 
 def test_panels_note_what_rescaling_moved_and_what_has_not_converged(
-        tmp_path, no_images):  # noqa: F811
+        tmp_path, no_images):
     write_all(tmp_path / "logs", "flatness")
     numbers = draw(tmp_path, "--figure", "flatness", "6")["figflatness"]
     assert "12 eigenpairs (100 asked)" in numbers["title"] and "512 test images" in numbers["title"]
@@ -358,7 +365,7 @@ def test_panels_note_what_rescaling_moved_and_what_has_not_converged(
 
 
 def test_spectra_are_drawn_on_one_grid_and_narrow_ones_are_not_lost(
-        tmp_path, refusal):  # noqa: F811
+        tmp_path, refusal):
     def curves():
         (tmp_path / "figdensity.json").unlink(missing_ok=True)
         found = [*draw_panel(tmp_path, "density")["density"].values()]

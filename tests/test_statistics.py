@@ -117,8 +117,6 @@ def test_t_tests_against_the_formulas():
 
 
 def test_paired_differences():
-    equal = statistics.paired_test([780, 776], [779, 775], 797)
-    assert equal["values"] == [100 / 797] * 2 and equal["p"] is None
     a, b = [3, 5, 4], [1, 2, 4]
     test, t = statistics.paired_test(a, b), scipy.stats.ttest_rel(a, b)
     ci = t.confidence_interval()
