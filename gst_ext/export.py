@@ -163,12 +163,13 @@ def save(model, folder, size, classes, mean, std, takes="uint8"):
     Returns:
         The paths of the files.
     """
-    # torch.export.save warns of channels-last weights, and torch.onnx indexes what they lead to.
+    # torch.export.save warns of channels-last weights, and torch.onnx indexes what they lead to; so
+    # it does of images traced in channels-last memory (those given later may lie in any).
     network = compact(model).to(memory_format=torch.contiguous_format)
     images = torch.zeros(2, 3, *size, device=mean.device)
     if takes == "uint8":
         network = Normalised(network, mean, std)
-        images = torch.zeros(2, *size, 3, dtype=torch.uint8, device=mean.device)
+        images = images.byte().permute(0, 2, 3, 1)
     about = json.dumps({"takes": takes, "size": list(size), "classes": list(classes),
                         "mean": mean.tolist(), "std": std.tolist()})
     program = torch.export.export(network.eval().requires_grad_(False), (images,),

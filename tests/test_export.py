@@ -214,6 +214,18 @@ def test_the_onnx_file_gets_the_logged_number_right(digits, test_split):
     assert about["classes"] == list("0123456789")
 
 
+@pytest.mark.parametrize("takes", ["uint8", "float"])
+def test_the_onnx_file_computes_no_indices(takes, tmp_path):
+    """As torch.onnx does if it traces channels-last memory: Shape, Range and Gather for Flatten."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    _, path = export.save(pruned("vgg11"), tmp_path, (32, 32), "abcd", torch.zeros(3),
+                          torch.ones(3), takes)
+    operators = {node.op_type for node in onnx.load(path).graph.node}
+    assert operators - {"Cast", "Sub", "Div", "Transpose"} == {
+        "Conv", "Relu", "MaxPool", "ReduceMean", "Reshape", "Gemm"}
+
+
 def test_the_files_name_no_place_on_this_machine(digits):
     with zipfile.ZipFile(digits / "network.pt2") as file:
         contents = [file.read(name) for name in file.namelist()]
