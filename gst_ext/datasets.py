@@ -335,32 +335,31 @@ def prepare_data(arrays, device, *, val_split=0, train_images=0, test_images=0, 
         labels (n,) int64); "mean" and "std" (3,): the training images' channel statistics, of
         uint8 pixels; with augment "padded", the training images with a border.
     """
-    train_x, train_y, test_x, test_y = (arrays[k] for k in
-                                        ("train_x", "train_y", "test_x", "test_y"))
-    available = len(train_x) - val_split
-    check(available > 0,
-          f"--val-split {val_split} leaves none of {len(train_x)} images: give fewer")
+    num_train, num_test = len(arrays["train_x"]), len(arrays["test_x"])
+    available = num_train - val_split
+    check(available > 0, f"--val-split {val_split} leaves none of {num_train} images: give fewer")
     for name, wanted, there in (("train", train_images, available),
-                                ("test", test_images, len(test_x))):
+                                ("test", test_images, num_test)):
         check(wanted <= there, f"--{name}-images {wanted}, but there are {there}: give fewer")
-    splits = {"test": (test_x, test_y)}
-    if "val_x" in arrays and not val_split:
+
+    def subset(split, index):
+        return arrays[f"{split}_x"][index], arrays[f"{split}_y"][index]
+
+    test_index, = disjoint_subsets(num_test, test_images or num_test)
+    val_index, train_index = disjoint_subsets(num_train, val_split, train_images or available)
+    train_x, train_y = subset("train", train_index)
+    splits = {"train": (train_x, train_y), "test": subset("test", test_index)}
+    if val_split:
+        splits["val"] = subset("train", val_index)
+    elif "val_x" in arrays:
         splits["val"] = arrays["val_x"], arrays["val_y"]
-    if test_images:
-        index, = disjoint_subsets(len(test_x), test_images)
-        splits["test"] = (test_x[index], test_y[index])
-    if val_split or train_images:
-        val_index, index = disjoint_subsets(len(train_x), val_split, train_images or available)
-        if val_split:
-            splits["val"] = (train_x[val_index], train_y[val_index])
-        train_x, train_y = train_x[index], train_y[index]
+    if len(train_y) < num_train:
         check_training_classes(train_y, len(arrays["classes"]), "--train-images and --val-split "
                                f"leave {len(train_y)} images")
     if label_noise:
-        random, train_y = np.random.RandomState(1), train_y.copy()
+        random = np.random.RandomState(1)
         noisy = random.permutation(len(train_y))[:math.floor(label_noise * len(train_y) + 0.5)]
         train_y[noisy] = random.randint(len(arrays["classes"]), size=len(noisy))
-    splits["train"] = (train_x, train_y)
     # Histograms give the mean and the variance exactly, whatever the number of images.
     histograms = np.stack([np.bincount(train_x[..., c].ravel(), minlength=256) for c in range(3)])
     frequencies = histograms / train_x[..., 0].size

@@ -6,6 +6,7 @@ is a bug and keeps its traceback.
 import argparse
 import errno
 import os
+import runpy
 import sys
 import traceback
 
@@ -93,6 +94,8 @@ class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are UserErrors."""
 
     def error(self, message):
+        if message.startswith("argument "):
+            message = message.removeprefix("argument ").replace(": ", " ", 1)
         raise UserError(f"{message} ({self.prog} --help lists every option)")
 
     def print_help(self, file=None):
@@ -108,6 +111,17 @@ def format_value(value):
     return str(value).removesuffix(".0")
 
 
+def number(kind, accepts, what):
+    """Returns an argparse type: an int or float (`kind`) that `accepts`, a function, is true of."""
+    def parse(text):
+        value = kind(text)
+        if not accepts(value):
+            raise argparse.ArgumentTypeError(f"{text}: give {what}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
 def repeated(kind):
     """Returns an argparse type for list options: V is one value, VxN is V repeated N times."""
     def parse(text):
@@ -117,6 +131,30 @@ def repeated(kind):
         return [kind(value)] * int(times or 1)
     parse.__name__ = f"{kind.__name__} or VxN"
     return parse
+
+
+def read_function(text, papers, others):
+    """Reads an option's value that is a name or FILE.py:FUNCTION.
+
+    Args:
+        papers: The paper's names, which no function may have.
+        others: The names of functions that were read before.
+
+    Returns:
+        The name, and all that the file defines, a dict; None for a name alone.
+    """
+    file, _, name = text.rpartition(":")
+    try:
+        if not file:
+            check(name in papers or name in others, "give one of "
+                  f"{', '.join(dict.fromkeys([*papers, *others]))}, or FILE.py:FUNCTION")
+            return name, None
+        check(name not in papers, f"the paper has its own {name}: rename the function")
+        defined = runpy.run_path(file)
+        check(callable(defined.get(name)), f"the file defines no function {name}")
+        return name, defined
+    except Exception as error:
+        raise argparse.ArgumentTypeError(f"{text}: {first_line(error)}") from None
 
 
 def seed_list(text):

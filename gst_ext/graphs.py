@@ -3,9 +3,9 @@
     graphs = Graphs(enabled)
     for epoch in range(epochs):
         graphs.clear_unless(lr, shapes)  # a graph contains the numbers and shapes of its capture
-        total, position, order = graphs.static("train", total, position, order)
-        for _ in range(steps):
-            graphs.run("train", step, batch_size)  # step(batch_size) reads its batch at `position`
+        total, order = graphs.static("train", total, order)
+        for index in batches:
+            graphs.run("train", step, index)  # step(index) reads order[index] and adds to total
 """
 import contextlib
 import time
@@ -20,8 +20,8 @@ WARM_UP_CALLS = 3  # the libraries choose their algorithms in a step's first cal
 class Graphs:
     """The CUDA graphs of one run's steps; when not enabled, steps are called directly.
 
-    A replay is one launch for the host. So a step must find its batch and add up its results in
-    tensors whose addresses do not change: `static` gives them.
+    A graph reads and writes the addresses of its capture: what a step uses beside its index and
+    the network must come from `static`.
 
     Args:
         enabled: Whether to capture steps, for a run on a CUDA device.
@@ -50,8 +50,8 @@ class Graphs:
             old.copy_(new)
         return static
 
-    def run(self, name, step, size):
-        """Calls step(size), or replays its graph after WARM_UP_CALLS calls of that name and size.
+    def run(self, name, step, index):
+        """Calls step(index), or replays its graph after WARM_UP_CALLS calls of that name and size.
 
         If a capture fails, steps are called directly from then on.
 
@@ -59,25 +59,26 @@ class Graphs:
             torch.OutOfMemoryError: The GPU's memory does not hold the graph.
         """
         if not self.enabled:
-            return step(size)
-        key = name, size
+            return step(index)
+        key = name, len(index)
+        index, = self.static(key, index)
         self.num_calls[key] = self.num_calls.get(key, 0) + 1
         if self.num_calls[key] <= WARM_UP_CALLS:
-            return step(size)
+            return step(index)
         if key not in self.replays:
             try:
-                self.replays[key] = self.capture(step, size)
+                self.replays[key] = self.capture(step, index)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 self.enabled = False
                 warn_once(f"a step cannot be captured as a CUDA graph ({first_line(error)}); the "
                           "run continues without graphs, slower. --no-cuda-graphs avoids the try")
-                return step(size)
+                return step(index)
         self.replays[key]()
 
-    def capture(self, step, size):
-        """Captures step(size) without running it; returns the function that replays it.
+    def capture(self, step, index):
+        """Captures step(index) without running it; returns the function that replays it.
 
         All graphs of a run share one memory pool, since they are replayed one after the other and
         none reads what another left there. The last graph is kept alive so that the next can
@@ -88,7 +89,7 @@ class Graphs:
         interruptible_sync()
         graph.capture_begin(*pool, capture_error_mode="thread_local")
         try:
-            step(size)
+            step(index)
         except BaseException:
             with contextlib.suppress(RuntimeError):  # the first error is the one to report
                 graph.capture_end()

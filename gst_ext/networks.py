@@ -41,7 +41,7 @@ class Block(nn.Module):
         self.register_buffer("bn_mask", torch.ones(c_out, dtype=torch.bool))
         self.register_buffer("act", torch.zeros(c_out))
         self.pool = False
-        self.update_act = False  # whether the next forward passes update act
+        self.update_act = False  # whether the next training batches update act
         self.backend, self.bn_kept = "eager", False  # bn_kept: mask and bn_mask differ
         # Channel indices, int64, None for all: those of the compact input and output, and where
         # each output channel is in the compact shortcut (-1: nowhere).
@@ -54,21 +54,22 @@ class Block(nn.Module):
         gradient of a pruned filter is exactly 0.
         """
         conv, bn = self.conv, self.bn
+        act = self.act if self.update_act and self.training else None
         if self.backend == "ext":
             weight = conv.weight * self.mask.view(-1, 1, 1, 1) if self.bn_kept else conv.weight
             return ops.masked_conv_bn_act(
                 x, weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var,
                 self.live_out, self.live_in, conv.stride[0], conv.padding[0], shortcut,
-                self.shortcut_map, self.act if self.update_act else None, training=self.training,
-                momentum=bn.momentum, eps=bn.eps, ema_decay=ACT_EMA_DECAY, pool=self.pool)
+                self.shortcut_map, act, training=self.training, momentum=bn.momentum, eps=bn.eps,
+                ema_decay=ACT_EMA_DECAY, pool=self.pool)
         a = call_layer(conv, x, weight=conv.weight * self.mask.view(-1, 1, 1, 1))
         a = call_layer(bn, a, weight=bn.weight * self.bn_mask, bias=bn.bias * self.bn_mask,
                        num_batches_tracked=None)
         if shortcut is not None:
             a = a + shortcut * self.bn_mask.view(-1, 1, 1)
-        if self.update_act:
+        if act is not None:
             mean = a.detach().abs().mean((0, 2, 3), dtype=torch.float32)
-            self.act.mul_(ACT_EMA_DECAY).add_(mean, alpha=1 - ACT_EMA_DECAY)
+            act.mul_(ACT_EMA_DECAY).add_(mean, alpha=1 - ACT_EMA_DECAY)
         a = F.relu(a, inplace=True)
         return F.max_pool2d(a, 2) if self.pool else a
 
@@ -109,11 +110,15 @@ def copy_into(old, new):
     return old.copy_(new) if fits else new
 
 
+def all_blocks(model):
+    """Returns the model's blocks, those that are never pruned (a stem) among them."""
+    return [module for module in model.modules() if isinstance(module, Block)]
+
+
 def set_backend(model, backend):
     """Makes every block compute by "ext" or "eager", with its present masks; returns the model."""
-    for block in model.modules():
-        if isinstance(block, Block):
-            block.backend = backend
+    for block in all_blocks(model):
+        block.backend = backend
     model.backend = backend
     if backend == "ext":
         model.update_live_channels()
@@ -298,7 +303,7 @@ def count_params_and_macs(model, image):
     ends = {blocks[-1]: (blocks[0], shortcut) for blocks, shortcut in zip(
         getattr(model, "pairs", ()), getattr(model, "shortcuts", ()))}
     inputs = {}  # block: its input channels that are not 0
-    for block in (module for module in model.modules() if isinstance(module, Block)):
+    for block in all_blocks(model):
         maps, inputs[block] = int(block.bn_mask.sum()), c_in
         size = count(block.conv, size, c_in, int(block.mask.sum()), maps)
         first, shortcut = ends.get(block, (None, None))
@@ -353,7 +358,7 @@ def add_own_network(name, function):
     OWN_NETWORKS[name] = function
     with torch.device("meta"):
         model = build_model(name)
-    for block in (module for module in model.modules() if isinstance(module, Block)):
+    for block in all_blocks(model):
         block.mask = block.bn_mask = torch.ones(len(block.mask), dtype=torch.bool)  # to be counted
     others = sum(p.numel() for p in model.parameters()) - count_params_and_macs(model, (32, 32))[0]
     check(not others, f"{others} of its parameters are not those of Blocks, each with the one "

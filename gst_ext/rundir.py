@@ -106,25 +106,6 @@ def environment(device, backend, script):
                          "numpy": np.__version__}}
 
 
-def continued_config(old, new):
-    """Returns the config of a run that continues, and sets torch to the threads it began with.
-
-    What else differs in its environment is printed and added to the config.
-
-    Args:
-        old: The run's config.json.
-        new: The config of a run that would start now.
-    """
-    torch.set_num_threads(old.get("threads", new["threads"]))
-    changes = {k: [old.get(k), new[k]] for k in ("backend", "device", "instruction_set", "versions")
-               if old.get(k, new[k]) != new[k]}
-    if not changes:
-        return old
-    print_line(f"the run continues with another {', '.join(changes)} than it began with: the last "
-               "bits of its numbers may differ; config.json records it")
-    return old | {"continued": old.get("continued", []) + [changes]}
-
-
 def git_commit(path):
     """Returns the git commit that holds a file, with "-dirty" after changes; None without git."""
     command = ["git", "-C", pathlib.Path(path).resolve().parent, "describe", "--always", "--dirty"]
@@ -151,15 +132,72 @@ def read_config(path):
                         "train this run from the start") from None
 
 
+def sources(config):
+    """Returns {"score spread": checksum} of a run's own score and own model; None for others."""
+    options = config["options"]
+    return {f"score {options.get('score')}": config.get("score_crc32"),
+            f"model {options.get('model')}": (config.get("own_model") or {}).get("crc32")}
+
+
+def check_same_run(path, new):
+    """Refuses a directory that holds a run with another config than `new`; returns its config.
+
+    An option or data that `new` does not have are not compared, nor where the data are.
+    """
+    config = read_config(path)
+    different = [k for k, v in new["options"].items()
+                 if k != "dataset" and v is not None and config["options"].get(k, v) != v]
+    different += [f"source of the {what}" for what, crc32 in sources(new).items()
+                  if sources(config).get(what) != crc32]
+    data = config.get("data", {})
+    if new["data"] and any(data.get(k) != new["data"][k] for k in ("classes", "image", "crc32")):
+        different.append("data set")
+    check(not different, f"{path} holds a run with another {', '.join(different)}: move it away, "
+          "or choose another --log-dir")
+    return config
+
+
+def continued_config(path, new):
+    """Returns the config of a run that continues, and sets torch to the threads it began with.
+
+    What else differs in its environment is printed and added to the config.
+
+    Args:
+        path: The run's directory.
+        new: The config of the run if it started now (check_same_run).
+    """
+    old = check_same_run(path, new)
+    torch.set_num_threads(old.get("threads", new["threads"]))
+    changes = {k: [old.get(k), new[k]] for k in ("backend", "device", "instruction_set", "versions")
+               if old.get(k, new[k]) != new[k]}
+    if not changes:
+        return old
+    print_line(f"the run continues with another {', '.join(changes)} than it began with: the last "
+               "bits of its numbers may differ; config.json records it")
+    return old | {"continued": old.get("continued", []) + [changes]}
+
+
+def warn_missing_outputs(path, schedule, tensorboard):
+    """Prints which outputs are asked for now that the finished epochs did not write.
+
+    Args:
+        schedule: As in config.json.
+    """
+    done = len(read_log_lines(path))
+    names = [f"epoch{schedule['save_epoch']}.pt"] * (0 < schedule["save_epoch"] <= done)
+    names += ["tensorboard"] * (tensorboard and done == schedule["epochs"])
+    missing = " and ".join(name for name in names if not (path / name).exists())
+    if missing:
+        print_line(f"{path}: trained without {missing}: move it away to train it with that")
+
+
 def is_locked(path):
     """Returns whether a process holds the directory."""
-    with contextlib.suppress(FileNotFoundError), open(path / ".lock") as lock:
+    with contextlib.suppress(OSError), open(path / ".lock") as lock:  # which may be missing
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
-        except OSError:  # a file system without locks
-            return False
     return False
 
 
@@ -182,8 +220,8 @@ def group_by_status(paths):
 
 def failure_reason(path):
     """Returns the first line of a run's failed.txt."""
-    lines = (path / "failed.txt").read_text(errors="replace").splitlines()
-    return lines[0] if lines else "no reason was recorded"
+    text = (path / "failed.txt").read_text(errors="replace")
+    return (text.splitlines() or ["no reason was recorded"])[0]
 
 
 def seconds_per_epoch(path):
@@ -260,16 +298,10 @@ class RunDirectory:
                 save_checkpoint(self.path / "checkpoint.pt", self.pending)
 
     def has_checkpoint(self):
-        """Returns whether there is a checkpoint; prints a line if there is only a log."""
-        exists = (self.path / "checkpoint.pt").exists()
-        lines = read_log_lines(self.path)
-        if lines and not exists:
-            print_line(f"{self.label}: {len(lines)} epochs are logged, but checkpoint.pt is "
-                       "missing: the run starts again")
-        return exists
+        return (self.path / "checkpoint.pt").exists()
 
     def resume(self, restore=None):
-        """Reads the checkpoint and its log; returns restore(state).
+        """Reads the checkpoint and its log, and calls restore(state) if given.
 
         Raises:
             UserError: The checkpoint is damaged.
@@ -280,16 +312,20 @@ class RunDirectory:
             self.lines, self.records = state["log"], [json.loads(x) for x in state["log"]]
             check([record["epoch"] for record in self.records] == list(range(state["epoch"])),
                   "its log is of other epochs")
-            result = restore and restore(state)
+            if restore:
+                restore(state)
         except Exception as error:  # zipfile, pickle and torch raise many kinds
             raise UserError(f"{path} is damaged or of another version ({first_line(error)}): move "
                             "it away to train this run from the start", 1) from None
         if restore:
             print_line(f"{self.label}: continues after epoch {state['epoch']} of {self.num_epochs}")
-        return result
 
     def begin(self, config):
         """Writes config.json, and epochs.jsonl as the checkpoint has it, and opens the outputs."""
+        logged = len(read_log_lines(self.path))
+        if logged and not self.records:
+            print_line(f"{self.label}: {logged} epochs are logged, but checkpoint.pt is missing: "
+                       "the run starts again")
         with readable_write_errors(self.path):
             (self.path / "failed.txt").unlink(missing_ok=True)
         write_json(self.path / "config.json", config)
@@ -438,7 +474,7 @@ def print_status(lists):
 
 @contextlib.contextmanager
 def tensorboard_writer(path, first_epoch):
-    """Opens path/tensorboard and yields a function that writes an epoch's record there."""
+    """Opens path/tensorboard and yields a function that writes the numbers of a record there."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -447,9 +483,7 @@ def tensorboard_writer(path, first_epoch):
     with (readable_write_errors(path),
           SummaryWriter(path / "tensorboard", purge_step=first_epoch) as writer):
         def write(record):
-            for name in ("lr", "train_loss", "train_acc", "test_acc_before", "test_acc", "val_acc",
-                         "stability"):
-                if record[name] is not None:
-                    writer.add_scalar(name, record[name], record["epoch"])
-            writer.add_scalar("live_filters", sum(record["live"]), record["epoch"])
+            for name, value in (record | {"live_filters": sum(record["live"])}).items():
+                if isinstance(value, (int, float)):
+                    writer.add_scalar(name, value, record["epoch"])
         yield write

@@ -44,10 +44,10 @@ def tapes(monkeypatch):
     """Makes runs on the CPU capture their steps on tapes; lists the tapes."""
     made = []
 
-    def capture(self, step, size):
+    def capture(self, step, index):
         tape, first = Tape(), [True]
         with tape:
-            step(size)
+            step(index)
         made.append(tape)
 
         def replay():  # a capture computes nothing: the first replay is what the tape has seen
@@ -96,10 +96,10 @@ def test_a_run_of_captured_steps_is_the_run_itself(run, directory, request, monk
     assert run(*argv, logs="direct") == 0
     tapes, train_epoch = request.getfixturevalue("tapes"), train.train_epoch
 
-    def interrupted(model, data, optimizer, options, generators, step, *rest):
-        if step >= 24:
+    def interrupted(model, data, optimizer, options, generators, epoch, *rest):
+        if epoch >= 4:
             raise KeyboardInterrupt
-        return train_epoch(model, data, optimizer, options, generators, step, *rest)
+        return train_epoch(model, data, optimizer, options, generators, epoch, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "train_epoch", interrupted)
@@ -129,11 +129,11 @@ def test_after_a_capture_that_fails_a_run_continues_without_graphs(run, director
                                                                    monkeypatch, capsys):
     capture, calls = Graphs.capture, []
 
-    def unsupported(self, step, size):
-        calls.append(size)
+    def unsupported(self, step, index):
+        calls.append(index)
         if len(calls) == 4:
             raise RuntimeError("operation not permitted\nmore about that")
-        return capture(self, step, size)
+        return capture(self, step, index)
 
     monkeypatch.setattr(Graphs, "capture", unsupported)
     monkeypatch.setattr(errors, "WARNED", set())
@@ -147,15 +147,15 @@ def test_after_a_capture_that_fails_a_run_continues_without_graphs(run, director
 
 
 def test_a_full_memory_is_not_a_capture_that_fails(monkeypatch):
-    def full(self, step, size):
+    def full(self, step, index):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(Graphs, "capture", full)
     steps = Graphs(True)
     for _ in range(graphs.WARM_UP_CALLS):
-        steps.run("step", lambda size: None, 1)
+        steps.run("step", lambda index: None, torch.arange(1))
     with pytest.raises(torch.OutOfMemoryError):
-        steps.run("step", lambda size: None, 1)
+        steps.run("step", lambda index: None, torch.arange(1))
     assert steps.enabled
 
 

@@ -138,8 +138,8 @@ def test_a_noised_filter_is_not_selected_again(target, filters):
     noise = train.FilterNoise({7: block}, "gauss", 50, filters, False, generator)
     noised = []
     for epoch in range(5):
-        numbers = train.num_filters_to_prune(model, schedule, epoch, noise)
-        pruned, _ = train.pruning_event(model, None, "l2", target, generator, noise, False, numbers)
+        pruned, _ = train.pruning_event(model, None, "l2", target, generator, noise, False,
+                                        schedule, epoch)
         noise.apply(False)
         noised += pruned[7]
     assert len(noised) == len(set(noised)) == n - math.ceil(0.4 * n)

@@ -135,12 +135,12 @@ def watch_activations(model):
 def test_act_averages_every_tenth_training_batch_across_epochs(name):
     model, data, *rest = training_setup("--model", name, "--width", "0.06", "--score", "act",
                                         "--batch-size", "8", "--lr", "0.001", n_train=120)
-    seen, step, graphs = watch_activations(model), 0, Graphs(False)
-    for _ in range(2):  # the second epoch ends on a tenth batch
-        _, step = train.train_epoch(model, data, *rest, step, graphs)
+    seen, graphs = watch_activations(model), Graphs(False)
+    for epoch in range(2):  # the second epoch ends on a tenth batch
+        train.train_epoch(model, data, *rest, epoch, graphs)
         train.evaluate(model, data, "test", 64, "fp32", graphs)  # no score is taken from it
     for block, means in zip(model.prunable, seen):
-        assert len(means) == step + 2 == 32
+        assert len(means) == 30 + 2
         expected = 0.081 * means[9] + 0.09 * means[20] + 0.1 * means[30]  # means[15] is of a test
         assert (expected > 0).all()
         torch.testing.assert_close(train.filter_scores(block, "act").double(), expected,
@@ -187,7 +187,7 @@ def test_quantiles_on_the_command_line():
 
     assert [target(f"Q{q}") for q in ("0", "1", "0.50", ".25")] == ["S", "L", "Q0.5", "Q0.25"]
     for wrong in ("Q", "Q1.5", "Q-0.1", "Qx", "Qnan", "T", "0.5", ""):
-        with pytest.raises(UserError, match=f"no target {wrong}: give none, S, L, R, or Q and a"):
+        with pytest.raises(UserError, match=f"--target {wrong}: give none, S, L, R, or Q and a"):
             target(wrong)
     options = train.parse_options("--target Q0.5 --r 40".split())
     assert train.run_name(options) == ("Q0.5-r40", "")
