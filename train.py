@@ -820,6 +820,7 @@ def make_generators(seed, noise_device=None):
 
 
 def make_optimizer(model, name, lr, weight_decay):
+    # fused: gradients are read in the order of memory, which is the weights' after backward().
     params, settings = list(model.parameters()), dict(lr=lr, weight_decay=weight_decay, fused=True)
     if name == "sgd":
         return torch.optim.SGD(params, momentum=MOMENTUM, **settings)

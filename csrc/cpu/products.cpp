@@ -52,16 +52,11 @@ Tensor pixels_first(const Tensor& t) { return t.permute({0, 2, 3, 1}).contiguous
 // Without AVX-512 its products in bf16 are slow.
 bool products_pay(
     const Tensor& x, const Tensor& weight, at::IntArrayRef size, bool weight_gradient) {
-#if GST_HAS_CLONES
-  static const bool wide_vectors = __builtin_cpu_supports("x86-64-v4");
-#else
-  constexpr bool wide_vectors = false;
-#endif
   const int64_t most = std::max(size[0], size[1]),
                 channels = std::min(weight.size(0), weight.size(1));
   const bool pays = channels >= 64 &&
       (weight_gradient ? most <= 8 : most <= 2 || (most <= 4 && channels >= 256));
-  return pays && wide_vectors && x.is_cpu() && x.scalar_type() == at::kBFloat16 &&
+  return pays && has_wide_vectors() && x.is_cpu() && x.scalar_type() == at::kBFloat16 &&
       weight.size(2) > 1 && weight.size(3) > 1 && x.size(0) >= 32;
 }
 
