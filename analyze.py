@@ -9,9 +9,9 @@
     python analyze.py --list                  # what can be drawn, and from which runs
 
 The runs of one figure differ in the method only; each place, a (dataset, setting) such as a width
-or schedule, has a figure of its own, figures/fig2-<dataset>-<setting>. Below, a run is a dict from
-`summarize`, groups are runs by method, {method: [run]}, and models are groups by model.
+or schedule, has a figure of its own, figures/fig2-<dataset>-<setting>.
 """
+# A run is a dict from `summarize`, groups are {method: [run]}, models {model: groups}.
 import argparse
 from functools import cache, partial
 import itertools
@@ -98,7 +98,7 @@ def block_options(block, preset):
 
 
 def used_options(options):
-    """Returns a copy of options, None for those that make no difference to the run."""
+    """Returns a copy of options, None for those that the method does not use."""
     unused = [] if options.noise != "none" else [
         "noise_batches", "noise_filters", "noise_restore", "test_batch_size"]
     unused += ["r", "s", "e"] * (options.target == "none" or options.scratch)
@@ -230,8 +230,8 @@ def summarize(directory):
             add_counts(record, sizes)
             records.append(record)
         file, run["unfinished"] = "epochs.jsonl", len(records) != num_epochs
-        missing = f"unfinished, {len(records)} of {num_epochs} epochs"
-        check(records, missing)
+        unfinished = f"unfinished, {len(records)} of {num_epochs} epochs"
+        check(records, unfinished)
         run |= train.summarize_run(records, config)
         best, last = records[run["best_epoch"]], records[-1]
         if "test_correct" in best and "train_correct" in best:  # one division: equal ones are equal
@@ -249,7 +249,7 @@ def summarize(directory):
             "curve": np.array([record["test_acc"] for record in records], float),
             "before": np.array([record["test_acc_before"] if any(record["removed"]) else np.nan
                                 for record in records], float)}
-        check(not run["unfinished"], missing)
+        check(not run["unfinished"], unfinished)
         pruned = run["events"] or run["options"].target == "none"
         if run["options"].scratch:
             pruned = run["parameters"] != config.get("parameters", 0)
@@ -301,7 +301,8 @@ def leave_out_differing(runs, fields, content):
 
 
 def setting_in(wanted, setting):
-    """Returns a setting without the optimizer, if that is the same in all options wanted."""
+    """Returns a setting without the optimizer that all wanted share: models whose default it is do
+    not name it."""
     same = len({options.optimizer for options in wanted}) == 1
     return setting.removeprefix(wanted[0].optimizer).lstrip("-") if same else setting
 
@@ -445,8 +446,8 @@ def method_numbers(groups):
 
 
 def attach_flatness(runs, flatness_of):
-    """Returns copies of runs with what flatness_of(directory), of read_flatness, adds; some get a
-    problem."""
+    """Returns copies of runs with what flatness_of(directory) says of them (read_flatness); those
+    that were measured otherwise get a problem."""
     runs = [run | flatness_of(run["dir"]) for run in runs]
     leave_out_differing(runs, (), lambda run: {k: run["flat"].get(k) for k in FLATNESS_SETTINGS})
     return runs
@@ -887,7 +888,7 @@ def make_parser():
     add = parser.add_argument
     add("--figure", choices=[*FIGURES, "all"], nargs="+", default=[], metavar="NAME",
         help=f"{', '.join(FIGURES)}; or all, tables included")
-    add("--table", choices=TABLES, nargs="+", default=[])
+    add("--table", choices=TABLES, nargs="+", default=[], help="--list explains them")
     add("--experiment", metavar="NAME", choices=read_experiments(), help="draw stability, "
         "compute and depth of this block of experiments.txt (default: of all runs)")
     add("--flatness", nargs="+", default=[], metavar="RUN_DIR",

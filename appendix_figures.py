@@ -85,6 +85,8 @@ def load_network(directory, data_dir="data", device="cpu", checkpoint=None):
         and {"checkpoint", "crc32", "epoch"} of the weights.
     """
     directory = pathlib.Path(directory)
+    check((directory / "config.json").exists(), f"{directory} is no run: name a directory "
+          "with config.json, such as logs/cifar10/vgg11/L-r40/seed1")
     config = read_config(directory)
     try:
         options = train.DEFAULTS | config["options"]
@@ -92,7 +94,7 @@ def load_network(directory, data_dir="data", device="cpu", checkpoint=None):
         epoch = config["schedule"]["save_epoch"]
         own = {"crc32": None, "file": None} | (config.get("own_model") or {})
     except (KeyError, TypeError):
-        raise UserError(f"{directory}/config.json is missing or damaged") from None
+        raise UserError(f"{directory}/config.json is damaged") from None
     known = name in OWN_NETWORKS and train.OWN_MODELS[name]["crc32"] == own["crc32"]
     check(known or not own["file"], f"{directory} has a network of your own: add --model "
           f"{own['file']}:{name}, the file as it was when the run was trained")
@@ -218,7 +220,7 @@ def measure_of(flat, name):
 
 
 def num_pairs_asked(flat):
-    """Returns how many of the existing eigenpairs were asked for."""
+    """Returns how many eigenpairs were asked for, at most one for each parameter."""
     return min(flat.get("eigs", len(flat["converged"])), flat.get("parameters", math.inf))
 
 
@@ -242,7 +244,7 @@ def moved_by_rescaling(flat, *names):
 
 
 def describe_flatness(found, asked):
-    """Describes the dicts of several networks, of each of which `asked` pairs are wanted."""
+    """Describes several networks' flatness in a title's words; `asked` is the command's --eigs."""
     first, k = found[0], min(len(flat["eigenvalues"]) for flat in found)
     share = sum(sum(flat["converged"]) for flat in found) / max(1, sum(map(num_pairs_asked, found)))
     method = " by the power method" * (first.get("eig") == "power")
@@ -550,7 +552,7 @@ ALPHA = 0.05
 
 
 def pruning_cells(groups):
-    """Returns {(r, target): {seed: run}} of each set of methods that differ in r and target only.
+    """Returns a list: {(r, target): {seed: run}} for each set of methods alike in all but these.
 
     The targets are ordered by depth: S, quantiles, R, L. Random ones go with every score.
     """
@@ -597,14 +599,14 @@ def depth_and_frequency(cells):
         {"depth": {target: rows of compare_cells}, "frequency": rows, "answers": {kind: [where it is
         shown]}} by the rules of docs/depth.md, and a line on each answer.
     """
-    rates = sorted({r for r, _ in cells})
+    periods = sorted({r for r, _ in cells})
     events = {key: {run["events"] for run in runs.values()} for key, runs in cells.items()}
     depth = {target: compare_cells(cells, [
-        (f"Prune_{target} − Prune_S", f"r = {r}", [(r, target)], [(r, "S")]) for r in rates
+        (f"Prune_{target} − Prune_S", f"r = {r}", [(r, target)], [(r, "S")]) for r in periods
         if (r, target) in cells and events[r, target] == events.get((r, "S"))])
         for target in dict.fromkeys(target for _, target in cells) if target != "S"}
     neighbours = [(often, rare, [t for r, t in cells if r == rare and (often, t) in cells])
-                  for often, rare in zip(rates, rates[1:])]
+                  for often, rare in zip(periods, periods[1:])]
     frequency = compare_cells(cells, [
         (f"r = {rare} − r = {often}", ", ".join(f"Prune_{t}" for t in targets),
          [(rare, t) for t in targets], [(often, t) for t in targets])
@@ -633,7 +635,7 @@ def depth_rows(cells, prefix=""):
     """Returns two lists of dicts for draw_tables: accuracies by r and target, the head of which
     `prefix` begins, and the tests. Then what depth_and_frequency returns."""
     results, lines = depth_and_frequency(cells)
-    by_rate = []
+    by_r = []
     for r in sorted({r for r, _ in cells}):
         row = {f"{prefix}last accuracy (mean stability; n)": f"r = {r}"}
         for target in dict.fromkeys(target for _, target in cells):
@@ -642,7 +644,7 @@ def depth_rows(cells, prefix=""):
                      for name in ("last_acc", "mean_stability") if runs]
             row[f"Prune_{target}"] = "{:.2f} ({:.3f}; {})".format(
                 *means, len(runs)) if runs else "–"
-        by_rate.append(row)
+        by_r.append(row)
     tests = []
     for found in itertools.chain(*results["depth"].values(), results["frequency"]):
         row = {"difference, paired by seed": found["name"], "at": found["where"],
@@ -651,7 +653,7 @@ def depth_rows(cells, prefix=""):
             (head, digits), test = SUMMARY[name], found[name]
             row[head] = format_test(test["mean"], test["ci95"], test["p_holm"], digits)
         tests.append(row)
-    return by_rate, tests, results, lines
+    return by_r, tests, results, lines
 
 
 def depth_table(models):
@@ -660,9 +662,9 @@ def depth_table(models):
     for model, groups in models.items():
         numbers[model] = {"designs": [], "answers": []}
         for cells in pruning_cells(groups):
-            by_rate, tests, results, lines = depth_rows(cells, f"{model}: ")
-            tables += [rows for rows in (by_rate, tests) if rows]
-            numbers[model]["designs"].append({"cells": by_rate, **results})
+            by_r, tests, results, lines = depth_rows(cells, f"{model}: ")
+            tables += [rows for rows in (by_r, tests) if rows]
+            numbers[model]["designs"].append({"cells": by_r, **results})
             numbers[model]["answers"] += lines
     nothing = [{"no pruned runs yet that differ in --target or --r only": "–"}]
     return draw_tables(*tables or [nothing]), numbers
@@ -674,11 +676,11 @@ def depth_figure(models):
     numbers = {model: {"points": []} for model in models}
     for axis, (model, groups) in zip(axes, models.items()):
         looks = itertools.product(("-", "--", ":"), (SKY, BLUE, GREEN, ORANGE, RED, PINK))
-        rates = [(cells, r) for cells in pruning_cells(groups)
-                 for r in sorted({r for r, _ in cells})]
-        for (cells, r), (line, colour) in zip(rates, looks):
-            same = {target: list(runs.values()) for (rate, target), runs in cells.items()
-                    if rate == r}
+        curves = [(cells, r) for cells in pruning_cells(groups)
+                  for r in sorted({r for r, _ in cells})]
+        for (cells, r), (line, colour) in zip(curves, looks):
+            same = {target: list(runs.values()) for (period, target), runs in cells.items()
+                    if period == r}
             points = []
             for target, runs in same.items():
                 drop = 100 - np.mean([run["mean_stability"] for run in runs])

@@ -11,7 +11,7 @@ for the model (Figure 2; Figure 4 for SGD).
 
 A run leaves logs/<dataset>/<model>/<method>/seed<k>/ with config.json, epochs.jsonl,
 checkpoint.pt and, at its end, done.json (docs/files.md). The same command again continues a
-stopped run and leaves a finished one alone. The training loop is `train`, at the end.
+stopped run and leaves a finished one alone.
 """
 import argparse
 import contextlib
@@ -72,7 +72,7 @@ ADAM_PRUNING = {  # of the last four prunable layers (B.1)
     "resnet": dict(s=[7, 8, 9, 10], e=[150, 150, 170, 275], p=[0.25, 0.4, 0.25, 0.95], r=40,
                    score="act", save_epoch=0),
 }
-DEFAULTS = dict(  # of the setting, where it is the same for all models
+DEFAULTS = dict(  # those that all models share
     dataset="cifar10", width=1.0, scale_epochs=1.0, batch_size=128, test_batch_size=128,
     val_split=0, train_images=0, test_images=0, label_noise=0.0, precision="fp32",
     deterministic=False)
@@ -113,7 +113,7 @@ def paper_options(model, optimizer=None):
 
 
 def default_options(model, optimizer=None, preset=None):
-    """Returns the options of a model's setting where none is given: the paper's, or a preset's."""
+    """Returns the defaults of a model's options, the paper's or a preset's; a dict."""
     options = DEFAULTS | paper_options(model, optimizer)
     if preset:
         options |= PRESETS[preset].get(options.get("optimizer"), {})
@@ -152,7 +152,7 @@ def model_name(text):
 
 def own_options(text):
     """Returns the options that OPTIONS, a str in the file of an own model, gives; a dict."""
-    check("--model" not in text, "OPTIONS names a --model: remove that")  # perhaps its own
+    check("--model" not in text, "OPTIONS names a --model: remove that")  # its own would recurse
     given = {k: v for k, v in vars(parse_arguments(shlex.split(text))).items() if v is not None}
     others = given.keys() - default_options("vgg11").keys()
     check(not others, f"OPTIONS gives {option_names(others)}, of which a network has no default")
@@ -209,12 +209,13 @@ def make_parser():
         "with the smallest scores, L, the largest, R, random ones, or Q0.75, those around the 0.75 "
         "quantile of the scores")
     add("--r", type=from_1, help="retrain period: epochs between pruning events")
-    for name, kind, what in (("s", from_0, "first epochs"), ("e", from_0, "last epochs"),
-                             ("p", pruned, "fractions of filters")):
-        add(f"--{name}", type=repeated(kind), nargs="+", metavar=name, help=f"{what} of pruning, "
-            "one value (VxN: N times V) for each of the last n prunable layers")
+    for name, kind, what in (("s", from_0, "first epoch of pruning"),
+                             ("e", from_0, "last epoch of pruning"),
+                             ("p", pruned, "fraction of filters to prune")):
+        add(f"--{name}", type=repeated(kind), nargs="+", metavar=name, help=f"{what}, one value "
+            "(VxN: N times V) for each of the last n prunable layers")
     add("--score", type=score_name, metavar="NAME", help="what makes a filter small or large: "
-        f"{', '.join(SCORES)}, or FILE.py:FUNCTION, a function as in SCORES")
+        f"{', '.join(SCORES)}, or FILE.py:FUNCTION, your own (README.md)")
     add("--scratch", action=flag, help="prune everything at initialization")
     add("--prune-bn", choices=("drop", "keep"), help="prune a filter's batch norm and shortcut, "
         "too, or keep them")
@@ -332,7 +333,7 @@ def check_schedule(options, given):
     """Checks the pruning schedule against the network and the epochs."""
     lengths = [len(values) for values in (options.s, options.e, options.p)]
     check(len({*lengths}) == 1 or options.scratch, "--s, --e and --p need one value for each "
-          f"pruned layer: there are {format_value(lengths)}, the defaults among them")
+          f"pruned layer (0.5x4 is four): there are {format_value(lengths)}, counting defaults")
     n = num_blocks(options.model)
     check(len(options.p) <= n, f"--p has {len(options.p)} values, but {options.model} has {n} "
           "layers to prune: give fewer")
@@ -363,13 +364,13 @@ def scaled_schedule(options):
 def lr_schedule_warnings(options, scaled):
     """Returns a line, in a list, if milestones in --lrs are lost, by scaling or past the end.
 
-    A milestone that is given and equals the number of epochs means "never".
+    Given milestones may equal the number of epochs, which means "never".
     """
     lrs, n = options.lrs, options.epochs
-    default = lrs == paper_options(options.model, options.optimizer).get("lrs")
+    is_default = lrs == paper_options(options.model, options.optimizer).get("lrs")
     used, left = ({x for x in milestones if 0 < x < end}
                   for milestones, end in ((lrs, n), (scaled["lrs"], scaled["epochs"])))
-    if len(left) == len(used) and max(lrs, default=0) <= n - default:
+    if len(left) == len(used) and max(lrs, default=0) <= n - is_default:
         return []
     return [f"--scale-epochs {format_value(options.scale_epochs)} makes --lrs {format_value(lrs)} "
             f"of {n} epochs {format_value(scaled['lrs'])} of {scaled['epochs']}, which loses a "
@@ -427,7 +428,7 @@ def experiment_options(options):
 def pruning_epochs(s, e, r):
     """Returns the epochs after whose training a layer is pruned: s, s+r, ... up to e (A.4).
 
-    The number that the paper prints counts one past e whenever r divides e - s + 1.
+    The paper's formula for their number counts one past e whenever r divides e - s + 1.
     """
     return range(s, e + 1, r)
 
@@ -487,7 +488,7 @@ def select_filters(scores, mask, k, target, generator=None):
     quantile = {"S": 0, "L": 1}[target] if target in "SL" else float(target[1:])
     first = math.floor(quantile * (len(live) - k) + 0.5)
     places = torch.arange(first, first + k)
-    # Equal scores are sorted by index, and those that begin before `first` are taken from there.
+    # Of equal scores that begin before `first`, take those with the lowest indices.
     smallest = scores[first:first + 1]
     places[scores[places] == smallest] += torch.searchsorted(scores, smallest) - first
     return live[order[places]].sort().values
@@ -557,6 +558,7 @@ def pruning_event(model, optimizer, score, target, generator, noise, keep_bn, sc
         scores = None if target == "R" else filter_scores(block, score).cpu().double()
         indices = select_filters(scores, live, k, target, generator)
         if scores is not None and (num_tied := count_ties(scores, live, indices)):
+            # At initialization all E[BN] are equal, and F.1 prunes by them.
             check(num_tied < int(live.sum()) or epoch < 0, f"all {num_tied} filters of layer "
                   f"{layer} have the same {score} score, which selects none: prune later (--s; "
                   f"act is updated on every {ACT_EVERY}th batch), or choose another --score",
@@ -820,7 +822,7 @@ def make_generators(seed, noise_device=None):
 
 
 def make_optimizer(model, name, lr, weight_decay):
-    # fused: gradients are read in the order of memory, which is the weights' after backward().
+    # fused needs gradients in the memory format of their weights, as backward() leaves them.
     params, settings = list(model.parameters()), dict(lr=lr, weight_decay=weight_decay, fused=True)
     if name == "sgd":
         return torch.optim.SGD(params, momentum=MOMENTUM, **settings)
@@ -836,7 +838,7 @@ def predict(model, images, data, precision):
 
 
 def batches(n, batch_size, device, noise, training):
-    """Yields the indices (b,) of each batch of n images, with the noise of its forward pass."""
+    """Yields the indices (b,) of each batch of n images, and applies noise around it."""
     for start in range(0, n, batch_size):
         if noise:
             noise.apply(training)

@@ -58,8 +58,8 @@ def block_lanczos(operator, k, generator, tolerance, block, steps):
     """Finds the k eigenpairs of largest magnitude by the block Lanczos method.
 
     It starts from `block` vectors of random signs, so it sees as many copies of a multiple
-    eigenvalue, and ends after at least `steps` steps, when some more than k pairs have converged
-    or 6 k + 100 products are done: a pair that the start has little of is found after smaller ones.
+    eigenvalue. It ends after at least `steps` steps, when 6 k + 100 products are done or some more
+    than k pairs (the largest need not converge first) have residuals up to `tolerance` |λ_1|.
     It keeps one vector for each product, on the operator's device.
 
     Returns:
@@ -80,6 +80,7 @@ def block_lanczos(operator, k, generator, tolerance, block, steps):
         near = len(projected) - rows.shape[1]
         projected[m:, near:], projected[near:, m:] = rows, rows.T
         old, m = m, m + len(q)
+        # products are now H q outside the basis
         outside = inner_products(products, products).double().cpu().numpy()
         rounding = 100 * torch.finfo(q.dtype).eps * np.abs(projected).max()
         products = products[:n - m]

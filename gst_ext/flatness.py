@@ -155,7 +155,7 @@ def measure(model, x, y, num_eigs=100, eigensolver="lanczos", seed=0, memory_gb=
             trace, error = (tr_f, 0.0) if linear else estimate_trace(operator, pairs, seed=seed)
         with stage(f"{form}line"):
             losses = [line_loss(v * scale) for v in pairs.vectors[:DIRECTIONS]]
-            # the grid's step, or a quarter of where a parabola of this curvature has risen so far
+            # the grid's step, or a quarter of where a parabola of this curvature rises by RISE
             steps = [min(0.5, math.sqrt(RISE / 8 / max(abs(a), 1e-9))) if form else 0.01
                      for a in pairs.values]
             epsilon = [first_rise(loss, RISE, step) for loss, step in zip(losses, steps)]

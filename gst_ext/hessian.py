@@ -27,8 +27,8 @@ def convolution_gradients(gradient, x, weight, wanted, geometry):
 
 
 class Convolution(torch.autograd.Function):
-    """torch.convolution without a bias, whose second derivatives are faster: PyTorch's convolve
-    whole maps with each other where the gradient of a convolution's weight does the same."""
+    """torch.convolution without a bias, with faster second derivatives: convolution_gradients
+    computes what PyTorch does by convolving whole feature maps with each other."""
 
     @staticmethod
     def forward(ctx, x, weight, *geometry):
@@ -45,7 +45,7 @@ class Convolution(torch.autograd.Function):
 
 
 class ConvolutionGradients(torch.autograd.Function):
-    """convolution_gradients, which is linear in each of the gradient, x and the weight."""
+    """convolution_gradients, differentiable once: both are bilinear, so by convolutions."""
 
     @staticmethod
     def forward(ctx, gradient, x, weight, wanted, geometry):

@@ -377,7 +377,7 @@ class RunDirectory:
         self.bar.update()
         if not self.bar.disable:
             self.bar.set_postfix_str(f"test {record['test_acc']:.2f}% "
-                                     f"stability {mean_stability:.2f}%")
+                                     f"mean stability {mean_stability:.2f}%")
             return
         event, num_filters = "", sum(record["removed"])
         if num_filters:
@@ -387,7 +387,7 @@ class RunDirectory:
         print_line(
             f"{self.label} epoch {len(self.records)}/{self.num_epochs} lr {record['lr']:g} loss "
             f"{record['train_loss']:.4f} train {record['train_acc']:.2f}% test "
-            f"{record['test_acc_before']:.2f}%{event} stability {mean_stability:.2f}% "
+            f"{record['test_acc_before']:.2f}%{event} mean stability {mean_stability:.2f}% "
             f"{record['seconds']:.1f} s, {minutes_left:.0f} min left")
 
     def finish(self, summary):
