@@ -415,7 +415,7 @@ def run_path(options):
     if len(name.encode()) > 200:  # file systems allow 255 bytes; config.json holds every option
         name = f"{name[:180]}-{zlib.crc32(name.encode()):08x}"
     return pathlib.Path(options.log_dir, dataset_label(options.dataset), options.model, name,
-                        f"seed{options.seed}")
+                        f"seed{options.seed:d}")
 
 
 def experiment_options(options):
@@ -1037,7 +1037,8 @@ def unique_runs(commands):
             check(same, f"two of the runs would share {path}, but differ in --dataset, --data-dir, "
                   "--save-epoch or --tensorboard: give one of them another --log-dir")
         for what, crc32 in rundir.sources(identity(given)).items():
-            check(sources.setdefault(what, crc32) == crc32, f"there are two {what}: rename one")
+            check(sources.setdefault(what, crc32) == crc32,
+                  f"the {what} has two sources: rename one of the two functions")
     return runs
 
 

@@ -42,10 +42,13 @@ class Graphs:
             self.num_calls, self.replays, self.tensors = {}, {}, {}
 
     def static(self, name, *tensors):
-        """Returns the tensors, copied to the addresses that the graphs of that name use."""
+        """Returns the tensors, copied to the addresses that the graphs of that name use.
+
+        The first ones of a name keep theirs, so the caller must make new ones for each call.
+        """
         if not self.enabled:
             return tensors
-        static = self.tensors.setdefault(name, [tensor.clone() for tensor in tensors])
+        static = self.tensors.setdefault(name, tensors)
         for old, new in zip(static, tensors):
             old.copy_(new)
         return static

@@ -125,7 +125,8 @@ def read_config(path):
     """Returns a run's config.json as a dict; raises UserError if it is missing or damaged."""
     try:
         config = json.loads((path / "config.json").read_text())
-        config["options"].items()
+        for part in config["options"], config.get("data", {}), config.get("own_model") or {}:
+            part.items()
         return config
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}/config.json is missing or damaged: move the directory away to "

@@ -189,6 +189,7 @@ def test_logs_without_the_finer_records_are_read(tmp_path):
     ("epochs.jsonl", lambda t: "", "unfinished, 0 of 3 epochs"),
     ("epochs.jsonl", None, "epochs.jsonl is missing"),
     ("config.json", lambda t: t.replace('"epochs": 3', '"epochs": 4'), "unfinished, 3 of 4 epochs"),
+    ("config.json", lambda t: t.replace('"seed": 3', '"seed": "3"'), "damaged (ValueError)"),
     ("config.json", lambda t: "{", "config.json is missing or damaged")])
 def test_a_bad_run_is_named_and_not_averaged_in(tmp_path, capsys, name, change, problem):
     for seed in (1, 2, 3):

@@ -71,6 +71,17 @@ def test_a_tape_keeps_what_a_graph_would(tapes):
     assert torch.equal(state, torch.tensor([6.0, 4.0]))
 
 
+def test_beside_its_replay_a_step_costs_one_copy(tapes):
+    steps, seen = Graphs(True), []
+    for _ in range(graphs.WARM_UP_CALLS + 1):
+        steps.run("step", seen.append, torch.arange(1))
+    index = torch.tensor([5])
+    with Tape() as tape:
+        steps.run("step", seen.append, index)
+    assert [str(func) for func, *_ in tape.calls] == ["aten.copy_.default"]
+    assert len({index.data_ptr() for index in seen}) == 1 and seen[0] == 5
+
+
 BATCHES = ("--batch-size", 16, "--test-batch-size", 32)
 PRUNE = (*BATCHES, "--epochs", 7, "--lrs", 6, "--target", "S", "--s", 1, 2, "--e", 3, 4, "--p",
          0.3, 0.75, "--r", 1)

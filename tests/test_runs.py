@@ -496,14 +496,17 @@ def test_a_finished_run_on_a_built_in_data_set_downloads_nothing(tmp_path, optio
     assert train.main(argv) == 2
 
 
-@pytest.mark.parametrize("damage", ("cut", "missing", "list", "another data set", "another lr"))
+@pytest.mark.parametrize("damage", (
+    "cut", "missing", "list", "no data", "no source", "another data set", "another lr"))
 def test_a_config_that_does_not_match_is_refused_in_one_line(
         run, directory, tiny, monkeypatch, capsys, damage):
     half_done(run, monkeypatch)
     path = directory() / "config.json"
     config = read_json(path)
+    texts = {"no data": json.dumps(config | {"data": []}),
+             "no source": json.dumps(config | {"own_model": "small"})}
     config["options"]["lr"] = 0.7
-    texts = {"cut": '{"options": ', "list": '["options"]', "another lr": json.dumps(config)}
+    texts |= {"cut": '{"options": ', "list": '["options"]', "another lr": json.dumps(config)}
     if damage == "another data set":
         np.savez(tiny, **{**make_arrays(), "train_y": make_arrays()["train_y"][::-1]})
     else:
