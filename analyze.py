@@ -99,11 +99,9 @@ def block_options(block, preset):
 
 def used_options(options):
     """Returns a copy of options, None for those that the method does not use."""
-    unused = [] if options.noise != "none" else [
-        "noise_batches", "noise_filters", "noise_restore", "test_batch_size"]
-    unused += ["r", "s", "e"] * (options.target == "none" or options.scratch)
-    unused += ["p", "prune_bn"] * (options.target == "none")
-    unused += ["score"] * (options.target in ("none", "R"))
+    unused = train.unused_options(options)  # of an old log they may have values
+    unused += ["test_batch_size"] * (options.noise == "none")
+    unused += ["prune_bn"] * (options.target == "none")
     return argparse.Namespace(**vars(options) | dict.fromkeys(unused))
 
 

@@ -295,14 +295,19 @@ def parse_options(argv):
     check_combinations(options, given)
     check_schedule(options, given)
 
-    unused = ["noise_batches", "noise_filters", "noise_restore"] * (options.noise == "none")
-    unused += ["r", "s", "e"] * (options.target == "none" or options.scratch)
-    unused += ["p"] * (options.target == "none") + ["score"] * (options.target in ("none", "R"))
-    for name in unused:
+    for name in unused_options(options):
         setattr(options, name, None)
     if options.save_epoch > options.epochs:
         options.save_epoch = 0
     return options
+
+
+def unused_options(options):
+    """Returns the names of the options that do not change what a run computes, a list."""
+    unused = ["noise_batches", "noise_filters", "noise_restore"] * (options.noise == "none")
+    unused += ["r", "s", "e"] * (options.target == "none" or options.scratch)
+    unused += ["p"] * (options.target == "none")
+    return unused + ["score"] * (options.target in ("none", "R"))
 
 
 def option_names(names):

@@ -4,9 +4,9 @@
 # Expected by memory: a memory layout changes times and last bits, and nothing else.
 # Seen: opacus gives other gradients of single images for a convolution whose input is in
 #   channels-last memory, without a word: Tr(C) is 2.924 instead of 2.809. A CPU optimizer with
-#   fused=True reads gradients in the order of memory: where a tool puts one in plain memory beside a
-#   channels-last weight, as PCGrad does, it goes to other weights. Without fused=True, and for the
-#   gradients that backward() leaves, which have the weight's layout, steps are right.
+#   fused=True reads gradients in the order of memory: where a tool puts one in plain memory beside
+#   a channels-last weight, as PCGrad does, it goes to other weights. Without fused=True, and for
+#   the gradients that backward() leaves, which have the weight's layout, steps are right.
 # Run: PYTHON=python bash findings/channels-last.sh   (a Python with requirements.txt)
 set -euo pipefail
 site=$(mktemp -d)
