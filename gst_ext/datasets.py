@@ -343,23 +343,24 @@ def prepare_data(arrays, device, *, val_split=0, train_images=0, test_images=0, 
         check(wanted <= there, f"--{name}-images {wanted}, but there are {there}: give fewer")
 
     def subset(split, index):
-        return arrays[f"{split}_x"][index], arrays[f"{split}_y"][index]
+        x, y = arrays[f"{split}_x"], arrays[f"{split}_y"]
+        return (x, y) if len(index) == len(x) else (x[index], y[index])  # no copy of all
 
     test_index, = disjoint_subsets(num_test, test_images or num_test)
     val_index, train_index = disjoint_subsets(num_train, val_split, train_images or available)
     train_x, train_y = subset("train", train_index)
+    if len(train_y) < num_train:
+        check_training_classes(train_y, len(arrays["classes"]), "--train-images and --val-split "
+                               f"leave {len(train_y)} images")
+    if label_noise:
+        random, train_y = np.random.RandomState(1), train_y.copy()
+        noisy = random.permutation(len(train_y))[:math.floor(label_noise * len(train_y) + 0.5)]
+        train_y[noisy] = random.randint(len(arrays["classes"]), size=len(noisy))
     splits = {"train": (train_x, train_y), "test": subset("test", test_index)}
     if val_split:
         splits["val"] = subset("train", val_index)
     elif "val_x" in arrays:
         splits["val"] = arrays["val_x"], arrays["val_y"]
-    if len(train_y) < num_train:
-        check_training_classes(train_y, len(arrays["classes"]), "--train-images and --val-split "
-                               f"leave {len(train_y)} images")
-    if label_noise:
-        random = np.random.RandomState(1)
-        noisy = random.permutation(len(train_y))[:math.floor(label_noise * len(train_y) + 0.5)]
-        train_y[noisy] = random.randint(len(arrays["classes"]), size=len(noisy))
     # Histograms give the mean and the variance exactly, whatever the number of images.
     histograms = np.stack([np.bincount(train_x[..., c].ravel(), minlength=256) for c in range(3)])
     frequencies = histograms / train_x[..., 0].size

@@ -1,7 +1,7 @@
 """Eigenpairs and spectral density of a large symmetric matrix H that is known by its products.
 
 An operator has `shape` (n, n), `dtype`, `device`, `products`, the number of products so far, and
-matvec(v), the product with a vector (n,), as gst_ext.flatness.HessianOperator does.
+matvec(v), the product with a vector (n,), as gst_ext.hessian.HessianOperator does.
 """
 from typing import NamedTuple
 
@@ -85,8 +85,8 @@ def block_lanczos(operator, k, generator, tolerance, block, steps):
         rounding = 100 * torch.finfo(q.dtype).eps * np.abs(projected).max()
         products = products[:n - m]
         q, lengths = orthonormal(products)
-        if (lengths <= rounding).any():  # random rows replace those that depend on others
-            lost = lengths <= rounding
+        lost = lengths <= rounding
+        if lost.any():  # random rows replace those that depend on others
             products[lost] = random_signs(operator, generator, len(products))[lost]
             q, _ = orthonormal(products)
         remove_span(q, basis)  # rounding left a part in all blocks

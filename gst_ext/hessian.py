@@ -27,8 +27,10 @@ def convolution_gradients(gradient, x, weight, wanted, geometry):
 
 
 class Convolution(torch.autograd.Function):
-    """torch.convolution without a bias, with faster second derivatives: convolution_gradients
-    computes what PyTorch does by convolving whole feature maps with each other."""
+    """torch.convolution without a bias, with faster second derivatives.
+
+    PyTorch computes them by convolving whole feature maps with each other; the gradient of a
+    convolution's weight is the same sum."""
 
     @staticmethod
     def forward(ctx, x, weight, *geometry):
@@ -45,7 +47,10 @@ class Convolution(torch.autograd.Function):
 
 
 class ConvolutionGradients(torch.autograd.Function):
-    """convolution_gradients, differentiable once: both are bilinear, so by convolutions."""
+    """convolution_gradients as a function that can be differentiated once.
+
+    Its results are linear in the gradient, in x and in the weight, so that its derivatives are a
+    convolution and convolution_gradients again."""
 
     @staticmethod
     def forward(ctx, gradient, x, weight, wanted, geometry):

@@ -381,7 +381,11 @@ def test_splits_and_noised_labels_are_the_same_for_every_run(warned):
     assert 0 < changed <= 10, "half of the labels are drawn anew, and some stay by chance"
     for split, i, same in (("train", 1, again), ("train", 0, clean), ("val", 1, clean)):
         assert torch.equal(noisy[split][i], same[split][i])
-    labels = prepare(make_arrays(6000, 4, classes=3), label_noise=1.0)["train"][1]
+    whole = make_arrays(6000, 4, classes=3)
+    before = whole["train_y"].copy()
+    images, labels = prepare(whole, label_noise=1.0)["train"]
+    assert np.array_equal(whole["train_y"], before)  # the next run prepares them again
+    assert np.shares_memory(np.asarray(images), whole["train_x"])
     counts = torch.bincount(labels, minlength=3)
     assert counts.sum() == 6000 and (counts - 2000).abs().max() < 5 * (6000 * 2 / 9) ** 0.5
 
